@@ -1,0 +1,1 @@
+"""The `transformers-dsv3` command: one module a verb, each a thin shell over the package."""

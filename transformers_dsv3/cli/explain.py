@@ -1,0 +1,38 @@
+"""`transformers-dsv3 explain`: which backend serves which part of a checkpoint's model here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def explain(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder, or a repository id on the Hub.")],
+    device: Annotated[str | None, typer.Option(help="Where to load it: cpu, cuda, … Default: cpu.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Load a checkpoint and say which backend serves its attention, experts and linear layers, and why not others.
+
+    \b
+    Examples:
+      transformers-dsv3 explain ./dsv3-quickstart
+      transformers-dsv3 explain moonshotai/Moonlight-16B-A3B --device cuda --dtype bfloat16
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16, float16", param_hint="--dtype")
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import transformers_dsv3
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{checkpoint}: {error}", param_hint="CHECKPOINT") from None
+    if config.model_type != "deepseek_v3":
+        raise typer.BadParameter(
+            f"{checkpoint} is a {config.model_type!r} checkpoint, not 'deepseek_v3'", param_hint="CHECKPOINT"
+        )
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device)
+    typer.echo(transformers_dsv3.explain(model))

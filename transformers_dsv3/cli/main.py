@@ -1,0 +1,38 @@
+"""The `transformers-dsv3` command and its verbs.
+
+Verbs import torch and transformers inside their functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from .explain import explain
+from .quickstart import quickstart
+from .run import run
+from .serve import serve
+
+
+app = typer.Typer(
+    name="transformers-dsv3",
+    help="""DeepSeek-V3 in Hugging Face Transformers: train, run, serve and inspect `deepseek_v3` checkpoints.
+
+    New here? `transformers-dsv3 quickstart` trains a small DeepSeek-V3 on this machine in under five minutes
+    and leaves an official checkpoint in ./dsv3-quickstart.""",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # scripts started by `run` show their own tracebacks
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+# What follows the script's name, or `serve`, belongs to that program, its own --help included.
+PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+
+app.command()(quickstart)
+app.command(context_settings=PASS_THROUGH)(run)
+app.command(context_settings={**PASS_THROUGH, "help_option_names": []})(serve)
+app.command()(explain)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,59 @@
+"""`transformers-dsv3 run`: any script or module, with the plugin registered."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    context: typer.Context,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCRIPT_OR_MODULE",
+            help="A path to a Python script, or the name of a module as for `python -m`.",
+        ),
+    ],
+) -> None:
+    """Run a script or module with the plugin registered, so that whatever it loads as `deepseek_v3` is the plugin's.
+
+    Everything after SCRIPT_OR_MODULE is passed to it untouched, options included. A name that ends in .py or has a
+    slash in it is a script; anything else is a module.
+
+    \b
+    Examples:
+      transformers-dsv3 run my_training.py --learning_rate 1e-4
+      transformers-dsv3 run trl.scripts.sft --model_name_or_path ./dsv3-quickstart --help
+      transformers-dsv3 run lm_eval --model hf --model_args pretrained=./dsv3-quickstart --tasks arc_easy
+    """
+    is_script = target.endswith(".py") or "/" in target or "\\" in target
+    if is_script and not Path(target).is_file():
+        raise typer.BadParameter(f"no such script: {target}", param_hint="SCRIPT_OR_MODULE")
+    # As `python` does: a script finds its neighbours, a module the files of the current folder.
+    sys.path[0:0] = [str(Path(target).resolve().parent) if is_script else ""]
+    if not is_script and not _module_exists(target):
+        raise typer.BadParameter(
+            f"no module named {target!r} in this environment (a script's path ends in .py)",
+            param_hint="SCRIPT_OR_MODULE",
+        )
+
+    import transformers_dsv3  # noqa: F401  registers the plugin's classes
+
+    sys.argv = [target, *context.args]
+    if is_script:
+        runpy.run_path(target, run_name="__main__")
+    else:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+
+
+def _module_exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False

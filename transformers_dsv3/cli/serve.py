@@ -1,0 +1,31 @@
+"""`transformers-dsv3 serve`: Transformers' own server, with the plugin registered."""
+
+from __future__ import annotations
+
+import typer
+
+
+def serve(context: typer.Context) -> None:
+    """Start Transformers' own OpenAI-compatible server with the plugin registered.
+
+    It takes the arguments of `transformers serve`; `transformers-dsv3 serve --help` lists them.
+
+    \b
+    Examples:
+      transformers-dsv3 serve ./dsv3-quickstart --port 8000
+      curl http://localhost:8000/v1/completions -H "Content-Type: application/json" \\
+        -d '{"model": "./dsv3-quickstart", "prompt": "def main(", "max_tokens": 32}'
+    """
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        typer.echo(
+            "The server needs fastapi, uvicorn, openai and pydantic, which are not all installed. Install them with\n"
+            "  pip install 'transformers-dsv3[serve]'",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+    from .server import server_command
+
+    server_command(context.args)

@@ -1,0 +1,1 @@
+"""Text collection, tokenizers and token blocks for training."""

@@ -1,0 +1,100 @@
+"""What the quickstart measures on the checkpoint it saved."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
+from transformers.utils import logging
+
+import transformers_dsv3  # noqa: F401  registers the plugin's classes with the Auto classes
+
+from ..data.byte_bpe import token_stream
+from ..data.text_files import Corpus
+from .decoding import cache_bytes_per_token, greedy_decode
+from .text_quality import bits_per_byte, compressor_bits_per_byte
+
+
+PYTHON_PROMPTS = ("def main(", "class Stack:\n    def __init__(self", "import os\nimport sys\n\n\ndef read_")
+
+
+def measure_checkpoint(
+    folder: Path, corpus: Corpus, *, window: int, prompts: tuple[str, ...], seed: int, new_tokens: int = 128
+) -> dict[str, Any]:
+    """Load the folder through the Auto classes and measure what the quickstart prints; see README for the keys."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    texts = [document.text for document in corpus.held_out]
+    held_out_bytes = "".join(texts).encode("utf-8")
+    stream = token_stream(tokenizer, texts)
+
+    quality = bits_per_byte(model, stream, len(held_out_bytes), window=window, stride=window // 2)
+    prompt = stream[None, :window]
+    speed, _ = greedy_decode(model, prompt, new_tokens)
+    results: dict[str, Any] = {
+        "held_out": {
+            "bits_per_byte": quality.value,
+            **{f"{name}_bits_per_byte": bits for name, bits in compressor_bits_per_byte(held_out_bytes).items()},
+            "tokens": quality.tokens,
+            "bytes": quality.bytes,
+            "window": window,
+            "stride": window // 2,
+        },
+        "decode": {"prompt_tokens": prompt.shape[1], "new_tokens": new_tokens, "greedy_tokens_per_second": speed},
+        "cache_bytes_per_token": {"plugin": cache_bytes_per_token(model, prompt)},
+    }
+    if model.config.num_nextn_predict_layers:
+        mtp_speed, output = greedy_decode(model, prompt, new_tokens, use_mtp=True)
+        results["decode"]["greedy_mtp_tokens_per_second"] = mtp_speed
+        results["decode"]["mtp_acceptance_rate"] = output.mtp_acceptance_rate
+    with native_model(folder) as native:
+        results["decode"]["native_greedy_tokens_per_second"] = greedy_decode(native, prompt, new_tokens)[0]
+        results["cache_bytes_per_token"]["native"] = cache_bytes_per_token(native, prompt)
+
+    set_seed(seed)
+    writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    results["completions"] = [
+        {"prompt": prompt, "text": writer(prompt, return_full_text=False)[0]["generated_text"]} for prompt in prompts
+    ]
+    results["machine"] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+    return results
+
+
+@contextmanager
+def native_model(folder: Path):
+    """The same checkpoint in Transformers' own DeepSeek-V3 class, past the Auto classes."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports the MTP layer's tensors, which it has no place for
+    try:
+        config = transformers.DeepseekV3Config.from_pretrained(folder)
+        yield transformers.DeepseekV3ForCausalLM.from_pretrained(folder, config=config)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def prompts_from(corpus: Corpus, count: int = 3, length: int = 40) -> tuple[str, ...]:
+    """Beginnings of held-out documents, cut before the last word: prompts for text of any kind."""
+    prompts = []
+    for document in corpus.held_out:
+        text = document.text.strip()
+        head = text[:length]
+        if len(text) > length and " " in head.strip():
+            head = head.rsplit(" ", 1)[0]
+        if head and head not in prompts:
+            prompts.append(head)
+    if len(prompts) < count:
+        text = "".join(document.text for document in corpus.held_out)
+        step = max(len(text) // count, 1)
+        prompts += [piece for piece in (text[i : i + length].strip() for i in range(0, len(text), step)) if piece]
+    return tuple(prompts[:count])

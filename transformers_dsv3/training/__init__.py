@@ -1,0 +1,1 @@
+"""Training recipes on Transformers' own `Trainer`."""

@@ -1,0 +1,186 @@
+"""The quickstart's recipe: a small DeepSeek-V3 trained from scratch with Transformers' own `Trainer`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import transformers_dsv3  # noqa: F401  registers the plugin's classes with the Auto classes
+
+from ..data.byte_bpe import TokenBlocks, token_stream, train_byte_bpe
+from ..data.text_files import Corpus
+from .quickstart_run import QuickstartSettings, Run, checkpoint_step, latest_checkpoint, record_run, training_folder
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What one command trained: `steps` optimizer steps on `tokens` tokens in `seconds` (0 where all was done)."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    parameters: int
+    active_parameters: int
+
+
+class LiveLossBar(ProgressCallback):
+    """A progress bar with the running loss behind it, in place of a line for every log entry."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.current_step = state.global_step
+        self.training_bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", unit="step", dynamic_ncols=True
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def quickstart_tokenizer(output: Path, corpus: Corpus, settings: QuickstartSettings) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer, trained on the training part of the text when the folder has none yet."""
+    kept = training_folder(output) / "tokenizer"
+    if kept.is_dir():
+        return PreTrainedTokenizerFast.from_pretrained(kept)
+    tokenizer = train_byte_bpe(
+        (document.text for document in corpus.train),
+        settings.vocab_size,
+        model_max_length=settings.model["max_position_embeddings"],
+    )
+    partial = kept.with_name("tokenizer.partial")
+    tokenizer.save_pretrained(partial)
+    partial.replace(kept)
+    return tokenizer
+
+
+def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartSettings) -> TrainingOutcome:
+    """Train up to `run.target_step` from the folder's latest checkpoint, and save the official checkpoint.
+
+    The result depends on the text, the settings and the seed only: stopping at any moment and running again ends
+    at the same weights as a run without a stop.
+    """
+    record_run(output, run)
+    tokenizer = quickstart_tokenizer(output, corpus, settings)
+    blocks = TokenBlocks(token_stream(tokenizer, [document.text for document in corpus.train]), settings.block_length)
+    checkpoint = latest_checkpoint(output)
+    done = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    set_seed(run.seed)
+    if checkpoint is None:
+        model = AutoModelForCausalLM.from_config(quickstart_config(settings, tokenizer))
+    else:
+        # The trainer's own resuming reads names as the model has them, experts fused, while its checkpoint has one
+        # tensor an expert: the experts would silently stay random. Read the checkpoint the official way first.
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    seconds = 0.0
+    if done < run.target_step:
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(output, run, settings),
+            train_dataset=blocks,
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LiveLossBar())
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        seconds = time.perf_counter() - started
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.95,
+        max_new_tokens=64,
+    )
+    save_checkpoint(output, model, tokenizer)
+    steps = max(run.target_step - done, 0)
+    return TrainingOutcome(
+        steps=steps,
+        tokens=steps * settings.batch_size * settings.block_length,
+        seconds=seconds,
+        parameters=model.num_parameters(),
+        active_parameters=active_parameters(model),
+    )
+
+
+def quickstart_config(settings: QuickstartSettings, tokenizer: PreTrainedTokenizerBase) -> Any:
+    return AutoConfig.for_model(
+        "deepseek_v3",
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **settings.model,
+    )
+
+
+def training_arguments(output: Path, run: Run, settings: QuickstartSettings) -> TrainingArguments:
+    span = run.target_step - run.start_step
+    return TrainingArguments(
+        output_dir=str(training_folder(output)),
+        max_steps=run.target_step,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        # A constant rate with a decay at the end, not one curve over all steps: a later command then trains on at
+        # the full rate and decays over its own last steps.
+        lr_scheduler_type="warmup_stable_decay",
+        warmup_steps=min(settings.warmup_steps, span),
+        lr_scheduler_kwargs={
+            "num_decay_steps": min(int(settings.decay_share * span), max(span - settings.warmup_steps, 0)),
+            "decay_type": "linear",
+        },
+        logging_steps=5,
+        save_steps=settings.save_every,
+        # Two, because the older one is removed before the trainer says that the newer one is whole.
+        save_total_limit=2,
+        seed=run.seed,
+        data_seed=run.seed,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def save_checkpoint(output: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put model, tokenizer and generation config into the folder, whole.
+
+    Everything is written aside first and then moved in, config.json last: until then nothing loads the folder.
+    """
+    partial = training_folder(output) / "saving.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for path in sorted(partial.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
+        path.replace(output / path.name)
+    partial.rmdir()
+
+
+def active_parameters(model: PreTrainedModel) -> int:
+    """Parameters that one token passes through: of the routed experts only the chosen share counts."""
+    share = model.config.num_experts_per_tok / model.config.n_routed_experts
+    return sum(
+        int(parameter.numel() * share) if ".mlp.experts." in name else parameter.numel()
+        for name, parameter in model.named_parameters()
+    )
