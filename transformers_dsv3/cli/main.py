@@ -21,6 +21,7 @@ app = typer.Typer(
     and leaves an official checkpoint in ./dsv3-quickstart.""",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,  # scripts started by `run` show their own tracebacks
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
@@ -28,10 +29,13 @@ app = typer.Typer(
 # What follows the script's name, or `serve`, belongs to that program, its own --help included.
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 
-app.command()(quickstart)
-app.command(context_settings=PASS_THROUGH)(run)
-app.command(context_settings={**PASS_THROUGH, "help_option_names": []})(serve)
-app.command()(explain)
+app.command(short_help="Train a small DeepSeek-V3 on real text, now.")(quickstart)
+app.command(short_help="Run a script or module with the plugin registered.", context_settings=PASS_THROUGH)(run)
+app.command(
+    short_help="Start Transformers' own server with the plugin.",
+    context_settings={**PASS_THROUGH, "help_option_names": []},
+)(serve)
+app.command(short_help="Say which backend serves which part of a model.")(explain)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ def run(
     \b
     Examples:
       transformers-dsv3 run my_training.py --learning_rate 1e-4
-      transformers-dsv3 run trl.scripts.sft --model_name_or_path ./dsv3-quickstart --help
-      transformers-dsv3 run lm_eval --model hf --model_args pretrained=./dsv3-quickstart --tasks arc_easy
+      transformers-dsv3 run trl.scripts.sft --help
+      transformers-dsv3 run lm_eval --model hf --tasks arc_easy \\
+        --model_args pretrained=./dsv3-quickstart
     """
     is_script = target.endswith(".py") or "/" in target or "\\" in target
     if is_script and not Path(target).is_file():

@@ -8,7 +8,9 @@ import typer
 def serve(context: typer.Context) -> None:
     """Start Transformers' own OpenAI-compatible server with the plugin registered.
 
-    It takes the arguments of `transformers serve`; `transformers-dsv3 serve --help` lists them.
+    `deepseek_v3` checkpoints are served by the plugin's classes, others by Transformers' own. The arguments are
+    those of `transformers serve`. Endpoints: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models,
+    /health.
 
     \b
     Examples:
@@ -28,4 +30,4 @@ def serve(context: typer.Context) -> None:
 
     from .server import server_command
 
-    server_command(context.args)
+    server_command(context.args, help_text=serve.__doc__ or "")

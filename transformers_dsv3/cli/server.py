@@ -95,11 +95,10 @@ class Dsv3Serve(Serve):
 
 # typer reads the options from the signature: the ones of the installed version of `transformers serve`.
 Dsv3Serve.__signature__ = inspect.signature(Serve)  # type: ignore[attr-defined]
-Dsv3Serve.__doc__ = (Serve.__doc__ or "") + "\n\ndeepseek_v3 checkpoints are served with transformers_dsv3's classes."
 
 
-def server_command(arguments: list[str]) -> None:
+def server_command(arguments: list[str], help_text: str) -> None:
     """Parse `arguments` as `transformers serve` does and run the server until it is stopped."""
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    command.command()(Dsv3Serve)
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    command.command(help=help_text)(Dsv3Serve)
     command(args=arguments, prog_name="transformers-dsv3 serve")
