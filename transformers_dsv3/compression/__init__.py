@@ -1,0 +1,1 @@
+"""Quantized checkpoints: reading DeepSeek's FP8 format."""

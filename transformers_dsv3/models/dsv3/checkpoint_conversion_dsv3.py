@@ -1,0 +1,131 @@
+"""Official per-expert tensor names to fused expert parameters, and back, without copies of a whole layer.
+
+Shape suffixes: E experts, I intermediate size, H hidden size. On disk `experts.{e}.gate_proj.weight` and
+`up_proj.weight` are (I, H) and `down_proj.weight` is (H, I); in the model `experts.gate_up_proj` is (E, 2I, H), gate
+rows first, and `experts.down_proj` is (E, H, I).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+)
+
+from .checkpoint_files_dsv3 import StoredTensor
+
+
+class MergeExperts(MergeModulelist):
+    """Per-expert tensors to one fused tensor.
+
+    Unread tensors (`StoredTensor`, as `Dsv3CheckpointMixin` hands them out) are read one by one straight into the
+    fused parameter, gate and up into the same one, so that loading needs the model plus one expert. Everything else
+    (sharded loading, PEFT adapters) takes the inherited path: a stack for each source pattern.
+
+    It stays a `MergeModulelist` because Transformers and PEFT look for that type.
+    """
+
+    @torch.no_grad
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str | None = None,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        if not all(isinstance(tensor, StoredTensor) for tensors in input_dict.values() for tensor in tensors):
+            return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+        assert model is not None and full_layer_name is not None
+        # In the order of the mapping: gate rows come before up rows. Tensors were collected in expert order.
+        parts = [pattern for pattern in source_patterns if pattern in input_dict and self.is_weight(pattern)]
+        columns: list[list[StoredTensor]] = [input_dict[pattern] for pattern in parts]
+        scales = {
+            tensor.name: tensor
+            for pattern in input_dict
+            if not self.is_weight(pattern)
+            for tensor in input_dict[pattern]
+        }
+        first = columns[0][0]
+        rows = sum(column[0].shape[0] for column in columns)
+        fused = torch.empty(
+            (len(columns[0]), rows, *first.shape[1:]),
+            dtype=model.get_parameter(full_layer_name).dtype,
+            device=first.device,
+        )
+        for e, row_of_experts in enumerate(zip(*columns, strict=True)):
+            start = 0
+            for stored in row_of_experts:
+                part = fused[e, start : start + stored.shape[0]]
+                self.fill(part, stored, scales.get(f"{stored.name}_scale_inv"))
+                start += stored.shape[0]
+        return {parts[0] if len(parts) > 1 else target_patterns[0]: fused}
+
+    @staticmethod
+    def is_weight(pattern: str) -> bool:
+        """Whether a source pattern collects weights rather than their scales."""
+        return not pattern.endswith("_scale_inv")
+
+    def fill(self, out: torch.Tensor, stored: StoredTensor, scale: StoredTensor | None) -> None:
+        """Read one expert's matrix into `out`, a contiguous slice of the fused parameter. `scale` is not used."""
+        if out.device.type == "cpu" and out.dtype == stored.dtype:
+            stored.read_into(out)
+        else:
+            out.copy_(stored.read())
+
+
+class JoinGateUp(Concatenate):
+    """Gate and up, merged over experts, to one (E, 2I, H): a no-op where `MergeExperts` has joined them already."""
+
+    @torch.no_grad
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        merged = next(iter(input_dict.values()))
+        if len(input_dict) == 1 and isinstance(merged, torch.Tensor):
+            return {self.get_target_pattern(target_patterns): merged}
+        return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitGateUp(self.dim)
+
+
+class SplitGateUp(Chunk):
+    """(E, 2I, H) to gate and up as views: each expert's half is contiguous, so saving needs no second copy."""
+
+    @torch.no_grad
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        (value,) = input_dict.values()
+        tensor = value[0] if isinstance(value, list) else value
+        return dict(zip(target_patterns, torch.chunk(tensor, len(target_patterns), dim=self.dim), strict=True))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return JoinGateUp(self.dim)
+
+
+def deepseek_v3_conversion_mapping() -> list[WeightConverter]:
+    """The conversion to register for model type `deepseek_v3`: native's names, read without whole-layer copies."""
+    experts = "mlp.experts"
+    return [
+        WeightConverter(
+            source_patterns=[f"{experts}.*.gate_proj.weight", f"{experts}.*.up_proj.weight"],
+            target_patterns=f"{experts}.gate_up_proj",
+            operations=[MergeExperts(dim=0), JoinGateUp(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns=f"{experts}.*.down_proj.weight",
+            target_patterns=f"{experts}.down_proj",
+            operations=[MergeExperts(dim=0)],
+        ),
+    ]

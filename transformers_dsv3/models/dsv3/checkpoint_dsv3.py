@@ -1,0 +1,304 @@
+"""Reading and writing official DeepSeek-V3 checkpoints through `from_pretrained` and `save_pretrained`.
+
+Reading: the headers of all files are compared with the config and the model before a weight is read, so that a
+checkpoint either loads whole or raises an error that names file and tensor. Tensors are then read one at a time
+into their place (see `StoredTensor`, `MergeExperts`): at the peak, memory holds the model and a little more.
+
+Writing: the official layout, MTP layers included, put in place in one step.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.peft import maybe_load_adapters
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils import logging
+
+from .checkpoint_checks_dsv3 import CheckpointCheck, mtp_layers_present
+from .checkpoint_conversion_dsv3 import MergeExperts, deepseek_v3_conversion_mapping
+from .checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint, resolve_checkpoint
+
+
+_Base = PreTrainedModel if TYPE_CHECKING else object
+
+logger = logging.get_logger(__name__)
+
+# Name of our reader of DeepSeek's FP8 format among Transformers' quantization methods (compression/quantizer_fp8.py).
+FP8_METHOD = "deepseek_fp8"
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Arguments of `from_pretrained` that the config would swallow: attributes of it, or arguments of its own loading.
+_NOT_FOR_THE_CONFIG = (
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "trust_remote_code",
+    "_from_auto",
+    "_from_pipeline",
+)
+_STAGING_PREFIX = ".saving-"
+
+
+class Dsv3CheckpointMixin(_Base):
+    """`from_pretrained` and `save_pretrained` of the DeepSeek-V3 models; goes in front of `PreTrainedModel`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Transformers' `from_pretrained` for an official checkpoint, checked before a weight is read.
+
+        - Safetensors only: a place with nothing but pickled weights is refused unless `use_safetensors=False` is given.
+        - Files that are truncated, missing or contradict their index, and tensors that are missing, of the wrong shape
+          or beyond the number of experts raise [`CheckpointError`] naming file and tensor. Other unexpected tensors and
+          a missing head are listed by Transformers, as for any model. `ignore_mismatched_sizes=True` accepts other
+          shapes. With a quantization method other than DeepSeek's FP8 only the files are checked.
+        - MTP layers that the config announces and the files lack (native `save_pretrained` drops them) are left out
+          with a warning, and `config.num_nextn_predict_layers` says how many there are.
+        - DeepSeek's FP8 format is dequantised to `dtype` on any device, by default everywhere: absorbed attention
+          multiplies by `kv_b_proj` in parts, which needs real weights. Native FP8 kernels can be asked for with
+          `quantization_config=FineGrainedFP8Config()`; that path is Transformers' own.
+
+        Raises:
+            CheckpointError: a checkpoint that does not fit, see above.
+        """
+        location = pretrained_model_name_or_path
+        if location is None or kwargs.get("gguf_file") is not None:
+            return super().from_pretrained(location, *model_args, config=config, **kwargs)
+
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        held = {name: kwargs.pop(name) for name in _NOT_FOR_THE_CONFIG if name in kwargs}
+        # The folder of a PEFT adapter names the model that its weights come from
+        _, base_location, _ = maybe_load_adapters(location, hub, **(kwargs.get("adapter_kwargs") or {}))
+        if isinstance(config, PreTrainedConfig):
+            config = copy.deepcopy(config)
+        else:
+            config, kwargs = cls.config_class.from_pretrained(
+                base_location if config is None else config, return_unused_kwargs=True, **hub, **kwargs
+            )
+        if kwargs.get("use_safetensors") is not False:
+            files = resolve_checkpoint(
+                str(base_location), kwargs.get("variant"), getattr(config, "transformers_weights", None), hub
+            )
+            hub.pop("force_download", None)  # done: what follows reads the fresh files
+            if files is not None:
+                stored = read_checkpoint(files.files, files.index)
+                renamings = [WeightRenaming(*pair) for pair in (kwargs.get("key_mapping") or {}).items()]
+                _leave_out_absent_mtp_layers(config, _rename(stored, renamings), str(base_location))
+        _choose_fp8_reader(config, held.get("quantization_config"))
+        return super().from_pretrained(location, *model_args, config=config, **hub, **held, **kwargs)
+
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: Any,
+        state_dict: dict[str, Any] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        """Transformers' step between the model on the meta device and its weights: check the headers, read lazily.
+
+        `expected_keys` comes with adapter weights, which are none of our business.
+        """
+        files = checkpoint_files or []
+        if state_dict is None and expected_keys is None and files and all(f.endswith(".safetensors") for f in files):
+            renamings = [step for step in load_config.weight_mapping or [] if isinstance(step, WeightRenaming)]
+            stored = read_checkpoint(files)
+            quantizer = load_config.hf_quantizer
+            is_fp8 = quantizer is not None and quantizer.quantization_config.quant_method == FP8_METHOD
+            if quantizer is None or is_fp8:
+                block_size = quantizer.quantization_config.weight_block_size if is_fp8 else None
+                _check(model, _rename(stored, renamings), load_config, block_size)
+                # Sharded loading reads slices of mapped files, ZeRO-3 gathers: both are better served by Transformers
+                if load_config.device_mesh is None and not is_deepspeed_zero3_enabled() and sys.byteorder == "little":
+                    state_dict = _unread(stored, renamings, load_config.weight_mapping or [])
+                elif is_fp8:
+                    raise CheckpointError(
+                        f"{files[0]}: FP8 weights cannot be dequantised while they are sharded. Load the checkpoint in "
+                        "one process, `save_pretrained` it, and load that"
+                    )
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Transformers' `save_pretrained` in the official layout, put in place when it is complete.
+
+        MTP layers get the copies of the embedding and of the head that official checkpoints carry. The files are
+        written to a hidden folder inside `save_directory` and moved when all are there, the entry point (single file
+        or index) last, and weights of an earlier save that would be read in their place are removed. So a save that
+        fails leaves the earlier checkpoint as it was, and a model can be saved where it was loaded from. Saves that
+        upload (`push_to_hub=True`) or that several processes write together go straight to `save_directory`.
+        """
+        distributed = getattr(self.config, "distributed_config", None) is not None
+        if not distributed and not kwargs.get("distributed_checkpoint"):
+            state_dict = self._with_mtp_copies(state_dict)
+        arguments = {"is_main_process": is_main_process, "state_dict": state_dict, **kwargs}
+        if (
+            push_to_hub
+            or distributed
+            or kwargs.get("distributed_checkpoint")
+            or os.path.isfile(save_directory)
+            or not self.should_save_on_this_rank(is_main_process)
+        ):
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **arguments)
+
+        os.makedirs(save_directory, exist_ok=True)
+        for name in os.listdir(save_directory):
+            if name.startswith(_STAGING_PREFIX):  # of a save that was killed
+                shutil.rmtree(os.path.join(save_directory, name), ignore_errors=True)
+        staging = tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=save_directory)
+        try:
+            super().save_pretrained(staging, **arguments)
+            _publish(staging, os.fspath(save_directory), kwargs.get("variant"))
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _with_mtp_copies(self, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The state dict to save, with each MTP layer's copy of embedding and head.
+
+        Copies of their own storage: safetensors refuses shared ones. Nothing is added where the tensors are not at
+        hand: adapters, weights that are offloaded (on the meta device), processes that hold no full state dict.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None:
+            return state_dict
+        depth, count = self.config.num_hidden_layers, getattr(self.config, "num_nextn_predict_layers", 0)
+        if not count:
+            return state_dict
+        if state_dict is None:
+            state_dict = self.state_dict()
+        base = "" if self.base_model is self else f"{self.base_model_prefix}."
+        embedding = state_dict.get(f"{base}embed_tokens.weight")
+        has_head = any(name == "lm_head" for name, _ in self.named_children())
+        head = state_dict.get("lm_head.weight", embedding if has_head and self.config.tie_word_embeddings else None)
+        copies = {}
+        for layer in range(depth, depth + count):
+            for name, tensor in (("embed_tokens.weight", embedding), ("shared_head.head.weight", head)):
+                is_here = tensor is not None and tensor.device.type != "meta"
+                if is_here and f"{base}layers.{layer}.eh_proj.weight" in state_dict:
+                    copies[f"{base}layers.{layer}.{name}"] = tensor.detach().to("cpu", copy=True)
+        return {**state_dict, **copies}
+
+
+def _rename(stored: Mapping[str, StoredTensor], renamings: list[WeightRenaming]) -> dict[str, StoredTensor]:
+    """The checkpoint's tensors by the names that Transformers' renamings (the user's `key_mapping`) give them."""
+    renamed = {}
+    for name, tensor in stored.items():
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _leave_out_absent_mtp_layers(config: Any, stored: Mapping[str, StoredTensor], location: str) -> None:
+    """Lower `config.num_nextn_predict_layers` to the MTP layers that the files hold, and say so."""
+    announced = getattr(config, "num_nextn_predict_layers", 0) or 0
+    present = mtp_layers_present(list(stored), config.num_hidden_layers, announced)
+    if present < announced:
+        absent = [f"model.layers.{config.num_hidden_layers + k}" for k in range(present, announced)]
+        logger.warning(
+            f"{location}: the config announces {announced} MTP layer(s), but there are no tensors of "
+            f"{', '.join(absent)}. Loading with num_nextn_predict_layers={present}."
+        )
+        config.num_nextn_predict_layers = present
+
+
+def _choose_fp8_reader(config: Any, requested: Any) -> None:
+    """Send DeepSeek's FP8 format to our reader, unless the user asked for another one by `quantization_config=`."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None or FP8_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+    fields = dict(stored) if isinstance(stored, Mapping) else stored.to_dict()
+    wanted = getattr(requested, "quant_method", None) if requested is not None else FP8_METHOD
+    is_block_fp8 = fields.get("quant_method") == "fp8" and len(fields.get("weight_block_size") or ()) == 2
+    if is_block_fp8 and fields.get("activation_scheme", "dynamic") == "dynamic" and wanted == FP8_METHOD:
+        config.quantization_config = {**fields, "quant_method": FP8_METHOD}
+
+
+def _check(model: Any, stored: dict[str, StoredTensor], load_config: Any, block_size: Any) -> None:
+    """Raise `CheckpointError` with everything that is wrong between the checkpoint's headers and the model."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
+    check = CheckpointCheck(
+        expected={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        stored=stored,
+        base_prefix="" if model.base_model is model else model.base_model_prefix,
+        optional=lambda name: name in tied or any(pattern.search(name) for pattern in ignored),
+        compare_shapes=not load_config.ignore_mismatched_sizes and load_config.device_mesh is None,
+        block_size=block_size,
+    )
+    problems = check.problems()
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint at {load_config.pretrained_model_name_or_path} does not fit its config; nothing was "
+            f"loaded.\n  " + "\n  ".join(problems[:20])
+        )
+
+
+def _unread(
+    stored: Mapping[str, StoredTensor], renamings: list[WeightRenaming], weight_mapping: list[Any]
+) -> dict[str, StoredTensor]:
+    """The tensors as Transformers' loader takes them, those that `MergeExperts` will read by itself deferred."""
+    merging = [
+        step
+        for step in weight_mapping
+        if isinstance(step, WeightConverter) and isinstance(step.operations[0], MergeExperts)
+    ]
+    unread = {}
+    for renamed, tensor in _rename(stored, renamings).items():
+        deferred = any(step.rename_source_key(renamed)[1] is not None for step in merging)
+        unread[tensor.name] = replace(tensor, deferred=True) if deferred else tensor
+    return unread
+
+
+def _publish(staging: str, target: str, variant: str | None) -> None:
+    """Move a complete checkpoint from `staging` to `target`, on the same file system.
+
+    Between the first and the last step the folder has no entry point to weights, so it cannot be mistaken for a whole
+    checkpoint; a single file is replaced in one step.
+    """
+    suffix = re.escape(f".{variant}") if variant else ""
+    single = re.compile(rf"model{suffix}\.safetensors")
+    index = re.compile(rf"model\.safetensors\.index{suffix}\.json")
+    shard = re.compile(rf"model{suffix}-\d{{5}}-of-\d{{5}}\.safetensors")
+    new = set(os.listdir(staging))
+    entry_points = sorted(name for name in new if single.fullmatch(name) or index.fullmatch(name))
+    old = os.listdir(target) if entry_points else []  # adapters are saved beside the weights they belong to
+    for name in old:
+        if index.fullmatch(name) or (single.fullmatch(name) and name not in new):
+            os.remove(os.path.join(target, name))
+    for name in [*sorted(new.difference(entry_points)), *entry_points]:
+        os.replace(os.path.join(staging, name), os.path.join(target, name))
+    for name in old:
+        if shard.fullmatch(name) and name not in new:
+            os.remove(os.path.join(target, name))
+
+
+__all__ = [
+    "FP8_METHOD",
+    "CheckpointError",
+    "Dsv3CheckpointMixin",
+    "deepseek_v3_conversion_mapping",
+]
