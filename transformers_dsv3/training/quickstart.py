@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 import transformers_dsv3  # noqa: F401  registers the plugin's classes with the Auto classes
 
@@ -53,6 +56,19 @@ class LiveLossBar(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+@contextmanager
+def quiet_saving() -> Iterator[None]:
+    """No bar for each checkpoint's files, and no report of the names that resuming reads past (see `train_and_save`)."""
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
 
 
 def quickstart_tokenizer(output: Path, corpus: Corpus, settings: QuickstartSettings) -> PreTrainedTokenizerFast:
@@ -100,7 +116,8 @@ def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartS
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LiveLossBar())
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with quiet_saving():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - started
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

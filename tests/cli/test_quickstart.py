@@ -1,0 +1,206 @@
+"""The whole quickstart at a size that trains in seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import transformers_dsv3
+from transformers_dsv3.cli.quickstart import run_quickstart, show
+from transformers_dsv3.data.text_files import TextError
+from transformers_dsv3.training.quickstart_run import QuickstartError, QuickstartSettings
+
+
+TINY = QuickstartSettings(
+    vocab_size=320,
+    block_length=32,
+    batch_size=2,
+    steps=6,
+    warmup_steps=1,
+    save_every=2,
+    min_text_bytes=5_000,
+    model={
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 1,
+        "mtp_loss_weight": 0.3,
+        "max_position_embeddings": 256,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("notes")
+    for i in range(20):
+        lines = [f"note {i}, line {n}: the {n * n % 17}th thing follows the {n % 13}th\n" for n in range(12)]
+        (folder / f"note_{i:02}.txt").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def start(output, notes, *, steps=None, seed=None, settings=TINY):
+    return run_quickstart(output, text=notes, steps=steps, seed=seed, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, notes):
+    output = tmp_path_factory.mktemp("quickstart") / "out"
+    return output, start(output, notes)
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, msg=name)
+
+
+def test_the_folder_is_an_official_checkpoint_of_the_plugin(finished):
+    output, _ = finished
+    names = {path.name for path in output.iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "training"}
+    assert not [name for name in names if "partial" in name]
+    config = json.loads((output / "config.json").read_text())
+    assert config["model_type"] == "deepseek_v3"
+    assert config["architectures"] == ["DeepseekV3ForCausalLM"]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert type(model) is transformers_dsv3.Dsv3ForCausalLM
+    assert model.generation_config.max_new_tokens == 64
+    assert len(AutoTokenizer.from_pretrained(output)) == config["vocab_size"]
+
+
+def test_results_are_on_disk_and_plausible(finished):
+    output, results = finished
+    assert json.loads((output / "quickstart_results.json").read_text()) == json.loads(json.dumps(results))
+    assert results["steps"] == results["training"]["steps"] == 6
+    assert results["training"]["tokens"] == 6 * 2 * 32
+    assert 0 < results["held_out"]["bits_per_byte"] < 10
+    assert 0 < results["held_out"]["zlib_bits_per_byte"] < 8
+    assert 0 <= results["decode"]["mtp_acceptance_rate"] <= 1
+    # Two layers, 16 latent and 8 rotary values, four bytes each.
+    assert results["cache_bytes_per_token"]["plugin"] == 2 * (16 + 8) * 4
+    assert len(results["completions"]) == 3
+    assert results["parameters"]["active"] < results["parameters"]["total"]
+
+
+def test_the_table_prints_every_figure(finished, capsys):
+    output, results = finished
+    show(results, output)
+    printed = capsys.readouterr().out
+    for words in ("held-out bits per byte", "zlib", "MTP drafts accepted", "cache bytes a token", "completion"):
+        assert words in printed
+
+
+def test_plain_transformers_opens_the_folder(finished):
+    output, _ = finished
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert type(model).__module__.startswith('transformers.'), type(model)\n"
+        "torch.save(model(**tokenizer('note 3', return_tensors='pt')).logits, sys.argv[2])\n"
+    )
+    logits = output.parent / "logits.pt"
+    subprocess.run([sys.executable, "-c", code, str(output), str(logits)], check=True, timeout=120, cwd=output)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    with torch.inference_mode():
+        ours = model(**tokenizer("note 3", return_tensors="pt")).logits
+    torch.testing.assert_close(ours, torch.load(logits, weights_only=True), rtol=1e-4, atol=1e-5)
+
+
+def test_training_learns(tmp_path, notes, finished):
+    _, short = finished
+    longer = start(tmp_path / "out", notes, steps=40)
+    assert longer["held_out"]["bits_per_byte"] < short["held_out"]["bits_per_byte"] - 0.2
+
+
+def test_two_runs_give_the_same_figures(tmp_path, notes, finished):
+    output, results = finished
+    again = start(tmp_path / "again", notes)
+    assert again["held_out"] == results["held_out"]
+    assert again["completions"] == results["completions"]
+    assert_same_weights(tmp_path / "again", output)
+
+
+def test_the_same_command_trains_on(tmp_path, notes):
+    output = tmp_path / "out"
+    first = start(output, notes, steps=4)
+    second = start(output, notes, steps=3)
+    assert (first["steps"], second["steps"], second["training"]["steps"]) == (4, 7, 3)
+    state = json.loads((output / "training" / "checkpoint-7" / "trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"] == 7
+    assert len(list((output / "training").glob("checkpoint-*"))) <= 2
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from test_quickstart import TINY, run_quickstart
+run_quickstart(Path(sys.argv[1]), text=Path(sys.argv[2]), steps=40, seed=None, settings=TINY)
+"""
+
+
+def test_killed_at_any_moment_it_ends_at_the_same_weights(tmp_path, notes):
+    start(tmp_path / "whole", notes, steps=40)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(killed), str(notes)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 90
+    # The second checkpoint may be half-written at that moment; the first is whole.
+    while len(list((killed / "training").glob("checkpoint-*"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "config.json").exists()  # nothing loads a folder whose training has not ended
+    results = start(killed, notes)
+    assert results["steps"] == 40
+    assert 0 < results["training"]["steps"] < 40
+    assert_same_weights(tmp_path / "whole", killed)
+
+
+def test_other_text_seed_or_sizes_are_refused_before_anything_changes(finished, notes, tmp_path):
+    output, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    (tmp_path / "other.txt").write_text("other words, again and again\n" * 1000)
+    with pytest.raises(QuickstartError, match="was trained on other text"):
+        start(output, tmp_path / "other.txt")
+    with pytest.raises(QuickstartError, match="was started with --seed 0"):
+        start(output, notes, seed=3)
+    with pytest.raises(QuickstartError, match="other sizes"):
+        start(output, notes, settings=replace(TINY, block_length=16))
+    with pytest.raises(TextError, match="at least 5,000 are needed"):
+        (tmp_path / "short.txt").write_text("too little")
+        start(tmp_path / "new", tmp_path / "short.txt")
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert not (tmp_path / "new").exists()
