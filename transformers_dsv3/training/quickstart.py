@@ -60,7 +60,7 @@ class LiveLossBar(ProgressCallback):
 
 @contextmanager
 def quiet_saving() -> Iterator[None]:
-    """No bar for each checkpoint's files, and no report of the names that resuming reads past (see `train_and_save`)."""
+    """No bar for each checkpoint, and no report of names that resuming reads past (see `train_and_save`)."""
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
