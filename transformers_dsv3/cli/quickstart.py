@@ -68,8 +68,9 @@ def run_quickstart(
     from ..training.quickstart_run import RESULTS_NAME, plan_run, training_folder, write_json
 
     started = time.perf_counter()
+    skipped: list[str] = []
     if text is None:
-        documents, skipped, source = standard_library(), [], "the Python standard library"
+        documents, source = standard_library(), "the Python standard library"
     else:
         documents, skipped = read_documents(text)
         source = str(text)
