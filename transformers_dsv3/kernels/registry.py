@@ -1,0 +1,161 @@
+"""The implementations that can serve each operation of a model, and the reason where one cannot.
+
+An operation is served by one backend at a time, chosen by Transformers' own switches (`attn_implementation`,
+`experts_implementation`) or by the model itself for each call. A backend is listed here by name, with a function that
+tells why it cannot serve a given module; `explain` prints the answers for a model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_kernels_available,
+    is_torch_flex_attn_available,
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one operation.
+
+    Args:
+        operation: what it computes: "attention, expanded", "attention, absorbed", "experts" or "linear layers".
+        name: its name in Transformers' switches where it has one.
+        does: what sets it apart, in a few words.
+        why_not: takes the module that holds the operation's weights; the reason it cannot serve that module, or None.
+    """
+
+    operation: str
+    name: str
+    does: str
+    why_not: Callable[[nn.Module], str | None]
+
+
+def _always(module: nn.Module) -> str | None:
+    return None
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    return next(module.parameters())
+
+
+def _missing(available: bool, package: str) -> Callable[[nn.Module], str | None]:
+    def why_not(module: nn.Module) -> str | None:
+        if not available:
+            return f"{package} is not installed"
+        return None if _weight(module).device.type == "cuda" else "needs a GPU"
+
+    return why_not
+
+
+def _flex(module: nn.Module) -> str | None:
+    return None if is_torch_flex_attn_available() else "this torch has no flex attention"
+
+
+def _grouped_mm(module: nn.Module) -> str | None:
+    weight = _weight(module)
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        return "this torch has no grouped_mm"
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes fp32, bf16 and fp16 weights, not {weight.dtype}"
+    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    return None
+
+
+def _hub_kernel(module: nn.Module) -> str | None:
+    if _weight(module).device.type != "cuda":
+        return "needs a GPU"
+    return None if is_kernels_available() else "the kernels package is not installed"
+
+
+def _absorbed(module: nn.Module) -> str | None:
+    return module.why_not_absorbed()
+
+
+# Order is that of the printed page
+BACKENDS = [
+    Backend("attention, expanded", "eager", "plain matrix products, gives attention weights", _always),
+    Backend("attention, expanded", "sdpa", "PyTorch's fused attention", _always),
+    Backend("attention, expanded", "flex_attention", "compiled by PyTorch for the mask at hand", _flex),
+    Backend(
+        "attention, expanded",
+        "flash_attention_2",
+        "FlashAttention 2",
+        _missing(is_flash_attn_2_available(), "flash-attn 2"),
+    ),
+    Backend(
+        "attention, expanded",
+        "flash_attention_3",
+        "FlashAttention 3",
+        _missing(is_flash_attn_3_available(), "flash-attn 3"),
+    ),
+    Backend("attention, absorbed", "torch", "matrix products on the cached latents", _absorbed),
+    Backend("experts", "eager", "one expert after another", _always),
+    Backend("experts", "grouped_mm", "one grouped product over tokens sorted by expert", _grouped_mm),
+    Backend("experts", "batched_mm", "copies the weights of each token's experts, for few tokens on a GPU", _always),
+    Backend("experts", "deepgemm", "DeepGEMM from the Hub", _hub_kernel),
+    Backend("experts", "sonicmoe", "SonicMoE from the Hub", _hub_kernel),
+    Backend("linear layers", "torch", "PyTorch's own", _always),
+]
+
+
+def explain(model: PreTrainedModel) -> str:
+    """Tells which backend serves each operation of a model, and why the others do not.
+
+    Args:
+        model: any DeepSeek-V3 model of this package, or a model that holds one (PEFT's wrappers do).
+
+    Returns:
+        Lines of text, a block for each operation: the backend in use is marked `*`, the others carry the reason they
+        cannot serve, or how to choose them.
+
+    Raises:
+        ValueError: for a model without multi-head latent attention of this package.
+    """
+    attention = [module for module in model.modules() if hasattr(module, "why_not_absorbed")]
+    if not attention:
+        raise ValueError(
+            f"{type(model).__name__} has no attention of this package: load it with `transformers_dsv3` imported."
+        )
+    experts = [module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "num_experts")]
+    parameter = next(model.parameters())
+    config = model.config
+    in_use = {
+        "attention, expanded": config._attn_implementation,
+        "attention, absorbed": "torch" if _absorbed(attention[0]) is None else None,
+        "experts": config._experts_implementation or "eager",
+        "linear layers": "torch",
+    }
+    switches = {"attention, expanded": "attn_implementation", "experts": "experts_implementation"}
+    serves = {
+        "attention, expanded": "prefill and training",
+        "attention, absorbed": "decoding with a cache, where fewer multiplications than expanding",
+        "experts": "routed experts" if experts else "this model has none",
+        "linear layers": "all projections",
+    }
+    lines = [f"{type(model).__name__} on {parameter.device}, {str(parameter.dtype).removeprefix('torch.')}"]
+    for operation, used in in_use.items():
+        lines.append(f"{operation} ({serves[operation]})")
+        listed = [backend for backend in BACKENDS if backend.operation == operation]
+        modules = {"experts": experts, "linear layers": [model]}.get(operation, attention)
+        if not modules:
+            continue
+        for backend in listed:
+            reason = backend.why_not(modules[0])
+            mark = " "
+            if backend.name == used:
+                mark, note = "*", "in use"
+            elif reason is not None:
+                note = f"no: {reason}"
+            else:
+                note = f'can be chosen: {switches[operation]}="{backend.name}"'
+            lines.append(f"  {mark} {backend.name:<18} {backend.does}; {note}")
+        if used is not None and used not in [backend.name for backend in listed]:
+            lines.append(f"  * {used:<18} registered outside this package; in use")
+    return "\n".join(lines)

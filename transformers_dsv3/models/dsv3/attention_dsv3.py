@@ -1,0 +1,294 @@
+"""Multi-head latent attention (MLA), DeepSeek-V2 (arXiv 2405.04434), section 2.1, unchanged in DeepSeek-V3.
+
+One set of weights, two ways to compute the same function:
+
+- expanded: keys and values of every head are made from the latents, then any attention of Transformers runs on them.
+  Cheapest where many queries share the expansion: prefill and training.
+- absorbed: the key half of `kv_b_proj` is folded into the query and its value half into the output, so attention runs
+  on the cached latents themselves. Cheapest for few queries on a long context: decoding.
+
+Shape suffixes: B batch, Q queries, S cached and new positions, H heads, N no-position dims of a head, P rotary dims of
+a head, V value dims of a head, R rank of the latent (`kv_lora_rank`), D hidden size.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+
+from .configuration_dsv3 import Dsv3Config
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
+    """Rotary position embedding (arXiv 2104.09864, section 3.4) of the last dimension.
+
+    Args:
+        x: `(B, H, S, P)`.
+        cos, sin: `(B or 1, S, P)`, the angles' values stated twice as Transformers' rotary embeddings give them.
+        interleave: whether pairs are neighbours (2i, 2i+1), as DeepSeek stores them, or halves (i, i + P/2).
+
+    Returns:
+        `(B, H, S, P)` with pairs as halves in both cases: queries and keys are permuted alike, so their products, the
+        only use made of them, are unchanged.
+    """
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., :half].unsqueeze(1), sin[..., :half].unsqueeze(1)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleave else (x[..., :half], x[..., half:])
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def softmax_scale(config: Dsv3Config) -> float:
+    """1/√(key dim), times the square of YaRN's attention factor (arXiv 2309.00071, section 3.4) where YaRN is used."""
+    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "default" and rope.get("mscale_all_dim", 0) and rope["factor"] > 1:
+        scale *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0) ** 2
+    return scale
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by plain matrix products, with the signature of Transformers' attention functions.
+
+    Args:
+        query, key: `(B, H, Q, N + P)` and `(B, H, S, N + P)`. value: `(B, H, S, V)`.
+        attention_mask: additive, broadcastable to `(B, H, Q, S)`, or None for no mask at all.
+
+    Returns:
+        The output `(B, Q, H, V)` and the attention weights `(B, H, Q, S)`.
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def absorbed_attention(
+    q_nope_BHQN: torch.Tensor,
+    q_rope_BHQP: torch.Tensor,
+    latent_BSR: torch.Tensor,
+    k_rope_BSP: torch.Tensor,
+    kv_b_weight: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over cached latents, without keys or values of single heads.
+
+    With W_UK and W_UV the halves of `kv_b_proj`, qᵀ(W_UK c) = (W_UKᵀ q)ᵀ c and Σ p (W_UV c) = W_UV (Σ p c), so both
+    projections move to the side of the queries (arXiv 2405.04434, section 2.1.2).
+
+    Args:
+        latent_BSR: normalised latents; k_rope_BSP: rotated keys shared by all heads.
+        kv_b_weight: `(H * (N + V), R)`.
+        attention_mask: boolean (True: may attend) or additive, broadcastable to `(B, 1, Q, S)`; None allows all.
+
+    Returns:
+        The output `(B, Q, H, V)` and the attention weights `(B, H, Q, S)`.
+    """
+    B, H, Q, N = q_nope_BHQN.shape
+    R = latent_BSR.shape[-1]
+    w_uk_HNR, w_uv_HVR = kv_b_weight.view(H, -1, R).split([N, kv_b_weight.shape[0] // H - N], dim=1)
+
+    q_latent_BHQR = torch.matmul(q_nope_BHQN, w_uk_HNR)
+    # Heads become rows of one product with the latents, which are so read once for all heads
+    scores_BHQS = (
+        torch.matmul(q_latent_BHQR.reshape(B, H * Q, R), latent_BSR.transpose(1, 2))
+        + torch.matmul(q_rope_BHQP.reshape(B, H * Q, -1), k_rope_BSP.transpose(1, 2))
+    ).view(B, H, Q, -1) * scaling
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            # The lowest finite value, as Transformers masks: a row that may attend nothing (padding) gets no NaN
+            scores_BHQS = scores_BHQS.masked_fill(~attention_mask, torch.finfo(scores_BHQS.dtype).min)
+        else:
+            scores_BHQS = scores_BHQS + attention_mask
+    weights_BHQS = F.softmax(scores_BHQS, dim=-1, dtype=torch.float32).to(latent_BSR.dtype)
+    out_BHQR = torch.matmul(weights_BHQS.view(B, H * Q, -1), latent_BSR).view(B, H, Q, R)
+    out_BHQV = torch.matmul(out_BHQR, w_uv_HVR.transpose(1, 2))
+    return out_BHQV.transpose(1, 2), weights_BHQS
+
+
+def dense_mask(attention_mask: Any, q_len: int, kv_len: int, device: torch.device) -> torch.Tensor | None:
+    """Brings the mask of any attention implementation to the form that `absorbed_attention` takes.
+
+    Args:
+        attention_mask: None (causal, the last query at the last position), `(B, S)` with 0 for padding (flash
+            attention), `(B, 1, Q, S)` boolean or additive (sdpa, eager), or flex attention's block mask.
+
+    Returns:
+        None where every query may attend everything, else a tensor broadcastable to `(B, 1, Q, S)`.
+    """
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
+        return attention_mask[..., :kv_len]
+    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+        from torch.nn.attention.flex_attention import create_mask
+
+        return create_mask(attention_mask.mask_mod, attention_mask.shape[0], 1, q_len, kv_len, device=str(device))
+    mask = None
+    if q_len > 1:
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)[None, None]
+    if attention_mask is not None:
+        padding = attention_mask[:, None, None, :kv_len].bool()
+        mask = padding if mask is None else mask & padding
+    return mask
+
+
+class Dsv3Attention(nn.Module):
+    """Multi-head latent attention over a cache of latents.
+
+    The cache holds, for each layer and token, the normalised latent as its "key" `(B, 1, S, R)` and the rotated shared
+    key as its "value" `(B, 1, S, P)`, so every cache class of Transformers stores, crops, reorders and moves them.
+
+    Args:
+        layer_idx: position in the cache.
+    """
+
+    def __init__(self, config: Dsv3Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.attention_dropout = config.attention_dropout
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_groups = 1  # read by Transformers' attention functions: each head has its own key
+        self.is_causal = True
+        self.q_lora_rank = config.q_lora_rank
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.scaling = softmax_scale(config)
+
+        hidden_size, bias = config.hidden_size, config.attention_bias
+        if self.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, self.num_heads * self.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, self.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepseekV3RMSNorm(self.q_lora_rank)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = DeepseekV3RMSNorm(self.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(
+            self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, hidden_size, bias=bias)
+
+    def why_not_absorbed(self, past_key_values: Cache | None = None) -> str | None:
+        """The reason why the absorbed path cannot serve this module and cache, or None where it can."""
+        if type(self.kv_b_proj) is not nn.Linear:
+            return f"kv_b_proj is a {type(self.kv_b_proj).__name__}, whose weight cannot be folded"
+        if self.kv_b_proj.weight.is_meta:
+            return "kv_b_proj is offloaded, its weight is not in memory outside its own call"
+        if self.training and self.attention_dropout > 0:
+            return "attention dropout is on"
+        implementation = self.config._attn_implementation or "eager"
+        if "paged" in implementation:
+            return f"the cache of {implementation!r} is not addressed by position"
+        if "flash" in implementation and past_key_values is not None and past_key_values.is_compileable:
+            return f"the mask of {implementation!r} does not tell which positions of a static cache are filled"
+        return None
+
+    def _absorbed_is_cheaper(self, q_len: int, kv_len: int) -> bool:
+        """Compares the multiplications a head does: expansion pays once a position, absorption for every query."""
+        N, P, V, R = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank
+        expanded = kv_len * R * (N + V) + q_len * kv_len * (N + P + V)
+        absorbed = q_len * R * (N + V) + q_len * kv_len * (2 * R + P)
+        return absorbed < expanded
+
+    def _expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `(B, 1, S, R)` and shared keys `(B, 1, S, P)` to keys `(B, H, S, N + P)` and values `(B, H, S, V)`."""
+        kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+        k_nope, value = kv.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        return torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1), value
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: `(B, Q, D)`.
+            position_embeddings: cos and sin, `(B or 1, Q, P)` each.
+            attention_mask: as Transformers' mask functions make it for `config._attn_implementation`.
+            past_key_values: the cache, extended in place by the new latents.
+
+        Returns:
+            The output `(B, Q, D)`, and the attention weights `(B, H, Q, S)` where the implementation gives them.
+        """
+        batch_size, q_len = hidden_states.shape[:2]
+        if self.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
+        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(
+            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
+        )
+        latent = self.kv_a_layernorm(latent).unsqueeze(1)
+        cos, sin = position_embeddings
+        q_rope = rotate(q_rope, cos, sin, self.config.rope_interleave)
+        k_rope = rotate(k_rope.unsqueeze(1), cos, sin, self.config.rope_interleave)
+
+        if past_key_values is not None:
+            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+
+        kv_len = latent.shape[2]
+        if (
+            past_key_values is not None
+            and self._absorbed_is_cheaper(q_len, kv_len)
+            and self.why_not_absorbed(past_key_values) is None
+        ):
+            output, weights = absorbed_attention(
+                q_nope,
+                q_rope,
+                latent.squeeze(1),
+                k_rope.squeeze(1),
+                self.kv_b_proj.weight,
+                dense_mask(attention_mask, q_len, kv_len, hidden_states.device),
+                self.scaling,
+            )
+            weights = weights if self.config._attn_implementation == "eager" else None
+        else:
+            key, value = self._expand(latent, k_rope)
+            # PyTorch's fused CPU attention takes equal widths only; without it a prefill of 2,048 tokens is three times
+            # slower. FlashAttention 2 refuses unequal widths altogether.
+            implementation = self.config._attn_implementation or "eager"
+            pad = self.qk_head_dim - self.v_head_dim
+            padded = pad > 0 and ("flash" in implementation or (implementation == "sdpa" and value.device.type == "cpu"))
+            if padded:
+                value = F.pad(value, [0, pad])
+            attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+            output, weights = attention(
+                self,
+                torch.cat([q_nope, q_rope], dim=-1),
+                key,
+                value,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+            if padded:
+                output = output[..., : self.v_head_dim]
+        return self.o_proj(output.reshape(batch_size, q_len, -1)), weights

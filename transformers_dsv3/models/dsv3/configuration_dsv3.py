@@ -1,0 +1,131 @@
+"""Configuration of DeepSeek-V3 models (arXiv 2412.19437, section 4.2 for the published sizes)."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+
+
+@strict
+class Dsv3Config(DeepseekV3Config):
+    r"""
+    Configuration of a DeepSeek-V3 model: the fields of [`DeepseekV3Config`], the official keys that it leaves out of
+    `config.json`, and the fields that training needs. Contradictions are refused when it is built.
+
+    Every default is the published DeepSeek-V3 (671B) value. See [`DeepseekV3Config`] for the inherited fields.
+
+    Args:
+        topk_method (`str`, *optional*, defaults to `"noaux_tc"`):
+            How experts are chosen. Only `"noaux_tc"` (sigmoid scores plus a correction bias, section 2.1.2) is
+            DeepSeek-V3; V2's `"greedy"` and `"group_limited_greedy"` are refused.
+        scoring_func (`str`, *optional*, defaults to `"sigmoid"`):
+            Function from router logits to scores. Only `"sigmoid"` is DeepSeek-V3.
+        moe_layer_freq (`int`, *optional*, defaults to 1):
+            After the first `first_k_dense_replace` layers, every `moe_layer_freq`-th layer is a mixture of experts.
+        output_router_logits (`bool`, *optional*, defaults to `False`):
+            Whether the models return the router logits of each mixture-of-experts layer.
+        mtp_loss_weight (`float`, *optional*, defaults to 0.0):
+            λ of the multi-token prediction objective (section 2.2): its loss, averaged over the MTP layers, is added
+            with this weight to the language-modelling loss while training. 0 leaves the MTP layers out of training.
+            Written to `config.json` only when it is not 0.
+
+    Raises:
+        ValueError: naming the field and the rule, when fields contradict each other.
+    """
+
+    model_type = "deepseek_v3"
+
+    topk_method: str = "noaux_tc"
+    scoring_func: str = "sigmoid"
+    n_shared_experts: int | None = 1
+    moe_layer_freq: int = 1
+    output_router_logits: bool = False
+    mtp_loss_weight: float = 0.0
+
+    def __post_init__(self, **kwargs: Any):
+        # A repository with remote code of its own (Moonlight's, for one) names that code here. These classes serve
+        # the model instead, and a checkpoint saved from them carries no code.
+        kwargs.pop("auto_map", None)
+        if self.n_shared_experts is None:
+            self.n_shared_experts = 0
+        if self.n_group is None:
+            self.n_group = 1
+        if self.topk_group is None:
+            self.topk_group = self.n_group
+        super().__post_init__(**kwargs)
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        def refuse(field: str, rule: str) -> None:
+            raise ValueError(f"`{field}={getattr(self, field)!r}`: {rule}")
+
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "kv_lora_rank",
+            "qk_rope_head_dim",
+            "qk_nope_head_dim",
+            "v_head_dim",
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "n_group",
+            "topk_group",
+            "moe_layer_freq",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, field)
+            if value is None or value < 1:
+                refuse(field, "must be at least 1")
+        for field in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "mtp_loss_weight"):
+            if getattr(self, field) is None or getattr(self, field) < 0:
+                refuse(field, "must not be negative")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            refuse("q_lora_rank", "must be at least 1, or null for queries without a low-rank projection")
+        if self.topk_method != "noaux_tc":
+            refuse("topk_method", "DeepSeek-V3 routes by 'noaux_tc' only")
+        if self.scoring_func != "sigmoid":
+            refuse("scoring_func", "DeepSeek-V3 scores experts by 'sigmoid' only")
+        if self.qk_rope_head_dim % 2:
+            refuse("qk_rope_head_dim", "must be even: rotary embeddings turn pairs of values")
+        if self.num_key_value_heads != self.num_attention_heads:
+            refuse(
+                "num_key_value_heads",
+                f"must equal num_attention_heads ({self.num_attention_heads}): every head of MLA has its own key and "
+                "value, expanded from the shared latent",
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            refuse("first_k_dense_replace", f"must not exceed num_hidden_layers ({self.num_hidden_layers})")
+        if self.n_routed_experts % self.n_group:
+            refuse("n_routed_experts", f"must be divisible by n_group ({self.n_group})")
+        experts_per_group = self.n_routed_experts // self.n_group
+        if self.topk_group > self.n_group:
+            refuse("topk_group", f"must not exceed n_group ({self.n_group})")
+        if self.n_group > 1 and experts_per_group < 2:
+            refuse("n_group", f"must leave two experts a group or more, not {experts_per_group}: a group's score is "
+                   "the sum of its two best experts")  # fmt: skip
+        if self.num_experts_per_tok > self.topk_group * experts_per_group:
+            refuse(
+                "num_experts_per_tok",
+                f"must not exceed the {self.topk_group * experts_per_group} experts of the topk_group "
+                f"({self.topk_group}) selected groups of {experts_per_group}",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        # The classes that a reader without this package finds
+        if output.get("architectures"):
+            output["architectures"] = [_official_architecture(name) for name in output["architectures"]]
+        if not output.get("mtp_loss_weight"):
+            output.pop("mtp_loss_weight", None)
+        return output
+
+
+def _official_architecture(class_name: str) -> str:
+    return "DeepseekV3" + class_name.removeprefix("Dsv3") if class_name.startswith("Dsv3") else class_name
+
+
+__all__ = ["Dsv3Config"]

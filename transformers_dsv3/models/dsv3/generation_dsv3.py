@@ -1,0 +1,398 @@
+"""Generation: input checks, prompts padded on the right, and self-speculation with the MTP layers.
+
+Self-speculation (arXiv 2412.19437, section 5.4.3): the MTP layers draft the next tokens, the main model checks them in
+one pass, and what it would have produced itself is kept. Sampling is exact by rejection (arXiv 2211.17192, section 2.3).
+
+Rows of a batch accept different numbers of drafts. The cache stays one rectangle: what is rejected in every row is
+cropped off, and what is rejected in some rows only is masked from then on, a "hole".
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput, logging
+
+from .inputs_dsv3 import check_inputs
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Dsv3MtpDecoderOnlyOutput(GenerateDecoderOnlyOutput):
+    """Output of `generate(use_mtp=True, return_dict_in_generate=True)`.
+
+    `scores` and `logits` hold one `(B, vocab)` tensor a new token, zeros for rows that had ended. `past_key_values` is
+    None where rows accepted different numbers of drafts, since the cache then holds positions that are masked.
+
+    Args:
+        mtp_drafted_tokens (`int`): tokens drafted for rows that had not ended.
+        mtp_accepted_tokens (`int`): how many of them the main model accepted.
+        mtp_acceptance_rate (`float`): the second over the first; 0 where nothing was drafted.
+    """
+
+    mtp_drafted_tokens: int | None = None
+    mtp_accepted_tokens: int | None = None
+    mtp_acceptance_rate: float | None = None
+
+
+class Dsv3GenerationMixin(GenerationMixin):
+    """`generate` for DeepSeek-V3 language models."""
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """[`GenerationMixin.generate`], with checked inputs and correct output for prompts padded on the right.
+
+        A prompt padded on the right (as its `attention_mask` tells) is generated from as if it were padded on the left;
+        the returned sequences start with the prompt as it was given.
+
+        `use_mtp=True` decodes by self-speculation with the model's MTP layers, at any batch size: the same text as
+        without for greedy decoding, the same distribution for sampling. See [`Dsv3MtpDecoderOnlyOutput`].
+
+        Raises:
+            ValueError: for the inputs that [`Dsv3Model.forward`] refuses.
+        """
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        mask = kwargs.get("attention_mask")
+        checkable = isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2
+        if checkable:
+            embedding = self.get_input_embeddings()
+            check_inputs(self.config, embedding, input_ids, None, mask, None, wait_for_device=True)
+
+        past = kwargs.get("past_key_values")
+        if (
+            not checkable
+            or mask is None
+            or mask.shape != input_ids.shape
+            or (past is not None and past.get_seq_length() > 0)
+            or bool(mask[:, -1].all())
+        ):
+            return super().generate(inputs, *args, **kwargs)
+
+        order = mask.bool().int().argsort(dim=1, stable=True)  # padding first, tokens behind it in their order
+        kwargs.pop("input_ids", None)
+        kwargs.pop("position_ids", None)
+        kwargs["attention_mask"] = mask.gather(1, order)
+        output = super().generate(input_ids.gather(1, order), *args, **kwargs)
+        sequences = output.sequences if isinstance(output, ModelOutput) else output
+        copies = sequences.shape[0] // input_ids.shape[0]
+        sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(copies, dim=0)
+        return output
+
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        limit = self.config.max_position_embeddings
+        grows = self.config.rope_parameters.get("rope_type", "default") == "dynamic"
+        if generation_config.max_length > limit and not has_default_max_length and not grows:
+            raise ValueError(
+                f"{input_ids_length} prompt tokens and the asked new ones make {generation_config.max_length}, past "
+                f"`max_position_embeddings={limit}` of this model. Lower `max_new_tokens` or shorten the prompt."
+            )
+
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        if not generation_config.use_mtp:
+            return
+        if not self.model.mtp_layers:
+            raise ValueError(
+                "`use_mtp=True` needs MTP layers, and this model has none (`num_nextn_predict_layers=0`, or its "
+                "checkpoint came without their weights)."
+            )
+        if generation_mode_kwargs.get("assistant_model") is not None:
+            raise ValueError("`use_mtp=True` and `assistant_model` both draft tokens: give one of them.")
+        if generation_mode_kwargs.get("synced_gpus"):
+            raise ValueError("`use_mtp=True` cannot run with `synced_gpus`: ranks would make different numbers of passes.")
+        if generation_config.output_attentions or generation_config.output_hidden_states:
+            raise ValueError("`use_mtp=True` does not collect attentions or hidden states.")
+
+    def _assisted_decoding(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        inputs_tensor: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not generation_config.use_mtp:
+            return super()._assisted_decoding(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                inputs_tensor=inputs_tensor,
+                **kwargs,
+            )
+        for name in ("assistant_model", "assistant_tokenizer", "tokenizer"):
+            kwargs.pop(name, None)
+        return MtpDecoding(self, input_ids, logits_processor, stopping_criteria, generation_config, streamer).run(kwargs)
+
+
+class MtpDecoding:
+    """One run of self-speculation over a batch.
+
+    Shape suffixes: B rows, W slots of the last pass that stay in the cache, J drafts and the token before them, V
+    vocabulary, D hidden size.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any,
+    ):
+        self.model = model
+        self.layers = model.model.mtp_layers
+        self.logits_processor = logits_processor
+        self.stopping_criteria = stopping_criteria
+        self.config = generation_config
+        self.streamer = streamer
+        self.max_length = generation_config.max_length
+
+        batch_size, self.prompt_length = input_ids.shape
+        device = input_ids.device
+        pad = generation_config._pad_token_tensor
+        self.pad = int(pad) if pad is not None else 0
+        # Drafts are written behind the committed tokens, so that logits processors see them
+        self.tokens = input_ids.new_full((batch_size, self.max_length + len(self.layers) + 1), self.pad)
+        self.tokens[:, : self.prompt_length] = input_ids
+        self.lengths = [self.prompt_length] * batch_size
+        self.ended = [False] * batch_size
+        self.rows = torch.arange(batch_size, device=device)
+        self.drafted = self.accepted = 0
+        wants = generation_config.return_dict_in_generate
+        self.scores: list[torch.Tensor] | None = [] if wants and generation_config.output_scores else None
+        self.logits: list[torch.Tensor] | None = [] if wants and generation_config.output_logits else None
+
+    def run(self, model_kwargs: dict[str, Any]) -> Any:
+        """Generates until every row has ended. `model_kwargs` are those that `generate` prepared."""
+        cache = self._prefill(model_kwargs)
+        while not all(self.ended):
+            remaining = max(self.max_length - n for n, ended in zip(self.lengths, self.ended) if not ended)
+            drafts_BJ, draft_scores = self._draft(min(len(self.layers), remaining - 1))
+            self._verify(drafts_BJ, draft_scores, cache)
+        return self._output(cache)
+
+    def _prefill(self, model_kwargs: dict[str, Any]) -> Cache:
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or not model_kwargs.get("use_cache"):
+            raise ValueError("`use_mtp=True` needs a cache: leave `use_cache` on.")
+        if cache.is_compileable:
+            raise ValueError("`use_mtp=True` cannot run on a static cache, which rejected drafts would fill up.")
+        # The MTP cache starts with this call, so it lacks what the main cache held before
+        self.mtp_offset = cache.get_seq_length()
+        self.mtp_cache = DynamicCache()
+        prompt = self.tokens[:, : self.prompt_length]
+        new_tokens = None
+        mask = model_kwargs.get("attention_mask")
+        mask_length = mask.shape[1] if mask is not None else getattr(self.config, "_mask_length", -1)
+        if self.mtp_offset and mask_length == self.prompt_length:
+            new_tokens = self.prompt_length - self.mtp_offset
+        inputs = self.model.prepare_inputs_for_generation(
+            prompt, next_sequence_length=new_tokens, is_first_iteration=True, **model_kwargs
+        )
+        inputs = {
+            name: inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        }
+        # None while nothing is masked, which keeps the faster attention paths open
+        self.mask = inputs["attention_mask"]
+        hidden_BWD = self.model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        embeds_BWD = inputs["inputs_embeds"]
+        if embeds_BWD is None:
+            embeds_BWD = self.model.model.embed_tokens(inputs["input_ids"])
+
+        logits_BV = self._head(hidden_BWD[:, -1:])[:, 0]
+        scores_BV = self._process(logits_BV, 0)
+        next_B = self._choose(scores_BV)
+        self.croppable = all(type(layer) is DynamicLayer for layer in cache.layers)
+        width = hidden_BWD.shape[1]
+        positions = inputs["position_ids"]
+        if positions is None:
+            positions = torch.arange(self.mtp_offset, self.mtp_offset + width, device=hidden_BWD.device)[None]
+        self.positions_BW = positions[:, -width:].expand(len(self.lengths), -1)
+        self.hidden_BWD = hidden_BWD
+        self.last_B = torch.full_like(self.rows, width - 1)
+        next_embeds_B1D = self.model.model.embed_tokens(next_B[:, None].to(embeds_BWD.device))
+        self.next_embeds_BWD = torch.cat([embeds_BWD[:, 1:], next_embeds_B1D], dim=1)
+        self._commit([0] * len(self.lengths), next_B, [scores_BV], [logits_BV])
+        return cache
+
+    def _draft(self, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Drafts `count` tokens `(B, J)` for every row, with the scores `(B, V)` that each was chosen by."""
+        drafts, all_scores = [], []
+        if count == 0:
+            return self.tokens[:, :0], all_scores
+        model = self.model.model
+        hidden_BWD, embeds_BWD = self.hidden_BWD, self.next_embeds_BWD
+        mask = None if self.mask is None else self.mask[:, self.mtp_offset :]
+        layer_inputs = model.attention_inputs(embeds_BWD, mask, self.positions_BW, self.mtp_cache)
+        for depth in range(count):
+            hidden_BWD = self.layers[depth](hidden_BWD, embeds_BWD, **layer_inputs)
+            scores_BV = self._process(self._head(hidden_BWD[self.rows, self.last_B][:, None])[:, 0], depth)
+            draft_B = self._choose(scores_BV)
+            for row, length in enumerate(self.lengths):
+                if not self.ended[row]:
+                    self.tokens[row, length + depth] = draft_B[row]
+            drafts.append(draft_B)
+            all_scores.append(scores_BV)
+            if depth + 1 < count:
+                # One token further for the next layer: entries before the last move up, the last takes the draft. A
+                # deeper layer has so cached drafts that may be rejected, which costs acceptance later, never exactness.
+                embeds_BWD = torch.cat([embeds_BWD[:, 1:], embeds_BWD[:, -1:]], dim=1)
+                embeds_BWD[self.rows, self.last_B] = model.embed_tokens(draft_B)
+        return torch.stack(drafts, dim=1), all_scores
+
+    def _verify(self, drafts_BJ: torch.Tensor, draft_scores: list[torch.Tensor], cache: Cache) -> None:
+        """Runs the main model on the last token and the drafts, and commits what it agrees with."""
+        count = drafts_BJ.shape[1]
+        last_B = self.tokens[self.rows, torch.tensor(self.lengths, device=self.rows.device) - 1]
+        input_BJ = torch.cat([last_B[:, None], drafts_BJ], dim=1)
+        # Rows that are about to end may draft past the last position that the model knows; those drafts are dropped
+        positions_BJ = self.positions_BW[self.rows, self.last_B][:, None] + torch.arange(
+            1, count + 2, device=self.rows.device
+        )
+        positions_BJ = positions_BJ.clamp(max=self.model.config.max_position_embeddings - 1)
+        mask = None if self.mask is None else torch.cat([self.mask, self.mask.new_ones(input_BJ.shape)], dim=1)
+        hidden_BJD = self.model.model(
+            input_ids=input_BJ, attention_mask=mask, position_ids=positions_BJ, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        logits_BJV = self._head(hidden_BJD)
+        scores = [self._process(logits_BJV[:, j], j) for j in range(count + 1)]
+        accepted_B, next_B = self._accept(drafts_BJ, draft_scores, torch.stack(scores, dim=1))
+
+        accepted = [0 if ended else n for n, ended in zip(accepted_B.tolist(), self.ended)]
+        keep = max(accepted) + 1 if self.croppable else count + 1
+        if keep <= count:
+            cache.crop(keep - count - 1)
+        # A row that has ended makes no holes: its output is padding whatever it attends to
+        accepted_B = accepted_B.masked_fill(torch.tensor(self.ended, device=accepted_B.device), keep - 1)
+        accepted_B = accepted_B.clamp(max=keep - 1)
+        used_BW = torch.arange(keep, device=accepted_B.device) <= accepted_B[:, None]
+        if self.mask is not None or not bool(used_BW.all()):
+            if self.mask is None:
+                self.mask = used_BW.new_ones(len(self.lengths), cache.get_seq_length() - keep)
+            self.mask = torch.cat([self.mask, used_BW.to(self.mask.dtype)], dim=1)
+
+        self.positions_BW, self.hidden_BWD, self.last_B = positions_BJ[:, :keep], hidden_BJD[:, :keep], accepted_B
+        following_BW = torch.cat([drafts_BJ, next_B[:, None]], dim=1)[:, :keep]
+        following_BW[self.rows, accepted_B] = next_B
+        self.next_embeds_BWD = self.model.model.embed_tokens(following_BW)
+        live = self.ended.count(False)
+        self.drafted += count * live
+        self.accepted += sum(accepted)
+        self._commit(accepted, next_B, scores, list(logits_BJV.unbind(1)))
+
+    def _accept(
+        self, drafts_BJ: torch.Tensor, draft_scores: list[torch.Tensor], scores: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many drafts each row accepts, `(B,)`, and the token that follows them, `(B,)`.
+
+        Args:
+            scores: `(B, J + 1, V)`, the main model's, processed.
+        """
+        count = drafts_BJ.shape[1]
+        if not self.config.do_sample:
+            choice = scores.argmax(dim=-1)
+            accepted_B = (choice[:, :count] == drafts_BJ).long().cumprod(dim=1).sum(dim=1)
+            return accepted_B, choice[self.rows, accepted_B]
+        target = scores.softmax(dim=-1)
+        if count == 0:
+            return torch.zeros_like(self.rows), torch.multinomial(target[:, 0], 1)[:, 0]
+        draft = torch.stack(draft_scores, dim=1).softmax(dim=-1)
+        target_p = target[:, :count].gather(2, drafts_BJ[..., None])[..., 0]
+        draft_p = draft.gather(2, drafts_BJ[..., None])[..., 0]
+        # Accept with probability min(1, target / draft)
+        agrees = torch.rand_like(target_p) * draft_p < target_p
+        accepted_B = agrees.long().cumprod(dim=1).sum(dim=1)
+        # A rejected draft is replaced from what the main model has above the draft's probabilities
+        own = target[self.rows, accepted_B]
+        excess = (own - draft[self.rows, accepted_B.clamp(max=count - 1)]).clamp(min=0)
+        use_excess = (accepted_B < count) & (excess.sum(dim=-1) > 0)
+        return accepted_B, torch.multinomial(torch.where(use_excess[:, None], excess, own), 1)[:, 0]
+
+    def _commit(
+        self, accepted: list[int], next_B: torch.Tensor, scores: list[torch.Tensor], logits: list[torch.Tensor]
+    ) -> None:
+        """Appends accepted drafts (already behind the committed tokens) and the next token, up to a row's end."""
+        for row, ended in enumerate(self.ended):
+            if ended:
+                continue
+            start = self.lengths[row]
+            self.tokens[row, start + accepted[row]] = next_B[row]
+            for place in range(accepted[row] + 1):
+                self.lengths[row] += 1
+                for kept, source in ((self.scores, scores), (self.logits, logits)):
+                    if kept is not None:
+                        index = self.lengths[row] - self.prompt_length - 1
+                        while len(kept) <= index:
+                            kept.append(torch.zeros_like(source[place]))
+                        kept[index][row] = source[place][row]
+                if bool(self.stopping_criteria(self.tokens[row : row + 1, : self.lengths[row]], None)[0]):
+                    self.ended[row] = True
+                    break
+            end = self.lengths[row]
+            if self.streamer is not None:
+                self.streamer.put(self.tokens[row, start:end].cpu())
+            if self.ended[row]:
+                self.tokens[row, end:] = self.pad
+
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, J, D)` to fp32 logits `(B, J, V)` on the device of the tokens."""
+        return self.model.lm_head(hidden_states).to(self.tokens.device, torch.float32)
+
+    def _process(self, logits_BV: torch.Tensor, ahead: int) -> torch.Tensor:
+        """Runs the logits processors for the token `ahead` places behind the committed ones.
+
+        A processor sees whole batches of one length. Rows of other lengths are cut or padded to it and their results
+        dropped, so that processors which know rows by their index (prefix constraints) still do.
+        """
+        if not self.logits_processor:
+            return logits_BV
+        scores_BV = logits_BV.clone()
+        for length in set(self.lengths):
+            processed = self.logits_processor(self.tokens[:, : length + ahead], logits_BV.clone())
+            chosen = [row for row, n in enumerate(self.lengths) if n == length]
+            scores_BV[chosen] = processed[chosen]
+        return scores_BV
+
+    def _choose(self, scores_BV: torch.Tensor) -> torch.Tensor:
+        if self.config.do_sample:
+            return torch.multinomial(scores_BV.softmax(dim=-1), 1)[:, 0]
+        return scores_BV.argmax(dim=-1)
+
+    def _output(self, cache: Cache) -> Any:
+        rate = self.accepted / self.drafted if self.drafted else 0.0
+        logger.info(f"MTP drafted {self.drafted} tokens, {self.accepted} accepted ({rate:.1%}).")
+        if self.streamer is not None:
+            self.streamer.end()
+        sequences = self.tokens[:, : max(self.lengths)]
+        if not self.config.return_dict_in_generate:
+            return sequences
+        # As after decoding without drafts, the cache holds every token but the last
+        surplus = cache.get_seq_length() - self.mtp_offset - (max(self.lengths) - 1)
+        whole = self.croppable and len(self.lengths) == 1 and self.mtp_offset == 0
+        if whole and surplus > 0:
+            cache.crop(-surplus)
+        return Dsv3MtpDecoderOnlyOutput(
+            sequences=sequences,
+            scores=tuple(self.scores) if self.scores is not None else None,
+            logits=tuple(self.logits) if self.logits is not None else None,
+            past_key_values=cache if whole else None,
+            mtp_drafted_tokens=self.drafted,
+            mtp_accepted_tokens=self.accepted,
+            mtp_acceptance_rate=rate,
+        )

@@ -1,0 +1,70 @@
+"""Checks of model inputs, made before any compute."""
+
+import torch
+from torch import nn
+from transformers.utils.import_utils import is_torchdynamo_compiling
+
+from .configuration_dsv3 import Dsv3Config
+
+
+def check_inputs(
+    config: Dsv3Config,
+    embedding: nn.Embedding,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_length: int | torch.Tensor = 0,
+    wait_for_device: bool = False,
+) -> None:
+    """Refuses inputs that would crash the device or give meaningless output.
+
+    Shapes are always checked. Values are checked where they lie in the host's memory, since reading them from an
+    accelerator would make the host wait for it at each step.
+
+    Args:
+        input_ids: `(B, Q)`. inputs_embeds: `(B, Q, D)` in its place.
+        attention_mask: `(B, S)`, or another form that is not checked.
+        position_ids: `(B or 1, Q)`.
+        past_length: cached positions; a tensor (static caches) is not read.
+        wait_for_device: check values on an accelerator too.
+
+    Raises:
+        ValueError: naming the argument and what is wrong with it.
+    """
+    if is_torchdynamo_compiling():
+        return
+
+    def readable(tensor: torch.Tensor | None) -> bool:
+        return tensor is not None and (tensor.device.type == "cpu" or (wait_for_device and not tensor.is_meta))
+
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    name = "input_ids" if input_ids is not None else "inputs_embeds"
+    if tokens is None:
+        return
+    if tokens.shape[0] == 0 or tokens.shape[1] == 0:
+        raise ValueError(f"`{name}` of shape {tuple(tokens.shape)} is empty: at least one token is needed.")
+
+    if input_ids is not None and readable(input_ids):
+        low, high = (int(value) for value in input_ids.aminmax())
+        if low < 0 or high >= embedding.num_embeddings:
+            raise ValueError(
+                f"`input_ids` has token id {low if low < 0 else high}, outside the vocabulary of "
+                f"{embedding.num_embeddings} tokens. Is the tokenizer this model's own?"
+            )
+
+    if attention_mask is not None and attention_mask.dim() == 2 and readable(attention_mask):
+        hidden_rows = (~attention_mask.bool().any(dim=-1)).nonzero().flatten().tolist()
+        if hidden_rows:
+            raise ValueError(f"`attention_mask` hides every token of row {hidden_rows[0]}: there is nothing to attend to.")
+
+    limit = config.max_position_embeddings
+    if config.rope_parameters.get("rope_type", "default") == "dynamic":
+        return  # made to grow past its limit
+    longest = None
+    if position_ids is None:
+        longest = tokens.shape[1] + past_length if isinstance(past_length, int) else tokens.shape[1]
+    elif readable(position_ids):
+        longest = int(position_ids.max()) + 1
+    if longest is not None and longest > limit:
+        raise ValueError(f"{longest} positions exceed `max_position_embeddings={limit}` of this model.")

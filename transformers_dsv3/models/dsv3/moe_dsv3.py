@@ -1,0 +1,148 @@
+"""DeepSeekMoE with auxiliary-loss-free routing (arXiv 2412.19437, section 2.1.2).
+
+Shape suffixes: T tokens, E routed experts, K experts chosen a token, G groups, D hidden size, I width of an expert.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
+
+from .configuration_dsv3 import Dsv3Config
+
+
+class Dsv3TopkRouter(nn.Module):
+    """Scores the experts for each token and chooses `num_experts_per_tok` of them.
+
+    Choice is by sigmoid score plus `e_score_correction_bias`, within the best groups; the weights that mix the chosen
+    experts are the scores without the bias (equations 12 to 16). All of it is computed in fp32, autocast or not.
+    """
+
+    e_score_correction_bias: torch.Tensor
+
+    def __init__(self, config: Dsv3Config):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.n_routed_experts
+        self.n_group = config.n_group
+        self.topk_group = config.topk_group
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.zeros(self.num_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Dsv3TopkRouter":
+        """Follows `.to`, `.half` and the like, but the correction bias stays in fp32.
+
+        It moves by steps of 0.001 while training, which bf16 cannot represent near 1.
+        """
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if after.dtype != torch.float32:
+            exact = torch.empty_like(after, dtype=torch.float32) if after.is_meta or before.is_meta else None
+            self.e_score_correction_bias = before.to(after.device, torch.float32) if exact is None else exact
+        return self
+
+    def choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        """Indices `(T, K)` of the experts chosen for sigmoid scores `(T, E)`, in no particular order."""
+        biased_TE = scores_TE + self.e_score_correction_bias
+        if self.n_group > 1:
+            grouped_TGe = biased_TE.unflatten(-1, (self.n_group, -1))
+            group_scores_TG = grouped_TGe.topk(2, dim=-1)[0].sum(dim=-1)
+            groups = group_scores_TG.topk(self.topk_group, dim=-1, sorted=False)[1]
+            dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter(1, groups, False)
+            biased_TE = grouped_TGe.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)
+        return biased_TE.topk(self.top_k, dim=-1, sorted=False)[1]
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: `(..., D)`.
+
+        Returns:
+            Router logits `(T, E)` before the sigmoid, mixing weights `(T, K)`, both fp32, and expert indices `(T, K)`.
+        """
+        if self.e_score_correction_bias.dtype != torch.float32:
+            raise RuntimeError(
+                f"e_score_correction_bias is {self.e_score_correction_bias.dtype}, its fp32 values are lost. FSDP's "
+                "MixedPrecision(buffer_dtype=...) casts buffers: leave buffer_dtype unset, or use FSDP2."
+            )
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
+            logits_TE = F.linear(hidden_TD, self.weight.float())
+            scores_TE = logits_TE.sigmoid()
+            with torch.no_grad():
+                indices_TK = self.choose(scores_TE)
+            weights_TK = scores_TE.gather(1, indices_TK)
+            if self.norm_topk_prob:
+                weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+            return logits_TE, weights_TK * self.routed_scaling_factor, indices_TK
+
+
+@use_experts_implementation
+class Dsv3Experts(nn.Module):
+    """The routed experts, SwiGLU networks whose weights are stacked, `(E, 2I, D)` (gate above up) and `(E, D, I)`.
+
+    Served by the implementation that `config._experts_implementation` names in Transformers' `ExpertsInterface`;
+    `forward` here is the plain reference, `"eager"`.
+    """
+
+    def __init__(self, config: Dsv3Config):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `(T, D)`.
+            top_k_index, top_k_weights: `(T, K)`. Under expert parallelism, index E marks an expert of another rank.
+
+        Returns:
+            `(T, D)`, the weighted sum of the chosen experts' outputs, accumulated in fp32.
+        """
+        num_tokens, top_k = top_k_index.shape
+        # Pairs of a token and an expert, sorted by expert
+        experts, pairs = top_k_index.flatten().sort(stable=True)
+        per_expert = torch.bincount(experts, minlength=self.num_experts).tolist()
+        outputs, start = [], 0
+        for expert, count in enumerate(per_expert):
+            tokens = pairs[start : start + count] // top_k
+            start += count
+            if expert >= self.num_experts:
+                outputs.append(hidden_states.new_zeros(count, self.hidden_dim))
+            elif count:
+                gate, up = F.linear(hidden_states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
+                outputs.append(F.linear(self.act_fn(gate) * up, self.down_proj[expert]))
+        by_pair = torch.cat(outputs)[pairs.argsort()].view(num_tokens, top_k, self.hidden_dim)
+        return (by_pair * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+
+
+class Dsv3MoE(nn.Module):
+    """Routed experts plus shared experts that every token passes through (equation 12)."""
+
+    def __init__(self, config: Dsv3Config):
+        super().__init__()
+        self.experts = Dsv3Experts(config)
+        self.gate = Dsv3TopkRouter(config)
+        # Several shared experts are one wider network. Of width 0 it is kept, since the official layout has it.
+        self.shared_experts = DeepseekV3MLP(config, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, S, D)` to `(B, S, D)`."""
+        _, weights, indices = self.gate(hidden_states)
+        routed = self.experts(hidden_states.flatten(0, 1), indices, weights).view_as(hidden_states)
+        if self.shared_experts.intermediate_size == 0:
+            return routed
+        return routed + self.shared_experts(hidden_states)
