@@ -128,7 +128,7 @@ class CheckpointCheck:
         extra: dict[str, list[str]] = {}
         for name, tensor in self.resolved.items():
             match = _EXPERT.match(name)
-            fused = self._fused_name(match) if match else None
+            fused = self._fused_name(match) if match else ""
             if match and fused in self.expected and int(match[2]) >= self.expected[fused][0]:
                 extra.setdefault(tensor.path, []).append(f"'{tensor.name}'")
         count = next((shape[0] for name, shape in self.expected.items() if name.endswith(".experts.down_proj")), 0)
@@ -149,7 +149,9 @@ class CheckpointCheck:
                 problems.append(f"{tensor.path}: FP8 tensor '{tensor.name}' has no scale '{tensor.name}{_SCALE}'")
             elif self.block_size is not None and scale is not None:
                 if tensor.dtype_name != _FP8:
-                    problems.append(f"{scale.path}: '{scale.name}' scales a tensor that is {tensor.dtype_name}, not {_FP8}")
+                    problems.append(
+                        f"{scale.path}: '{scale.name}' scales a tensor that is {tensor.dtype_name}, not {_FP8}"
+                    )
                 elif scale.shape != (grid := scale_grid(tensor.shape, self.block_size)):
                     problems.append(
                         f"{scale.path}: scale '{scale.name}' has shape {scale.shape}; '{tensor.name}' of shape "

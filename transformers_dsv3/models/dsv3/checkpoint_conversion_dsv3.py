@@ -58,7 +58,7 @@ class MergeExperts(MergeModulelist):
         fused = torch.empty(
             (len(columns[0]), rows, *first.shape[1:]),
             dtype=model.get_parameter(full_layer_name).dtype,
-            device=first.device,
+            device=first.device or "cpu",
         )
         for e, row_of_experts in enumerate(zip(*columns, strict=True)):
             start = 0

@@ -16,10 +16,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.peft import maybe_load_adapters
@@ -31,7 +30,10 @@ from .checkpoint_conversion_dsv3 import MergeExperts, deepseek_v3_conversion_map
 from .checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint, resolve_checkpoint
 
 
-_Base = PreTrainedModel if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
 
 logger = logging.get_logger(__name__)
 
@@ -64,11 +66,12 @@ class Dsv3CheckpointMixin(_Base):
     ) -> Any:
         """Transformers' `from_pretrained` for an official checkpoint, checked before a weight is read.
 
-        - Safetensors only: a place with nothing but pickled weights is refused unless `use_safetensors=False` is given.
-        - Files that are truncated, missing or contradict their index, and tensors that are missing, of the wrong shape
-          or beyond the number of experts raise [`CheckpointError`] naming file and tensor. Other unexpected tensors and
-          a missing head are listed by Transformers, as for any model. `ignore_mismatched_sizes=True` accepts other
-          shapes. With a quantization method other than DeepSeek's FP8 only the files are checked.
+        - Safetensors only: a place with nothing but pickled weights is refused unless `use_safetensors=False` is
+          given.
+        - Files that are truncated, missing or contradict their index, and tensors that are missing, of the wrong
+          shape or beyond the number of experts raise [`CheckpointError`] naming file and tensor. Other unexpected
+          tensors and a missing head are listed by Transformers, as for any model. `ignore_mismatched_sizes=True`
+          accepts other shapes. With a quantization method other than DeepSeek's FP8 only the files are checked.
         - MTP layers that the config announces and the files lack (native `save_pretrained` drops them) are left out
           with a warning, and `config.num_nextn_predict_layers` says how many there are.
         - DeepSeek's FP8 format is dequantised to `dtype` on any device, by default everywhere: absorbed attention
@@ -85,7 +88,7 @@ class Dsv3CheckpointMixin(_Base):
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         held = {name: kwargs.pop(name) for name in _NOT_FOR_THE_CONFIG if name in kwargs}
         # The folder of a PEFT adapter names the model that its weights come from
-        _, base_location, _ = maybe_load_adapters(location, hub, **(kwargs.get("adapter_kwargs") or {}))
+        _, base_location, _ = maybe_load_adapters(location, dict(hub), **(kwargs.get("adapter_kwargs") or {}))
         if isinstance(config, PreTrainedConfig):
             config = copy.deepcopy(config)
         else:
@@ -120,19 +123,19 @@ class Dsv3CheckpointMixin(_Base):
         files = checkpoint_files or []
         if state_dict is None and expected_keys is None and files and all(f.endswith(".safetensors") for f in files):
             renamings = [step for step in load_config.weight_mapping or [] if isinstance(step, WeightRenaming)]
-            stored = read_checkpoint(files)
+            stored = _rename(read_checkpoint(files), renamings)
             quantizer = load_config.hf_quantizer
             is_fp8 = quantizer is not None and quantizer.quantization_config.quant_method == FP8_METHOD
             if quantizer is None or is_fp8:
                 block_size = quantizer.quantization_config.weight_block_size if is_fp8 else None
-                _check(model, _rename(stored, renamings), load_config, block_size)
+                _check(model, stored, load_config, block_size)
                 # Sharded loading reads slices of mapped files, ZeRO-3 gathers: both are better served by Transformers
                 if load_config.device_mesh is None and not is_deepspeed_zero3_enabled() and sys.byteorder == "little":
-                    state_dict = _unread(stored, renamings, load_config.weight_mapping or [])
+                    state_dict = _unread(stored, load_config.weight_mapping or [])
                 elif is_fp8:
                     raise CheckpointError(
-                        f"{files[0]}: FP8 weights cannot be dequantised while they are sharded. Load the checkpoint in "
-                        "one process, `save_pretrained` it, and load that"
+                        f"{files[0]}: FP8 weights cannot be dequantised while they are sharded. Load the checkpoint "
+                        "in one process, `save_pretrained` it, and load that"
                     )
         return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
@@ -182,23 +185,25 @@ class Dsv3CheckpointMixin(_Base):
         Copies of their own storage: safetensors refuses shared ones. Nothing is added where the tensors are not at
         hand: adapters, weights that are offloaded (on the meta device), processes that hold no full state dict.
         """
-        if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None:
+        count = getattr(self.config, "num_nextn_predict_layers", 0)
+        is_adapted = getattr(self, "_hf_peft_config_loaded", False)
+        if not count or is_adapted or getattr(self, "hf_quantizer", None) is not None:
             return state_dict
-        depth, count = self.config.num_hidden_layers, getattr(self.config, "num_nextn_predict_layers", 0)
-        if not count:
-            return state_dict
+        depth = self.config.num_hidden_layers
         if state_dict is None:
             state_dict = self.state_dict()
         base = "" if self.base_model is self else f"{self.base_model_prefix}."
         embedding = state_dict.get(f"{base}embed_tokens.weight")
         has_head = any(name == "lm_head" for name, _ in self.named_children())
         head = state_dict.get("lm_head.weight", embedding if has_head and self.config.tie_word_embeddings else None)
-        copies = {}
-        for layer in range(depth, depth + count):
-            for name, tensor in (("embed_tokens.weight", embedding), ("shared_head.head.weight", head)):
-                is_here = tensor is not None and tensor.device.type != "meta"
-                if is_here and f"{base}layers.{layer}.eh_proj.weight" in state_dict:
-                    copies[f"{base}layers.{layer}.{name}"] = tensor.detach().to("cpu", copy=True)
+        sources = {"embed_tokens.weight": embedding, "shared_head.head.weight": head}
+        present = {name: tensor for name, tensor in sources.items() if tensor is not None}
+        copies = {
+            f"{base}layers.{layer}.{name}": tensor.detach().to("cpu", copy=True)
+            for layer in range(depth, depth + count)
+            for name, tensor in present.items()
+            if tensor.device.type != "meta" and f"{base}layers.{layer}.eh_proj.weight" in state_dict
+        }
         return {**state_dict, **copies}
 
 
@@ -214,7 +219,9 @@ def _rename(stored: Mapping[str, StoredTensor], renamings: list[WeightRenaming])
 
 def _leave_out_absent_mtp_layers(config: Any, stored: Mapping[str, StoredTensor], location: str) -> None:
     """Lower `config.num_nextn_predict_layers` to the MTP layers that the files hold, and say so."""
-    announced = getattr(config, "num_nextn_predict_layers", 0) or 0
+    announced = getattr(config, "num_nextn_predict_layers", 0)
+    if not announced:
+        return
     present = mtp_layers_present(list(stored), config.num_hidden_layers, announced)
     if present < announced:
         absent = [f"model.layers.{config.num_hidden_layers + k}" for k in range(present, announced)]
@@ -242,7 +249,8 @@ def _check(model: Any, stored: dict[str, StoredTensor], load_config: Any, block_
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
     check = CheckpointCheck(
-        expected={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        # Transformers' modules exist at size zero too (no shared experts); a checkpoint need not hold those
+        expected={name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if tensor.numel()},
         stored=stored,
         base_prefix="" if model.base_model is model else model.base_model_prefix,
         optional=lambda name: name in tied or any(pattern.search(name) for pattern in ignored),
@@ -257,20 +265,19 @@ def _check(model: Any, stored: dict[str, StoredTensor], load_config: Any, block_
         )
 
 
-def _unread(
-    stored: Mapping[str, StoredTensor], renamings: list[WeightRenaming], weight_mapping: list[Any]
-) -> dict[str, StoredTensor]:
-    """The tensors as Transformers' loader takes them, those that `MergeExperts` will read by itself deferred."""
+def _unread(stored: Mapping[str, StoredTensor], weight_mapping: list[Any]) -> dict[str, StoredTensor]:
+    """The tensors as Transformers' loader takes them, those that `MergeExperts` will read by itself deferred.
+
+    `stored` has the names after Transformers' renamings; the result has those on disk, which the loader renames again.
+    """
     merging = [
         step
         for step in weight_mapping
         if isinstance(step, WeightConverter) and isinstance(step.operations[0], MergeExperts)
     ]
-    unread = {}
-    for renamed, tensor in _rename(stored, renamings).items():
-        deferred = any(step.rename_source_key(renamed)[1] is not None for step in merging)
-        unread[tensor.name] = replace(tensor, deferred=True) if deferred else tensor
-    return unread
+    for name, tensor in stored.items():
+        tensor.deferred = ".experts." in name and any(step.rename_source_key(name)[1] is not None for step in merging)
+    return {tensor.name: tensor for tensor in stored.values()}
 
 
 def _publish(staging: str, target: str, variant: str | None) -> None:

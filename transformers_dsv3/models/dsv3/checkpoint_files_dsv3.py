@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any
 
@@ -46,7 +46,7 @@ _MAX_HEADER_BYTES = 100_000_000
 _LFS_MAGIC = b"version https://git-lfs"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StoredTensor:
     """One tensor of a safetensors file, not read yet. Speaks the slice protocol of Transformers' loader.
 
@@ -64,7 +64,7 @@ class StoredTensor:
     offset: int
     nbytes: int
     deferred: bool = False
-    device: torch.device = field(default=torch.device("cpu"))
+    device: torch.device | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,7 +90,7 @@ class StoredTensor:
 
     def read(self) -> torch.Tensor:
         """Read into a new tensor on the CPU, of the shape and dtype on disk."""
-        out = torch.empty(self.shape, dtype=self.dtype)
+        out = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         self.read_into(out)
         return out
 
