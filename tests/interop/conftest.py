@@ -1,0 +1,130 @@
+"""Checkpoints that the plugin saves, and the interpreters of the programs that read them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import transformers_dsv3
+from transformers_dsv3.data.byte_bpe import train_byte_bpe
+
+
+HERE = Path(__file__).parent
+
+
+def small_config(vocab_size, **overrides):
+    """All parts of DeepSeek-V3 at small size: query LoRA, groups, shared experts, a dense layer, one MTP layer."""
+    fields = {
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "num_nextn_predict_layers": 1,
+        "max_position_embeddings": 256,
+    }
+    return transformers_dsv3.Dsv3Config(**{**fields, **overrides})
+
+
+def random_model(config, dtype=torch.float32):
+    """A model whose logits depend on every part: weights of deviation 0.1, norms and correction biases not at rest."""
+    torch.manual_seed(0)
+    model = transformers_dsv3.Dsv3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.1)
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="session")
+def text():
+    """About 1,700 characters of English and code, which every Python has."""
+    return json.__doc__
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text):
+    """A small byte-level BPE, as the quickstart trains it."""
+    return train_byte_bpe([text], vocab_size=512, model_max_length=256)
+
+
+@pytest.fixture
+def save(tokenizer):
+    """Saves a random small model with its tokenizer: `save(folder, **config)` gives the model."""
+
+    def save_model(folder, tokenizer: PreTrainedTokenizerFast = tokenizer, dtype=torch.float32, **overrides):
+        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model = random_model(small_config(len(tokenizer), **special, **overrides), dtype)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return model
+
+    return save_model
+
+
+class Peer:
+    """Another program, in a Python of its own.
+
+    Args:
+        variable: the environment variable that names its interpreter; this one where it is not set.
+        module: what that interpreter must be able to import.
+        install: the packages that bring it.
+    """
+
+    def __init__(self, variable: str, module: str, install: str):
+        self.python = os.environ.get(variable, sys.executable)
+        # The peer decides what it imports; offline, and quiet about it
+        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        found = subprocess.run(
+            [self.python, "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"],
+            capture_output=True,
+            check=False,
+        )
+        if found.returncode:
+            pytest.skip(
+                f"{module} is not installed: run tests/interop/run.sh, or `pip install {install}` in an environment "
+                f"whose python {variable} names"
+            )
+
+    def run(self, *arguments, timeout=600, **environment):
+        """Runs the interpreter with `arguments`; fails the test with the output where it fails. Returns stdout."""
+        done = subprocess.run(
+            [self.python, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**self.environment, **environment},
+            check=False,
+        )
+        if done.returncode:
+            pytest.fail(f"{' '.join(map(str, arguments))} failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def peer():
+    return Peer
