@@ -1,0 +1,151 @@
+"""What the tests share: small models with weights that matter, their native twins, and one trained model."""
+
+import copy
+import importlib
+import inspect
+import os
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+import transformers_dsv3
+
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 2048,
+    # The default of 0.02 makes activations so small that errors drown
+    "initializer_range": 0.1,
+}
+
+
+# Models of this size gain nothing from a second thread, and lose a factor of ten where another program is busy, since
+# the threads of one operation wait for each other. Child processes follow the variable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def randomize(model, seed=0):
+    """Gives every parameter that starts as 0 or 1 (norms, attention biases, correction biases) values that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name.endswith(("norm.weight", "layernorm.weight")):
+                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+            elif name.endswith(".bias"):
+                tensor.normal_(0.0, 0.1, generator=generator)
+            elif name.endswith("e_score_correction_bias"):
+                # As wide as the sigmoid scores, so that choice by biased and by plain scores differ
+                tensor.normal_(0.0, 0.5, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Function from changed fields to a small `Dsv3Config`."""
+    return lambda **fields: transformers_dsv3.Dsv3Config(**{**TINY, **fields})
+
+
+@pytest.fixture(scope="session")
+def make_model(tiny_config):
+    """Function from changed fields to a small fp32 `Dsv3ForCausalLM` (or `cls`) in evaluation mode."""
+
+    def make(cls=transformers_dsv3.Dsv3ForCausalLM, seed=0, attn_implementation=None, **fields):
+        torch.manual_seed(seed)
+        config = tiny_config(**fields)
+        # A copy, since models write to the configuration they are given
+        model = cls._from_config(copy.deepcopy(config), attn_implementation=attn_implementation)
+        return randomize(model, seed).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def native_twin():
+    """Function from a model of the plugin to Transformers' own model of the same weights and attention."""
+
+    def twin(model, cls=DeepseekV3ForCausalLM):
+        fields = {k: v for k, v in model.config.to_dict().items() if k not in ("architectures", "dtype")}
+        native = cls._from_config(
+            DeepseekV3Config(**fields),
+            attn_implementation=model.config._attn_implementation,
+            dtype=model.dtype,
+        )
+        result = native.load_state_dict(model.state_dict(), strict=False)
+        assert not result.missing_keys
+        main_layers = model.config.num_hidden_layers
+        extra = [k for k in result.unexpected_keys if int(k.split("layers.")[1].split(".")[0]) < main_layers]
+        assert not extra
+        return native.train(model.training)
+
+    return twin
+
+
+TRAINING_TEXT = inspect.getsource(importlib.import_module("textwrap"))[:2000]
+PAD, EOS = 256, 257
+
+
+@pytest.fixture(scope="session")
+def training_bytes():
+    """The text that `trained_model` has learned, one token a byte."""
+    return torch.tensor(list(TRAINING_TEXT.encode()))
+
+
+@pytest.fixture(scope="session")
+def _trained(tiny_config, training_bytes):
+    torch.manual_seed(0)
+    config = tiny_config(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        kv_lora_rank=32,
+        q_lora_rank=32,
+        num_hidden_layers=2,
+        mtp_loss_weight=0.3,
+        initializer_range=0.05,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        max_position_embeddings=1024,
+    )
+    model = transformers_dsv3.Dsv3ForCausalLM(config).train()
+    steps, batch, length = 400, 3, 128
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        starts = torch.randint(len(training_bytes) - length, (batch,), generator=generator)
+        tokens = torch.stack([training_bytes[start : start + length] for start in starts])
+        output = model(tokens, labels=tokens, use_cache=False)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    assert output.loss < 1.0, f"the shared model did not learn: loss {output.loss:.2f}"
+    return model.eval()
+
+
+@pytest.fixture
+def trained_model(_trained):
+    """A `Dsv3ForCausalLM` in fp32, trained on bytes of source code with its MTP layer. A copy: tests may change it."""
+    return copy.deepcopy(_trained)
