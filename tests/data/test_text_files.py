@@ -74,6 +74,26 @@ def test_too_little_text_is_refused():
         build_corpus([Document("a.txt", "x" * 100)], "notes", min_bytes=5_000)
 
 
+def test_too_much_text_is_sampled_the_same_way_each_time():
+    documents = many_documents()
+    assert sum(d.n_bytes for d in documents) > 12_000
+    corpus = build_corpus(documents, "here", max_bytes=6_000)
+    size = corpus.train_bytes + corpus.held_out_bytes
+    assert 6_000 - 20 <= size <= 6_000
+    assert all(d.text.endswith("\n") for d in (*corpus.train, *corpus.held_out))
+    assert build_corpus(documents[::-1], "here", max_bytes=6_000).fingerprint == corpus.fingerprint
+    one = build_corpus([Document("a.txt", "ö" * 1000)], "here", max_bytes=501)
+    assert one.train_bytes + one.held_out_bytes == 500
+
+
+def test_the_excluded_folder_is_not_read(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    (tmp_path / "note.txt").write_text("note")
+    documents, _ = read_documents(tmp_path, exclude=tmp_path / "out")
+    assert [d.name for d in documents] == ["note.txt"]
+
+
 def test_a_folder_reads_text_in_order_and_leaves_out_what_is_not(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / ".git").mkdir()

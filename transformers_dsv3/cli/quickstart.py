@@ -53,6 +53,9 @@ def quickstart(
         raise typer.BadParameter(str(error), param_hint="--text") from None
     except QuickstartError as error:
         raise typer.BadParameter(str(error), param_hint=error.option) from None
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. The same command goes on from the last checkpoint.", err=True)
+        raise typer.Exit(130) from None
     show(results, output)
 
 
@@ -72,9 +75,15 @@ def run_quickstart(
     if text is None:
         documents, source = standard_library(), "the Python standard library"
     else:
-        documents, skipped = read_documents(text)
+        documents, skipped = read_documents(text, exclude=output)
         source = str(text)
-    corpus = build_corpus(documents, source, skipped=skipped, min_bytes=settings.min_text_bytes)
+    corpus = build_corpus(
+        documents,
+        source,
+        skipped=skipped,
+        min_bytes=settings.min_text_bytes,
+        max_bytes=settings.max_text_bytes,
+    )
     run = plan_run(
         output,
         settings=settings,

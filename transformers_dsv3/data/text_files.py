@@ -78,10 +78,11 @@ def standard_library() -> list[Document]:
     return documents
 
 
-def read_documents(path: Path) -> tuple[list[Document], list[str]]:
+def read_documents(path: Path, exclude: Path | None = None) -> tuple[list[Document], list[str]]:
     """Read a text file, or every text file under a folder.
 
-    In a folder, hidden files, files with a NUL byte (not text) and empty files are left out.
+    In a folder, hidden files, files with a NUL byte (not text), empty files and what lies under `exclude` are left
+    out.
 
     Returns:
         The documents in order of their names, and the names of the files left out.
@@ -103,6 +104,8 @@ def read_documents(path: Path) -> tuple[list[Document], list[str]]:
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         relative = file.relative_to(path)
         if any(part.startswith(".") for part in relative.parts):
+            continue
+        if exclude is not None and file.resolve().is_relative_to(exclude.resolve()):
             continue
         data = _read(file)
         if b"\0" in data or not data.strip():
@@ -138,8 +141,12 @@ def build_corpus(
     held_out_share: float = 0.05,
     held_out_max_bytes: int = 250_000,
     min_bytes: int = 0,
+    max_bytes: int | None = None,
 ) -> Corpus:
     """Split documents into a training and a held-out part.
+
+    Of more than `max_bytes` bytes, documents are taken in the order of a hash of their names up to that size, the last
+    one cut at a line.
 
     Whole files are held out, in the order of a hash of their names, until `held_out_share` of the bytes (at most
     about `held_out_max_bytes`) is reached. Where that is impossible (a single file, or one file that is nearly all
@@ -151,11 +158,15 @@ def build_corpus(
     total = sum(document.n_bytes for document in documents)
     if total < min_bytes:
         raise TextError(f"{source} has {total:,} bytes of text; at least {min_bytes:,} are needed to learn from")
+    if max_bytes is not None and total > max_bytes:
+        documents = _sample(documents, max_bytes)
+        source = f"{source} ({max_bytes / 1e6:.0f} of its {total / 1e6:.0f} MB)"
+        total = sum(document.n_bytes for document in documents)
     wanted = min(int(total * held_out_share), held_out_max_bytes)
 
     held_out: list[Document] = []
     size = 0
-    for document in sorted(documents, key=lambda d: hashlib.sha256(d.name.encode("utf-8")).digest()):
+    for document in sorted(documents, key=_shuffle_key):
         # A file past four times the wanted size would starve training or stretch the evaluation.
         if size < wanted and size + document.n_bytes <= 4 * wanted:
             held_out.append(document)
@@ -182,6 +193,22 @@ def build_corpus(
             digest.update(len(encoded).to_bytes(8, "little"))
             digest.update(encoded)
     return Corpus(source, tuple(train), tuple(held_out), split, digest.hexdigest(), tuple(skipped))
+
+
+def _shuffle_key(document: Document) -> bytes:
+    return hashlib.sha256(document.name.encode("utf-8")).digest()
+
+
+def _sample(documents: Sequence[Document], max_bytes: int) -> list[Document]:
+    chosen, left = [], max_bytes
+    for document in sorted(documents, key=_shuffle_key):
+        if document.n_bytes > left:
+            text = document.text.encode("utf-8")[:left].decode("utf-8", errors="ignore")
+            chosen.append(Document(document.name, text[: _line_start(text, len(text))]))
+            break
+        chosen.append(document)
+        left -= document.n_bytes
+    return sorted((d for d in chosen if d.text), key=lambda d: d.name)
 
 
 def _line_start(text: str, position: int) -> int:

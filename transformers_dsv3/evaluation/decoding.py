@@ -21,6 +21,7 @@ def greedy_decode(
     Returns:
         New tokens a second (prefill included), and what `generate` returned last.
     """
+    prompt = prompt.to(model.device)
     best, output = float("inf"), None
     for attempt in range(repeats + 1):
         started = time.perf_counter()
