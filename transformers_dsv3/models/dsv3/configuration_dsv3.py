@@ -40,7 +40,7 @@ class Dsv3Config(DeepseekV3Config):
     n_shared_experts: int | None = 1
     moe_layer_freq: int = 1
     output_router_logits: bool = False
-    mtp_loss_weight: float = 0.0
+    mtp_loss_weight: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any):
         # A repository with remote code of its own (Moonlight's, for one) names that code here. These classes serve
