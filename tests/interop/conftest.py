@@ -14,9 +14,6 @@ import transformers_dsv3
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 
 
-HERE = Path(__file__).parent
-
-
 def small_config(vocab_size, **overrides):
     """All parts of DeepSeek-V3 at small size: query LoRA, groups, shared experts, a dense layer, one MTP layer."""
     fields = {
