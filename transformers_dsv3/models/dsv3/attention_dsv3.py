@@ -211,7 +211,7 @@ class Dsv3Attention(nn.Module):
         return absorbed < expanded
 
     def _expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `(B, 1, S, R)` and shared keys `(B, 1, S, P)` to keys `(B, H, S, N + P)` and values `(B, H, S, V)`."""
+        """Latents `(B, 1, S, R)`, shared keys `(B, 1, S, P)` to keys `(B, H, S, N + P)`, values `(B, H, S, V)`."""
         kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
         k_nope, value = kv.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1), value
@@ -271,11 +271,13 @@ class Dsv3Attention(nn.Module):
             weights = weights if self.config._attn_implementation == "eager" else None
         else:
             key, value = self._expand(latent, k_rope)
-            # PyTorch's fused CPU attention takes equal widths only; without it a prefill of 2,048 tokens is three times
-            # slower. FlashAttention 2 refuses unequal widths altogether.
+            # PyTorch's fused CPU attention takes equal widths only; without it a prefill of 2,048 tokens takes three
+            # times as long. FlashAttention 2 refuses unequal widths altogether.
             implementation = self.config._attn_implementation or "eager"
             pad = self.qk_head_dim - self.v_head_dim
-            padded = pad > 0 and ("flash" in implementation or (implementation == "sdpa" and value.device.type == "cpu"))
+            padded = pad > 0 and (
+                "flash" in implementation or (implementation == "sdpa" and value.device.type == "cpu")
+            )
             if padded:
                 value = F.pad(value, [0, pad])
             attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)

@@ -46,12 +46,10 @@ class Dsv3Config(DeepseekV3Config):
         # A repository with remote code of its own (Moonlight's, for one) names that code here. These classes serve
         # the model instead, and a checkpoint saved from them carries no code.
         kwargs.pop("auto_map", None)
-        if self.n_shared_experts is None:
-            self.n_shared_experts = 0
-        if self.n_group is None:
-            self.n_group = 1
-        if self.topk_group is None:
-            self.topk_group = self.n_group
+        # Null in some checkpoints, for models without shared experts or without groups
+        for field, absent in (("n_shared_experts", 0), ("n_group", 1), ("topk_group", 1)):
+            if getattr(self, field) is None:
+                setattr(self, field, absent)
         super().__post_init__(**kwargs)
         self._check_fields()
 

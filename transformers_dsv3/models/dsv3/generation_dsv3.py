@@ -1,7 +1,7 @@
 """Generation: input checks, prompts padded on the right, and self-speculation with the MTP layers.
 
 Self-speculation (arXiv 2412.19437, section 5.4.3): the MTP layers draft the next tokens, the main model checks them in
-one pass, and what it would have produced itself is kept. Sampling is exact by rejection (arXiv 2211.17192, section 2.3).
+one pass, and what it would have produced itself is kept. Sampling is exact by rejection (arXiv 2211.17192, 2.3).
 
 Rows of a batch accept different numbers of drafts. The cache stays one rectangle: what is rejected in every row is
 cropped off, and what is rejected in some rows only is masked from then on, a "hole".
@@ -46,8 +46,8 @@ class Dsv3GenerationMixin(GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """[`GenerationMixin.generate`], with checked inputs and correct output for prompts padded on the right.
 
-        A prompt padded on the right (as its `attention_mask` tells) is generated from as if it were padded on the left;
-        the returned sequences start with the prompt as it was given.
+        A prompt padded on the right (as its `attention_mask` tells) is treated as if it were padded on the left; the
+        returned sequences start with the prompt as it was given.
 
         `use_mtp=True` decodes by self-speculation with the model's MTP layers, at any batch size: the same text as
         without for greedy decoding, the same distribution for sampling. See [`Dsv3MtpDecoderOnlyOutput`].
@@ -56,20 +56,12 @@ class Dsv3GenerationMixin(GenerationMixin):
             ValueError: for the inputs that [`Dsv3Model.forward`] refuses.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        mask = kwargs.get("attention_mask")
-        checkable = isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2
-        if checkable:
-            embedding = self.get_input_embeddings()
-            check_inputs(self.config, embedding, input_ids, None, mask, None, wait_for_device=True)
-
-        past = kwargs.get("past_key_values")
-        if (
-            not checkable
-            or mask is None
-            or mask.shape != input_ids.shape
-            or (past is not None and past.get_seq_length() > 0)
-            or bool(mask[:, -1].all())
-        ):
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+            return super().generate(inputs, *args, **kwargs)
+        mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        check_inputs(self.config, self.get_input_embeddings(), input_ids, None, mask, None, wait_for_device=True)
+        continues = past is not None and past.get_seq_length() > 0
+        if mask is None or mask.shape != input_ids.shape or continues or bool(mask[:, -1].all()):
             return super().generate(inputs, *args, **kwargs)
 
         order = mask.bool().int().argsort(dim=1, stable=True)  # padding first, tokens behind it in their order
@@ -88,7 +80,7 @@ class Dsv3GenerationMixin(GenerationMixin):
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
         limit = self.config.max_position_embeddings
         grows = self.config.rope_parameters.get("rope_type", "default") == "dynamic"
-        if generation_config.max_length > limit and not has_default_max_length and not grows:
+        if generation_config.max_length > limit and not grows:
             raise ValueError(
                 f"{input_ids_length} prompt tokens and the asked new ones make {generation_config.max_length}, past "
                 f"`max_position_embeddings={limit}` of this model. Lower `max_new_tokens` or shorten the prompt."
@@ -108,7 +100,9 @@ class Dsv3GenerationMixin(GenerationMixin):
         if generation_mode_kwargs.get("assistant_model") is not None:
             raise ValueError("`use_mtp=True` and `assistant_model` both draft tokens: give one of them.")
         if generation_mode_kwargs.get("synced_gpus"):
-            raise ValueError("`use_mtp=True` cannot run with `synced_gpus`: ranks would make different numbers of passes.")
+            raise ValueError(
+                "`use_mtp=True` cannot run with `synced_gpus`: ranks would make different numbers of passes."
+            )
         if generation_config.output_attentions or generation_config.output_hidden_states:
             raise ValueError("`use_mtp=True` does not collect attentions or hidden states.")
 
@@ -136,7 +130,9 @@ class Dsv3GenerationMixin(GenerationMixin):
             )
         for name in ("assistant_model", "assistant_tokenizer", "tokenizer"):
             kwargs.pop(name, None)
-        return MtpDecoding(self, input_ids, logits_processor, stopping_criteria, generation_config, streamer).run(kwargs)
+        return MtpDecoding(self, input_ids, logits_processor, stopping_criteria, generation_config, streamer).run(
+            kwargs
+        )
 
 
 class MtpDecoding:
@@ -205,9 +201,7 @@ class MtpDecoding:
         inputs = self.model.prepare_inputs_for_generation(
             prompt, next_sequence_length=new_tokens, is_first_iteration=True, **model_kwargs
         )
-        inputs = {
-            name: inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-        }
+        inputs = {name: inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")}
         # None while nothing is masked, which keeps the faster attention paths open
         self.mask = inputs["attention_mask"]
         hidden_BWD = self.model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
@@ -233,9 +227,10 @@ class MtpDecoding:
 
     def _draft(self, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Drafts `count` tokens `(B, J)` for every row, with the scores `(B, V)` that each was chosen by."""
-        drafts, all_scores = [], []
         if count == 0:
-            return self.tokens[:, :0], all_scores
+            return self.tokens[:, :0], []
+        drafts: list[torch.Tensor] = []
+        all_scores: list[torch.Tensor] = []
         model = self.model.model
         hidden_BWD, embeds_BWD = self.hidden_BWD, self.next_embeds_BWD
         mask = None if self.mask is None else self.mask[:, self.mtp_offset :]
@@ -251,7 +246,7 @@ class MtpDecoding:
             all_scores.append(scores_BV)
             if depth + 1 < count:
                 # One token further for the next layer: entries before the last move up, the last takes the draft. A
-                # deeper layer has so cached drafts that may be rejected, which costs acceptance later, never exactness.
+                # deeper layer so caches drafts that may be rejected, which costs acceptance later, never exactness.
                 embeds_BWD = torch.cat([embeds_BWD[:, 1:], embeds_BWD[:, -1:]], dim=1)
                 embeds_BWD[self.rows, self.last_B] = model.embed_tokens(draft_B)
         return torch.stack(drafts, dim=1), all_scores

@@ -56,7 +56,9 @@ def check_inputs(
     if attention_mask is not None and attention_mask.dim() == 2 and readable(attention_mask):
         hidden_rows = (~attention_mask.bool().any(dim=-1)).nonzero().flatten().tolist()
         if hidden_rows:
-            raise ValueError(f"`attention_mask` hides every token of row {hidden_rows[0]}: there is nothing to attend to.")
+            raise ValueError(
+                f"`attention_mask` hides every token of row {hidden_rows[0]}: there is nothing to attend to."
+            )
 
     limit = config.max_position_embeddings
     if config.rope_parameters.get("rope_type", "default") == "dynamic":

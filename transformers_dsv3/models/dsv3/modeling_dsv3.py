@@ -146,7 +146,7 @@ class Dsv3Model(Dsv3PreTrainedModel):
         """
         Args:
             input_ids: `(B, Q)`, or `inputs_embeds` `(B, Q, D)` in its place.
-            attention_mask: `(B, S)` over cached and new positions, 0 for padding on either side; or a prepared 4D mask.
+            attention_mask: `(B, S)` over cached and new positions, 0 for padding on either side; or a full 4D mask.
             position_ids: `(B or 1, Q)`; where they restart at 0 without a cache or a mask, packed sequences that do
                 not see each other.
             past_key_values: cache of latents, extended in place.
@@ -159,16 +159,19 @@ class Dsv3Model(Dsv3PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        check_inputs(self.config, self.embed_tokens, input_ids, inputs_embeds, attention_mask, position_ids, past_length)
+        check_inputs(
+            self.config, self.embed_tokens, input_ids, inputs_embeds, attention_mask, position_ids, past_length
+        )
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
 
         layer_inputs = self.attention_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
+        if use_cache and past_key_values is None:
+            # Made after the mask, since Transformers looks for packed sequences only where there is no cache
+            past_key_values = layer_inputs["past_key_values"] = DynamicCache(config=self.config)
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, **layer_inputs, **kwargs)
@@ -205,7 +208,7 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
         """
         Args:
             labels: `(B, Q)`, -100 where there is no target. Shifted here, as everywhere in Transformers.
-            logits_to_keep: compute logits of so many last positions, or of the positions of an index tensor; 0 for all.
+            logits_to_keep: compute logits of so many last positions, or of those an index tensor names; 0 for all.
 
         The other arguments are those of [`Dsv3Model.forward`].
         """
@@ -268,7 +271,7 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
                 logits=self.lm_head(hidden_states),
                 labels=None,
                 vocab_size=self.config.vocab_size,
-                shift_labels=mtp_labels(labels, depth, position_ids),
+                shift_labels=mtp_labels(labels, depth, position_ids, attention_mask),
                 **kwargs,
             )
             losses.append(loss)

@@ -37,7 +37,9 @@ class Dsv3MtpLayer(Dsv3DecoderLayer):
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = Dsv3MtpHead(config)
 
-    def forward(self, previous_hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, previous_hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         """
         Args:
             previous_hidden_states: `(B, Q, D)`, the output of the main model or of the layer before, normalised.
@@ -52,18 +54,24 @@ class Dsv3MtpLayer(Dsv3DecoderLayer):
 
 
 def shift_left(tensor: torch.Tensor, places: int, fill: float) -> torch.Tensor:
-    """Moves dimension 1 of `(B, S, ...)` by `places`, so that entry i holds entry i + places, or `fill` past the end."""
+    """Moves dimension 1 of `(B, S, ...)`: entry i of the result is entry i + places, or `fill` past the end."""
     rest = tensor[:, places:]
     return F.pad(rest, [0, 0] * (tensor.dim() - 2) + [0, tensor.shape[1] - rest.shape[1]], value=fill)
 
 
-def mtp_labels(labels: torch.Tensor, depth: int, position_ids: torch.Tensor | None) -> torch.Tensor:
+def mtp_labels(
+    labels: torch.Tensor,
+    depth: int,
+    position_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Targets of the MTP layer of one depth: entry i is token i + depth + 2.
 
     Args:
         labels: `(B, S)`, -100 where there is no target, not shifted.
         position_ids: `(B or 1, S)`; where they do not run on, another packed sequence begins and nothing is predicted
             across.
+        attention_mask: `(B, S)`; nothing is predicted from padding.
 
     Returns:
         `(B, S)`, -100 where there is no target.
@@ -73,4 +81,6 @@ def mtp_labels(labels: torch.Tensor, depth: int, position_ids: torch.Tensor | No
     if position_ids is not None:
         same_sequence = shift_left(position_ids, places, -1) == position_ids + places
         targets = targets.masked_fill(~same_sequence, -100)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        targets = targets.masked_fill(attention_mask == 0, -100)
     return targets

@@ -1,0 +1,91 @@
+"""Every input that cannot be served is refused before compute, with the name of what is wrong."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model(max_position_embeddings=64, pad_token_id=0)
+
+
+@pytest.fixture
+def no_compute(model, monkeypatch):
+    """Fails the test when a layer runs."""
+
+    def ran(*args, **kwargs):
+        raise AssertionError("compute began")
+
+    monkeypatch.setattr(model.model.layers[0], "forward", ran)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize(
+    "tokens, mask, message",
+    [
+        ([[1, 96]], None, r"token id 96, outside the vocabulary of 96 tokens"),
+        ([[1, -1]], None, r"token id -1, outside the vocabulary"),
+        ([[]], None, r"`input_ids` of shape \(1, 0\) is empty"),
+        ([[1, 2], [3, 4]], [[1, 1], [0, 0]], r"`attention_mask` hides every token of row 1"),
+    ],
+)
+def test_bad_tokens_and_masks(model, no_compute, call, tokens, mask, message):
+    tokens = torch.tensor(tokens, dtype=torch.long)
+    mask = torch.tensor(mask) if mask is not None else None
+    with pytest.raises(ValueError, match=message):
+        (model.generate if call == "generate" else model)(tokens, attention_mask=mask)
+
+
+def test_too_many_positions(model, no_compute):
+    with pytest.raises(ValueError, match=r"65 positions exceed `max_position_embeddings=64`"):
+        model(torch.ones(1, 65, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"70 positions exceed"):
+        model(torch.ones(1, 2, dtype=torch.long), position_ids=torch.tensor([[0, 69]]))
+    with pytest.raises(ValueError, match=r"make 74, past `max_position_embeddings=64`"):
+        model.generate(torch.ones(1, 10, dtype=torch.long), max_new_tokens=64)
+    with pytest.raises(ValueError, match=r"make 74, past `max_position_embeddings=64`"):
+        model.generate(torch.ones(1, 10, dtype=torch.long), max_length=74)
+    with pytest.raises(ValueError, match=r"80 positions exceed"):
+        model.generate(torch.ones(1, 80, dtype=torch.long), max_new_tokens=1)
+
+
+def test_packed_sequences_may_be_longer_together(model):
+    positions = torch.arange(60).repeat(3)[None]
+    assert model(torch.ones(1, 180, dtype=torch.long), position_ids=positions).logits.shape == (1, 180, 96)
+
+
+def test_neither_or_both_inputs(model, no_compute):
+    with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+        model(attention_mask=torch.ones(1, 2))
+    with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+        model(torch.ones(1, 2, dtype=torch.long), inputs_embeds=torch.ones(1, 2, 32))
+
+
+def test_unknown_backends(model):
+    with pytest.raises((ValueError, KeyError), match="no_such_attention"):
+        model.set_attn_implementation("no_such_attention")
+    with pytest.raises((ValueError, KeyError), match="no_such_experts"):
+        model.set_experts_implementation("no_such_experts")
+
+
+def test_use_mtp_where_it_cannot_work(model, make_model, no_compute):
+    tokens = torch.ones(1, 4, dtype=torch.long)
+    settings = {"use_mtp": True, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match="this model has none"):
+        make_model(num_nextn_predict_layers=0).generate(tokens, **settings)
+    with pytest.raises(ValueError, match="needs a cache"):
+        model.generate(tokens, use_cache=False, **settings)
+    with pytest.raises(ValueError, match="static cache"):
+        model.generate(tokens, cache_implementation="static", **settings)
+    with pytest.raises(ValueError, match="`assistant_model` both draft"):
+        model.generate(tokens, assistant_model=model, **settings)
+    with pytest.raises(ValueError, match="attentions or hidden states"):
+        model.generate(tokens, return_dict_in_generate=True, output_hidden_states=True, **settings)
+
+
+def test_lost_precision_of_the_correction_bias(make_model):
+    model = make_model()
+    gate = model.model.layers[1].mlp.gate
+    gate.e_score_correction_bias = gate.e_score_correction_bias.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="its fp32 values are lost"):
+        model(torch.ones(1, 2, dtype=torch.long))

@@ -1,0 +1,293 @@
+"""Generation: self-speculation against plain decoding, prompts padded on either side, the sampled distribution."""
+
+import pytest
+import torch
+from transformers import DynamicCache, TextStreamer, pipeline
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import LogitsProcessor, StoppingCriteria
+
+
+def prompts(batch, length, vocab=96, seed=0):
+    return torch.randint(2, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padding_mask(tokens, side, amounts):
+    mask = torch.ones_like(tokens)
+    for row, amount in enumerate(amounts):
+        if side == "left":
+            mask[row, :amount] = 0
+        elif side == "right" and amount:
+            mask[row, -amount:] = 0
+    return mask
+
+
+@pytest.mark.parametrize("depths", [1, 2, 3])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_greedy_mtp_equals_plain_decoding(make_model, depths, side):
+    model = make_model(num_nextn_predict_layers=depths)
+    for batch in (1, 3):
+        tokens = prompts(batch, 10, seed=batch)
+        mask = padding_mask(tokens, side, [5, 0, 2][:batch])
+        settings = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+        plain = model.generate(tokens, **settings)
+        fast = model.generate(tokens, use_mtp=True, **settings)
+        assert fast.tolist() == plain.tolist()
+        assert fast[:, :10].tolist() == tokens.tolist()
+
+
+def test_greedy_mtp_on_a_trained_model_accepts_drafts(trained_model, training_bytes):
+    rows = torch.stack([training_bytes[start : start + 40] for start in (0, 500, 1500, 1000)])
+    mask = padding_mask(rows, "left", [0, 7, 20, 3])
+    settings = {"attention_mask": mask, "max_new_tokens": 60, "do_sample": False}
+    plain = trained_model.generate(rows, **settings)
+    fast = trained_model.generate(rows, use_mtp=True, return_dict_in_generate=True, **settings)
+    assert fast.sequences.tolist() == plain.tolist()
+    assert fast.mtp_acceptance_rate == fast.mtp_accepted_tokens / fast.mtp_drafted_tokens
+    # It learned this text, so most drafts hold; an untrained layer accepts one in a hundred
+    assert fast.mtp_acceptance_rate > 0.5
+
+
+class CountPasses:
+    def __init__(self, model):
+        self.passes = 0
+        model.model.register_forward_hook(self)
+
+    def __call__(self, *args):
+        self.passes += 1
+
+
+def test_mtp_makes_fewer_passes(trained_model, training_bytes):
+    counter = CountPasses(trained_model)
+    output = trained_model.generate(
+        training_bytes[None, :64], use_mtp=True, max_new_tokens=60, do_sample=False, return_dict_in_generate=True
+    )
+    assert counter.passes == 60 - output.mtp_accepted_tokens
+    assert counter.passes < 45
+
+
+def test_rows_end_on_their_own(trained_model, training_bytes):
+    """Rows that meet the end token at different places are padded behind it, as in plain decoding."""
+    rows = torch.stack([training_bytes[start : start + 40] for start in (0, 500, 1500)])
+    plain = trained_model.generate(rows, max_new_tokens=40, do_sample=False)
+    ends = sorted({int(plain[0, 45]), int(plain[1, 60])})
+    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": ends, "pad_token_id": 256}
+    plain = trained_model.generate(rows, **settings)
+    assert (plain == 256).any()
+    assert trained_model.generate(rows, use_mtp=True, **settings).tolist() == plain.tolist()
+
+
+def test_logits_and_scores_equal_plain_decoding(trained_model, training_bytes):
+    rows = torch.stack([training_bytes[start : start + 30] for start in (100, 900)])
+    settings = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+        "repetition_penalty": 1.3,
+    }
+    plain = trained_model.generate(rows, **settings)
+    fast = trained_model.generate(rows, use_mtp=True, **settings)
+    assert fast.sequences.tolist() == plain.sequences.tolist()
+    for name in ("logits", "scores"):
+        torch.testing.assert_close(
+            torch.stack(fast[name]), torch.stack(plain[name]), rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+class KnowsRows(LogitsProcessor):
+    """Forbids a token that depends on the row's index and on the length so far."""
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        for row in range(input_ids.shape[0]):
+            scores[row, (7 * row + 3 * input_ids.shape[1]) % scores.shape[1]] = -torch.inf
+            scores[row, input_ids[row, -1]] = -torch.inf
+        return scores
+
+
+class StopAfterSum(StoppingCriteria):
+    """Ends a row when the sum of its tokens passes a multiple, which depends on every token before."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, 12:].sum(dim=1) > 900
+
+
+def test_processors_and_criteria_act_as_in_plain_decoding(make_model):
+    model = make_model(num_nextn_predict_layers=2)
+    tokens = prompts(3, 12, seed=5)
+    settings = {
+        "max_new_tokens": 25,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "logits_processor": [KnowsRows()],
+        "stopping_criteria": [StopAfterSum()],
+        "min_new_tokens": 4,
+        "attention_mask": torch.ones_like(tokens),
+    }
+    plain = model.generate(tokens, **settings)
+    fast = model.generate(tokens, use_mtp=True, **settings)
+    assert fast.tolist() == plain.tolist()
+
+
+def test_generation_from_embeddings(make_model):
+    model = make_model(num_nextn_predict_layers=1)
+    embeds = model.get_input_embeddings()(prompts(2, 9)).detach()
+    settings = {"inputs_embeds": embeds, "max_new_tokens": 15, "do_sample": False, "pad_token_id": 0}
+    assert model.generate(use_mtp=True, **settings).tolist() == model.generate(**settings).tolist()
+
+
+def test_continuing_from_a_cache(trained_model, training_bytes):
+    """A second turn on the cache of the first, by either way of decoding."""
+    texts = []
+    for use_mtp in (False, True):
+        settings = {"use_mtp": use_mtp, "max_new_tokens": 15, "do_sample": False}
+        first = trained_model.generate(
+            training_bytes[None, :50], past_key_values=DynamicCache(), return_dict_in_generate=True, **settings
+        )
+        assert first.past_key_values.get_seq_length() == 64
+        following = torch.cat([first.sequences, training_bytes[None, 200:210]], dim=1)
+        texts.append(trained_model.generate(following, past_key_values=first.past_key_values, **settings).tolist())
+    assert texts[0] == texts[1]
+
+
+class NoCropLayer(DynamicLayer):
+    """Stands for caches that cannot drop positions, such as quantized ones."""
+
+    def crop(self, *args):
+        raise AssertionError("cropped a cache that cannot be cropped")
+
+
+def test_caches_that_cannot_crop_are_masked(trained_model, training_bytes):
+    rows = torch.stack([training_bytes[start : start + 40] for start in (0, 700)])
+    settings = {"max_new_tokens": 30, "do_sample": False}
+    cache = DynamicCache(config=trained_model.config)
+    cache.layers = [NoCropLayer() for _ in cache.layers]
+    plain = trained_model.generate(rows, **settings)
+    assert trained_model.generate(rows, use_mtp=True, past_key_values=cache, **settings).tolist() == plain.tolist()
+
+
+def test_up_to_the_last_position(make_model):
+    model = make_model(num_nextn_predict_layers=2, max_position_embeddings=32)
+    tokens = prompts(2, 12)
+    mask = padding_mask(tokens, "left", [3, 0])
+    settings = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(tokens, **settings)
+    assert plain.shape[1] == 32
+    assert model.generate(tokens, use_mtp=True, **settings).tolist() == plain.tolist()
+
+
+class Collect(TextStreamer):
+    def __init__(self):
+        self.parts, self.ended = [], False
+
+    def put(self, value):
+        self.parts.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamer_sees_every_token_once(trained_model, training_bytes):
+    streamer = Collect()
+    output = trained_model.generate(
+        training_bytes[None, :40], use_mtp=True, max_new_tokens=30, do_sample=False, streamer=streamer
+    )
+    assert sum(streamer.parts, []) == output[0].tolist()
+    assert max(len(part) for part in streamer.parts[1:]) == 2 and streamer.ended
+
+
+def exact_distribution(model, prompt, length, warp):
+    """Probability of every continuation of `length` tokens, by running the model on all prefixes."""
+    table = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for prefix, probability in table.items():
+            tokens = torch.tensor([prompt + list(prefix)])
+            with torch.no_grad():
+                scores = warp(model(tokens).logits[:, -1].double())
+            for token, p in enumerate(scores.softmax(-1)[0].tolist()):
+                if p:
+                    longer[prefix + (token,)] = probability * p
+        table = longer
+    return table
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_sampled_distribution_is_exact(make_model, depths):
+    model = make_model(vocab_size=6, num_nextn_predict_layers=depths, eos_token_id=None, pad_token_id=0, seed=3)
+    model.lm_head.weight.data.mul_(2)  # away from uniform
+    prompt, samples, length = [1, 2, 3], 6000, 3
+
+    def warp(scores):
+        scores = scores / 0.8
+        return scores.masked_fill(scores < scores.topk(5)[0][:, -1:], -torch.inf)
+
+    expected = exact_distribution(model, prompt, length, warp)
+    torch.manual_seed(0)
+    output = model.generate(
+        torch.tensor([prompt] * samples),
+        use_mtp=True,
+        do_sample=True,
+        temperature=0.8,
+        top_k=5,
+        max_new_tokens=length,
+        return_dict_in_generate=True,
+    )
+    assert 0 < output.mtp_acceptance_rate < 1
+    seen: dict = {}
+    for row in output.sequences[:, 3:].tolist():
+        seen[tuple(row)] = seen.get(tuple(row), 0) + 1
+    assert set(seen) <= set(expected)
+    # Pearson's statistic over cells expected five times or more, the rest as one cell
+    statistic = cells = rest_expected = rest_seen = 0
+    for key, probability in expected.items():
+        if probability * samples >= 5:
+            statistic += (seen.get(key, 0) - probability * samples) ** 2 / (probability * samples)
+            cells += 1
+        else:
+            rest_expected += probability * samples
+            rest_seen += seen.get(key, 0)
+    if rest_expected >= 5:
+        statistic += (rest_seen - rest_expected) ** 2 / rest_expected
+        cells += 1
+    # Mean cells - 1, deviation √(2 (cells - 1)): five deviations are a chance below 1e-5
+    assert statistic < cells - 1 + 5 * (2 * (cells - 1)) ** 0.5
+
+
+@pytest.mark.parametrize("use_mtp", [False, True])
+def test_right_padding_generates_what_the_bare_prompt_does(trained_model, training_bytes, use_mtp):
+    short, long = training_bytes[:25], training_bytes[300:340]
+    rows = torch.stack([torch.cat([short, torch.full((15,), 256)]), long])
+    mask = padding_mask(rows, "right", [15, 0])
+    settings = {"max_new_tokens": 20, "do_sample": False, "use_mtp": use_mtp}
+    together = trained_model.generate(rows, attention_mask=mask, **settings)
+    assert together[:, :40].tolist() == rows.tolist()
+    for row, prompt in enumerate((short, long)):
+        alone = trained_model.generate(prompt[None], **settings)[0, len(prompt) :]
+        assert together[row, 40:].tolist() == alone.tolist()
+
+
+def test_right_padding_with_several_sequences_and_beams(trained_model, training_bytes):
+    rows = torch.stack([torch.cat([training_bytes[:25], torch.full((15,), 256)]), training_bytes[300:340]])
+    mask = padding_mask(rows, "right", [15, 0])
+    output = trained_model.generate(rows, attention_mask=mask, num_beams=3, num_return_sequences=2, max_new_tokens=8)
+    assert output[:, :40].tolist() == rows.repeat_interleave(2, dim=0).tolist()
+
+
+def test_pipeline_takes_use_mtp(trained_model, tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    generate = pipeline("text-generation", model=trained_model, tokenizer=wrapped)
+    texts = [
+        generate(["def ", "    return"], do_sample=False, max_new_tokens=12, batch_size=2, use_mtp=use_mtp)
+        for use_mtp in (False, True)
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0][0][0]["generated_text"].startswith("def ")
