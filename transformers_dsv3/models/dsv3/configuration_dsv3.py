@@ -47,7 +47,7 @@ class Dsv3Config(DeepseekV3Config):
         # the model instead, and a checkpoint saved from them carries no code.
         kwargs.pop("auto_map", None)
         # Null in some checkpoints, for models without shared experts or without groups
-        for field, absent in (("n_shared_experts", 0), ("n_group", 1), ("topk_group", 1)):
+        for field, absent in (("n_shared_experts", 0), ("n_group", 1), ("topk_group", self.n_group or 1)):
             if getattr(self, field) is None:
                 setattr(self, field, absent)
         super().__post_init__(**kwargs)
