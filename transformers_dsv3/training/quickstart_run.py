@@ -50,7 +50,7 @@ class QuickstartSettings:
     block_length: int = 256
     batch_size: int = 2
     steps: int = 1000
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 50
     decay_share: float = 0.9
     save_every: int = 100

@@ -1,0 +1,77 @@
+"""Which part of the package may import which; CONTRIBUTING.md has the rules in words."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parents[1] / "transformers_dsv3"
+
+# Parts of the package that each part may import, besides itself.
+ALLOWED = {
+    "models": set(),
+    "kernels": set(),
+    "generation": {"models"},
+    "training": {"models", "generation", "data"},
+    "data": {"models", "generation", "training"},
+    "compression": {"models", "generation", "training", "data"},
+    "evaluation": {"models", "generation", "training", "data", "compression"},
+    "hub": {"evaluation"},
+    "cli": {"training", "data", "compression", "evaluation", "generation", "hub"},
+    "registration": {"models", "compression"},
+    "__init__": {"models", "kernels", "registration"},
+}
+# Optional dependencies: imported where they are used, never at the top of a module.
+OPTIONAL = {"trl", "peft", "datasets", "triton", "datatrove", "lm_eval", "matplotlib", "gguf", "llama_cpp", "fastapi"}
+# Verbs import these inside their functions; server.py is imported by its verb alone.
+HEAVY = {"torch", "transformers", "transformers_dsv3"}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path):
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path, top_level_only=False):
+    """Absolute dotted names of the modules and names that a file imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    package = ("transformers_dsv3", *path.relative_to(PACKAGE).parts[:-1])
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_parts_import_only_what_they_may(path):
+    part = part_of(path)
+    for name in imports(path):
+        root, _, rest = name.partition(".")
+        if root == "transformers_dsv3" and rest:
+            other = rest.split(".")[0]
+            if other in ALLOWED and other != part:
+                assert other in ALLOWED[part], f"{part} may not import {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_optional_dependencies_are_imported_where_they_are_used(path):
+    assert not OPTIONAL & {name.split(".")[0] for name in imports(path, top_level_only=True)}
+
+
+def test_verbs_import_nothing_heavy_at_the_top():
+    for path in (PACKAGE / "cli").glob("*.py"):
+        if path.name != "server.py":
+            names = list(imports(path, top_level_only=True))
+            heavy = [n for n in names if n.split(".")[0] in HEAVY and not n.startswith("transformers_dsv3.cli")]
+            assert not heavy, f"{path.name} imports {heavy}"
+
+
+def test_every_part_is_in_the_table():
+    assert {part_of(path) for path in MODULES} <= set(ALLOWED)
