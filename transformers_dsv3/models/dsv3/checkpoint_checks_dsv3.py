@@ -12,7 +12,8 @@ from .checkpoint_files_dsv3 import StoredTensor, listing
 # experts.{e}.gate_proj.weight and its FP8 scale
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 _LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
-_SCALE = "_scale_inv"
+# After the name of an FP8 weight: its scales
+SCALE = "_scale_inv"
 _FP8 = "F8_E4M3"
 
 
@@ -64,7 +65,7 @@ class CheckpointCheck:
 
     def _align(self, name: str) -> str:
         """The model's name of a stored tensor: the decoder's prefix added or removed as Transformers does."""
-        weight, scale = (name[: -len(_SCALE)], _SCALE) if name.endswith(_SCALE) else (name, "")
+        weight, scale = (name[: -len(SCALE)], SCALE) if name.endswith(SCALE) else (name, "")
         match = _EXPERT.match(weight)
         target = self._fused_name(match) if match else weight
         prefix = f"{self.base_prefix or 'model'}."
@@ -137,7 +138,7 @@ class CheckpointCheck:
     def _bad_scales(self, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
         problems = []
         for name in wanted:
-            tensor, scale = self.resolved.get(name), self.resolved.get(name + _SCALE)
+            tensor, scale = self.resolved.get(name), self.resolved.get(name + SCALE)
             if tensor is None:
                 continue
             if tensor.dtype_name == _FP8 and self.block_size is None:
@@ -146,7 +147,7 @@ class CheckpointCheck:
                     "with a `weight_block_size`"
                 )
             elif tensor.dtype_name == _FP8 and scale is None:
-                problems.append(f"{tensor.path}: FP8 tensor '{tensor.name}' has no scale '{tensor.name}{_SCALE}'")
+                problems.append(f"{tensor.path}: FP8 tensor '{tensor.name}' has no scale '{tensor.name}{SCALE}'")
             elif self.block_size is not None and scale is not None:
                 if tensor.dtype_name != _FP8:
                     problems.append(

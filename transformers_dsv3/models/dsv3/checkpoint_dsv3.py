@@ -25,7 +25,7 @@ from transformers.integrations.peft import maybe_load_adapters
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
-from .checkpoint_checks_dsv3 import CheckpointCheck, mtp_layers_present
+from .checkpoint_checks_dsv3 import SCALE, CheckpointCheck, mtp_layers_present
 from .checkpoint_conversion_dsv3 import MergeExperts, deepseek_v3_conversion_mapping
 from .checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint, resolve_checkpoint
 
@@ -131,7 +131,7 @@ class Dsv3CheckpointMixin(_Base):
                 _check(model, stored, load_config, block_size)
                 # Sharded loading reads slices of mapped files, ZeRO-3 gathers: both are better served by Transformers
                 if load_config.device_mesh is None and not is_deepspeed_zero3_enabled() and sys.byteorder == "little":
-                    state_dict = _unread(stored, load_config.weight_mapping or [])
+                    state_dict = _unread(stored, load_config.weight_mapping or [], is_fp8)
                 elif is_fp8:
                     raise CheckpointError(
                         f"{files[0]}: FP8 weights cannot be dequantised while they are sharded. Load the checkpoint "
@@ -265,10 +265,11 @@ def _check(model: Any, stored: dict[str, StoredTensor], load_config: Any, block_
         )
 
 
-def _unread(stored: Mapping[str, StoredTensor], weight_mapping: list[Any]) -> dict[str, StoredTensor]:
-    """The tensors as Transformers' loader takes them, those that `MergeExperts` will read by itself deferred.
+def _unread(stored: Mapping[str, StoredTensor], weight_mapping: list[Any], is_fp8: bool) -> dict[str, StoredTensor]:
+    """The tensors as Transformers' loader takes them; those that our conversion operations read are deferred.
 
-    `stored` has the names after Transformers' renamings; the result has those on disk, which the loader renames again.
+    Those are experts, and with `is_fp8` every weight with a scale. `stored` has the names after Transformers'
+    renamings; the result has those on disk, which the loader renames again.
     """
     merging = [
         step
@@ -276,7 +277,10 @@ def _unread(stored: Mapping[str, StoredTensor], weight_mapping: list[Any]) -> di
         if isinstance(step, WeightConverter) and isinstance(step.operations[0], MergeExperts)
     ]
     for name, tensor in stored.items():
-        tensor.deferred = ".experts." in name and any(step.rename_source_key(name)[1] is not None for step in merging)
+        is_scaled = is_fp8 and (name.endswith(SCALE) or name + SCALE in stored)
+        tensor.deferred = is_scaled or (
+            ".experts." in name and any(step.rename_source_key(name)[1] is not None for step in merging)
+        )
     return {tensor.name: tensor for tensor in stored.values()}
 
 

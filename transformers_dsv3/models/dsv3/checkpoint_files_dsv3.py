@@ -54,7 +54,8 @@ class StoredTensor:
     (twice the model at the peak), and a parameter that is a view of a mapped file dies when the file is rewritten.
 
     With `deferred`, indexing by `...` and `.to(device=...)` give a `StoredTensor` back, so that a conversion
-    operation receives unread tensors and reads them one by one, straight into their place.
+    operation receives unread tensors and reads them one by one, straight into their place. The loader's threads would
+    otherwise read ahead without a bound.
     """
 
     name: str
@@ -89,10 +90,10 @@ class StoredTensor:
         return self if device is None else replace(self, device=torch.device(device))
 
     def read(self) -> torch.Tensor:
-        """Read into a new tensor on the CPU, of the shape and dtype on disk."""
+        """Read into a new tensor of the shape and dtype on disk, on the remembered device."""
         out = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         self.read_into(out)
-        return out
+        return out if self.device is None else out.to(self.device)
 
     def read_into(self, out: torch.Tensor) -> None:
         """Read into `out`: contiguous, on the CPU, of the shape and dtype on disk. Raises `CheckpointError`."""
