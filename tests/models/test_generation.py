@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, TextStreamer, pipeline
+from transformers import DynamicCache, StaticCache, TextStreamer, pipeline
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessor, StoppingCriteria
 
@@ -291,3 +291,14 @@ def test_pipeline_takes_use_mtp(trained_model, tmp_path):
     ]
     assert texts[0] == texts[1]
     assert texts[0][0][0]["generated_text"].startswith("def ")
+
+
+def test_static_cache_with_room_behind_a_short_prompt(make_model):
+    """Few queries on a long static cache take the absorbed path in prefill already, without a mask from Transformers."""
+    model = make_model(attn_implementation="sdpa")
+    tokens = prompts(2, 6)
+    assert model.model.layers[0].self_attn._absorbed_is_cheaper(6, 64)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        torch.testing.assert_close(model(tokens, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)

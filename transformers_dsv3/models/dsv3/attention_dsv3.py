@@ -123,12 +123,16 @@ def absorbed_attention(
     return out_BHQV.transpose(1, 2), weights_BHQS
 
 
-def dense_mask(attention_mask: Any, q_len: int, kv_len: int, device: torch.device) -> torch.Tensor | None:
+def dense_mask(
+    attention_mask: Any, q_len: int, kv_len: int, device: torch.device, first_query: int = 0
+) -> torch.Tensor | None:
     """Brings the mask of any attention implementation to the form that `absorbed_attention` takes.
 
     Args:
-        attention_mask: None (causal, the last query at the last position), `(B, S)` with 0 for padding (flash
-            attention), `(B, 1, Q, S)` boolean or additive (sdpa, eager), or flex attention's block mask.
+        attention_mask: None (causal), `(B, S)` with 0 for padding (causal too, flash attention), `(B, 1, Q, S)` boolean
+            or additive (sdpa, eager), or flex attention's block mask.
+        first_query: position of the first query, for the causal ones. Transformers leaves sdpa's mask out where queries
+            start at 0, also where a static cache has room behind them; flash attention's queries are the last ones.
 
     Returns:
         None where every query may attend everything, else a tensor broadcastable to `(B, 1, Q, S)`.
@@ -141,7 +145,7 @@ def dense_mask(attention_mask: Any, q_len: int, kv_len: int, device: torch.devic
         return create_mask(attention_mask.mask_mod, attention_mask.shape[0], 1, q_len, kv_len, device=str(device))
     mask = None
     if q_len > 1:
-        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)[None, None]
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(first_query)[None, None]
     if attention_mask is not None:
         padding = attention_mask[:, None, None, :kv_len].bool()
         mask = padding if mask is None else mask & padding
@@ -259,13 +263,14 @@ class Dsv3Attention(nn.Module):
             and self._absorbed_is_cheaper(q_len, kv_len)
             and self.why_not_absorbed(past_key_values) is None
         ):
+            first_query = kv_len - q_len if "flash" in (self.config._attn_implementation or "eager") else 0
             output, weights = absorbed_attention(
                 q_nope,
                 q_rope,
                 latent.squeeze(1),
                 k_rope.squeeze(1),
                 self.kv_b_proj.weight,
-                dense_mask(attention_mask, q_len, kv_len, hidden_states.device),
+                dense_mask(attention_mask, q_len, kv_len, hidden_states.device, first_query),
                 self.scaling,
             )
             weights = weights if self.config._attn_implementation == "eager" else None
