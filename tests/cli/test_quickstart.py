@@ -11,8 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import transformers_dsv3
+from transformers_dsv3.cli.main import app
 from transformers_dsv3.cli.quickstart import run_quickstart, show
 from transformers_dsv3.data.text_files import TextError
 from transformers_dsv3.training.quickstart_run import QuickstartError, QuickstartSettings
@@ -133,6 +135,13 @@ def test_plain_transformers_opens_the_folder(finished):
     with torch.inference_mode():
         ours = model(**tokenizer("note 3", return_tensors="pt")).logits
     torch.testing.assert_close(ours, torch.load(logits, weights_only=True), rtol=1e-4, atol=1e-5)
+
+
+def test_explain_names_what_serves_the_folder(finished):
+    output, _ = finished
+    result = CliRunner().invoke(app, ["explain", str(output)])
+    assert result.exit_code == 0, result.output
+    assert "attention" in result.output and "experts" in result.output
 
 
 def test_training_learns(tmp_path, notes, finished):
