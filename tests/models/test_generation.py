@@ -294,7 +294,7 @@ def test_pipeline_takes_use_mtp(trained_model, tmp_path):
 
 
 def test_static_cache_with_room_behind_a_short_prompt(make_model):
-    """Few queries on a long static cache take the absorbed path in prefill already, without a mask from Transformers."""
+    """Few queries on a long static cache are absorbed in prefill already, with no mask from Transformers."""
     model = make_model(attn_implementation="sdpa")
     tokens = prompts(2, 6)
     assert model.model.layers[0].self_attn._absorbed_is_cheaper(6, 64)

@@ -129,10 +129,10 @@ def dense_mask(
     """Brings the mask of any attention implementation to the form that `absorbed_attention` takes.
 
     Args:
-        attention_mask: None (causal), `(B, S)` with 0 for padding (causal too, flash attention), `(B, 1, Q, S)` boolean
-            or additive (sdpa, eager), or flex attention's block mask.
-        first_query: position of the first query, for the causal ones. Transformers leaves sdpa's mask out where queries
-            start at 0, also where a static cache has room behind them; flash attention's queries are the last ones.
+        attention_mask: None (causal), `(B, S)` with 0 for padding (causal too, flash attention), `(B, 1, Q, S)`
+            boolean or additive (sdpa, eager), or flex attention's block mask.
+        first_query: position of the first query, for the causal ones. Transformers leaves sdpa's mask out where
+            queries start at 0, also with room behind them in a static cache; flash attention's queries are the last.
 
     Returns:
         None where every query may attend everything, else a tensor broadcastable to `(B, 1, Q, S)`.
