@@ -55,11 +55,12 @@ def tiny_config(**overrides):
 
 def reference_dequantize(weight, scale, block_size):
     """float64, one element at a time, by the definition of the format."""
-    out = weight.to(torch.float64)
-    for row in range(weight.shape[0]):
-        for column in range(weight.shape[1]):
-            out[row, column] *= float(scale[row // block_size[0], column // block_size[1]])
-    return out
+    scales = scale.double().tolist()
+    values = [
+        [value * scales[i // block_size[0]][j // block_size[1]] for j, value in enumerate(row)]
+        for i, row in enumerate(weight.double().tolist())
+    ]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def quantize(weight, block_size):
