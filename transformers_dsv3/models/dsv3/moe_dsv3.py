@@ -101,6 +101,44 @@ class Dsv3Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, torch.Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """`load_state_dict` of official checkpoints, which hold one tensor an expert, a whole one or shard by shard.
+
+        `Trainer` resumes so, and would silently leave the experts as they are when their names are not known here.
+        """
+        places = {
+            f"{prefix}{expert}.{name}.weight": place
+            for expert in range(self.num_experts)
+            for name, place in (
+                ("gate_proj", self.gate_up_proj.detach()[expert, : self.intermediate_dim]),
+                ("up_proj", self.gate_up_proj.detach()[expert, self.intermediate_dim :]),
+                ("down_proj", self.down_proj.detach()[expert]),
+            )
+        }
+        if not places.keys() & state_dict.keys():
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
+        for name, place in places.items():
+            stored = state_dict.get(name)
+            if stored is None:
+                missing_keys.append(name)
+            elif stored.shape != place.shape:
+                error_msgs.append(f"{name} has shape {tuple(stored.shape)}, not {tuple(place.shape)}")
+            else:
+                place.copy_(stored)
+        unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in places)
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
