@@ -35,7 +35,7 @@ def test_drafts_equal_native_mtp(make_model, native_twin, depths):
     with torch.no_grad():
         hidden = model.model(tokens[:, :-1]).last_hidden_state
         positions = torch.arange(1, 20)[None]
-        _, expected, _ = mtp(tokens[:, 1:], hidden, None, positions, None)
+        _, expected, _ = mtp(tokens[:, 1:], hidden, torch.ones_like(positions), positions, None)
         inputs = model.model.attention_inputs(hidden, None, positions - 1, None)
         embeds, drafts = model.model.embed_tokens(tokens[:, 1:]), []
         for layer in model.model.mtp_layers:
