@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +60,21 @@ def random_model(config, dtype=torch.float32):
 def text():
     """About 1,700 characters of English and code, which every Python has."""
     return json.__doc__
+
+
+@pytest.fixture(scope="session")
+def yarn():
+    """RoPE parameters of a context four times as long as the 64 tokens trained on."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 64,
+    }
 
 
 @pytest.fixture(scope="session")
