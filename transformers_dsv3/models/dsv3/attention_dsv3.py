@@ -106,8 +106,8 @@ def absorbed_attention(
     w_uk_HNR, w_uv_HVR = kv_b_weight.view(H, -1, R).split([N, kv_b_weight.shape[0] // H - N], dim=1)
 
     q_latent_BHQR = torch.matmul(q_nope_BHQN, w_uk_HNR)
-    # Heads become rows of one product with the latents, which are so read once for all heads. Sum and scale are part of
-    # the product: in bf16, scores are rounded once instead of three times.
+    # Heads become rows of one product with the latents, so that these are read once for all heads. Sum and scale are
+    # part of the product: in bf16, scores are rounded once instead of three times.
     scores_BHQS = torch.baddbmm(
         torch.bmm(q_rope_BHQP.reshape(B, H * Q, -1), k_rope_BSP.transpose(1, 2)),
         q_latent_BHQR.reshape(B, H * Q, R),
