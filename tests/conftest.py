@@ -43,6 +43,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+MEASURED = pytest.StashKey()
+
+
+@pytest.fixture(scope="session")
+def measured(pytestconfig):
+    """Dictionary from a description to the largest value measured, printed at the end of the run."""
+    return pytestconfig.stash.setdefault(MEASURED, {})
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    figures = config.stash.get(MEASURED, {})
+    if figures:
+        terminalreporter.section("measured")
+        for what, value in sorted(figures.items()):
+            terminalreporter.write_line(f"{what}: {value:.2g}")
+
+
 def randomize(model, seed=0):
     """Gives every parameter that starts as 0 or 1 (norms, attention biases, correction biases) values that matter."""
     generator = torch.Generator().manual_seed(seed)
@@ -100,12 +117,13 @@ def native_twin():
 
 
 TRAINING_TEXT = inspect.getsource(importlib.import_module("textwrap"))[:2000]
+LEARNED = 1200
 PAD, EOS = 256, 257
 
 
 @pytest.fixture(scope="session")
 def training_bytes():
-    """The text that `trained_model` has learned, one token a byte."""
+    """A text, one token a byte. `trained_model` has learned its first 1,200 and seen nothing of the rest."""
     return torch.tensor(list(TRAINING_TEXT.encode()))
 
 
@@ -128,12 +146,13 @@ def _trained(tiny_config, training_bytes):
         max_position_embeddings=1024,
     )
     model = transformers_dsv3.Dsv3ForCausalLM(config).train()
-    steps, batch, length = 400, 3, 128
+    steps, batch, length = 600, 3, 128
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        starts = torch.randint(len(training_bytes) - length, (batch,), generator=generator)
+        # Past both ends, since the first and the last bytes lie in few windows
+        starts = torch.randint(-40, LEARNED - length + 40, (batch,), generator=generator).clamp(0, LEARNED - length)
         tokens = torch.stack([training_bytes[start : start + length] for start in starts])
         output = model(tokens, labels=tokens, use_cache=False)
         output.loss.backward()
@@ -141,7 +160,7 @@ def _trained(tiny_config, training_bytes):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    assert output.loss < 1.0, f"the shared model did not learn: loss {output.loss:.2f}"
+    assert output.loss < 0.3, f"the shared model did not learn: loss {output.loss:.2f}"
     return model.eval()
 
 
