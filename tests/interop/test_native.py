@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, pipeline
 
 import transformers_dsv3
 from transformers_dsv3.models.dsv3 import checkpoint_dsv3
@@ -156,8 +156,14 @@ class TestNativeToPluginToNative:
         native, plugin, back = (config(trip[stage]) for stage in ("native", "plugin", "back"))
         # Announced by native's default, but its save has no MTP layers
         assert native["num_nextn_predict_layers"] == 1
-        assert plugin == {**native, **ADDED_KEYS, "num_nextn_predict_layers": 0}
-        assert back == plugin
+        rope = dict(native["rope_parameters"])
+        added = {**ADDED_KEYS, "rope_theta": rope.pop("rope_theta")}
+        if rope["rope_type"] != "default":
+            added["rope_scaling"] = rope
+        assert plugin == {**native, **added, "num_nextn_predict_layers": 0}
+        # What native keeps of it: all but the older spelling of RoPE, which it reads and does not write
+        assert back == {key: value for key, value in plugin.items() if key not in ("rope_theta", "rope_scaling")}
+        assert trip["config"].rope_parameters == native["rope_parameters"]
 
     def test_native_class_and_all_tensors(self, trip):
         seen = report(trip["back"])
@@ -176,6 +182,25 @@ class TestNativeToPluginToNative:
             json.loads((trip[stage] / "generation_config.json").read_text()) for stage in ("native", "plugin", "back")
         )
         assert native == plugin == back
+
+
+def test_older_rope_keys(tmp_path, yarn):
+    """Both spellings of RoPE are written and read alike; a file where they differ is refused."""
+    made = transformers_dsv3.Dsv3Config(**native_config(rope_parameters=yarn))
+    assert "rope_scaling" not in made.to_dict() and "rope_theta" not in made.to_dict()
+    made.save_pretrained(tmp_path)
+    written = config(tmp_path)
+    assert written["rope_theta"] == yarn["rope_theta"]
+    assert written["rope_scaling"] == {key: value for key, value in yarn.items() if key != "rope_theta"}
+    for reader in (transformers_dsv3.Dsv3Config, DeepseekV3Config):
+        assert reader.from_pretrained(tmp_path).rope_parameters == yarn
+        without_new = {key: value for key, value in written.items() if key != "rope_parameters"}
+        assert reader.from_dict(without_new).rope_parameters == yarn
+    changed = transformers_dsv3.Dsv3Config.from_pretrained(tmp_path, rope_parameters={**yarn, "factor": 2.0})
+    assert changed.rope_parameters["factor"] == 2.0
+    for key, value in (("rope_theta", 5.0), ("rope_scaling", {"type": "linear", "factor": 4.0})):
+        with pytest.raises(ValueError, match="`rope_parameters`: its `rope_t.*contradicts.*older spelling"):
+            transformers_dsv3.Dsv3Config.from_dict({**written, key: value})
 
 
 def test_absent_mtp_layers_are_said(trips):

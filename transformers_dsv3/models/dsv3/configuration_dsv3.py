@@ -1,5 +1,6 @@
 """Configuration of DeepSeek-V3 models (arXiv 2412.19437, section 4.2 for the published sizes)."""
 
+import json
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -46,6 +47,7 @@ class Dsv3Config(DeepseekV3Config):
         # A repository with remote code of its own (Moonlight's, for one) names that code here. These classes serve
         # the model instead, and a checkpoint saved from them carries no code.
         kwargs.pop("auto_map", None)
+        _check_rope_keys(self.rope_parameters, kwargs)
         # Null in some checkpoints, for models without shared experts or without groups
         for field, absent in (("n_shared_experts", 0), ("n_group", 1), ("topk_group", self.n_group or 1)):
             if getattr(self, field) is None:
@@ -120,6 +122,34 @@ class Dsv3Config(DeepseekV3Config):
         if not output.get("mtp_loss_weight"):
             output.pop("mtp_loss_weight", None)
         return output
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        # The official keys for RoPE beside Transformers 5's `rope_parameters`: readers built on Transformers 4 know no
+        # other, and would leave YaRN out without a word. In the file only: in a dict that is changed and read again
+        # they would win over `rope_parameters`.
+        output = json.loads(super().to_json_string(use_diff))
+        rope = output.get("rope_parameters")
+        if rope:
+            output["rope_theta"] = rope["rope_theta"]
+            if rope["rope_type"] != "default":
+                output["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        return json.dumps(output, indent=2, sort_keys=True) + "\n"
+
+
+def _check_rope_keys(rope_parameters: dict[str, Any] | None, old_keys: dict[str, Any]) -> None:
+    """Refuse a config whose two spellings of RoPE differ, such as a file in which one was edited."""
+    old = dict(old_keys.get("rope_scaling") or {})
+    if "type" in old:
+        old.setdefault("rope_type", old.pop("type"))
+    if old_keys.get("rope_theta") is not None:
+        old["rope_theta"] = old_keys["rope_theta"]
+    for key, value in old.items():
+        new = (rope_parameters or {}).get(key, value)
+        if new != value:
+            raise ValueError(
+                f"`rope_parameters`: its `{key}={new!r}` contradicts `{key}={value!r}` of `rope_scaling` and "
+                "`rope_theta`, the older spelling of the same; make them equal or leave one out"
+            )
 
 
 def _official_architecture(class_name: str) -> str:

