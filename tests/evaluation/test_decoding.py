@@ -1,7 +1,12 @@
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from transformers_dsv3.evaluation.decoding import cache_bytes, cache_bytes_per_token, greedy_decode
+from transformers_dsv3.evaluation.decoding import (
+    cache_bytes,
+    cache_bytes_per_token,
+    decode,
+    greedy_tokens_per_second,
+)
 
 
 def small_llama():
@@ -32,12 +37,34 @@ def test_storage_held_twice_counts_once():
     assert cache_bytes(cache) == 4 * 8 * 4
 
 
-def test_greedy_decode_takes_the_arg_max():
+def test_decode_takes_the_arg_max_whatever_the_generation_config_says():
     model = small_llama()
-    prompt = torch.arange(6)[None]
-    speed, output = greedy_decode(model, prompt, 5, repeats=1)
-    ids = prompt
+    model.generation_config.update(do_sample=True, temperature=0.1, top_p=0.5, max_new_tokens=2)
+    prompts = torch.arange(12).view(2, 6)
+    ids = prompts
     for _ in range(5):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert speed > 0
-    assert torch.equal(output.sequences, ids)
+    assert torch.equal(decode(model, prompts, 5, do_sample=False).sequences, ids)
+
+
+def test_sampling_is_from_the_models_own_distribution():
+    model = small_llama()
+    model.generation_config.update(do_sample=True, temperature=0.01, top_k=1)
+    torch.manual_seed(0)
+    drawn = decode(model, torch.zeros(400, 3, dtype=torch.int64), 1, do_sample=True).sequences[:, 3]
+    # Untrained, it is close to uniform over 50 tokens: nearly all of them turn up in 400 draws.
+    assert drawn.unique().numel() > 40
+
+
+def test_tokens_per_second_leaves_the_warm_up_out(monkeypatch):
+    model = small_llama()
+    clock = iter([0.0, 100.0, 101.0, 200.0, 201.0])
+
+    def generate(**options):
+        lengths.append(options["input_ids"].shape)
+
+    lengths = []
+    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert greedy_tokens_per_second(model, torch.arange(12).view(2, 6), 5) == 2 * 5 / 2.0
+    assert lengths == [(1, 6)] * 3

@@ -171,9 +171,10 @@ def show(results: dict[str, Any], output: Path) -> None:
     )
     if "mtp_acceptance_rate" in decode:
         table.add_row(
-            "MTP drafts accepted",
+            "MTP drafts accepted, greedy",
             f"{decode['mtp_acceptance_rate']:.0%}",
-            f"{decode['greedy_mtp_tokens_per_second']:.0f} tokens/s with use_mtp=True",
+            f"{decode['greedy_mtp_tokens_per_second']:.0f} tokens/s with use_mtp=True; "
+            f"sampling {decode['mtp_acceptance_rate_sampled']:.0%}",
         )
     table.add_row(
         "cache bytes a token", f"{cache['plugin']:,.0f}", f"native Transformers {cache['native']:,.0f}, same weights"

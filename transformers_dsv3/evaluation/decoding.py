@@ -9,38 +9,54 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 
-def greedy_decode(
-    model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, *, repeats: int = 2, **generate_options: Any
-) -> tuple[float, Any]:
-    """Greedy decoding of exactly `new_tokens` tokens.
+SAMPLING = ("temperature", "top_p", "top_k")
+
+
+def greedy_tokens_per_second(
+    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, **generate_options: Any
+) -> float:
+    """New tokens a second of greedy decoding, one prompt after the other (batch 1), prefill included.
 
     Args:
-        prompt: int64 `(batch, length)`.
-        repeats: runs after one that warms up; the fastest counts, as other work on the machine only slows one down.
-
-    Returns:
-        New tokens a second (prefill included), and what `generate` returned last.
+        prompts: int64 `(n_prompts, length)`. Several, since the text decides how often MTP drafts are accepted, and a
+            small model soon repeats itself. The first is decoded once more beforehand to warm up.
+        new_tokens: tokens decoded for each prompt, whatever they are.
     """
-    prompt = prompt.to(model.device)
-    best, output = float("inf"), None
-    for attempt in range(repeats + 1):
+    seconds = 0.0
+    for number, prompt in enumerate(torch.cat([prompts[:1], prompts])):
         started = time.perf_counter()
-        output = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            # Sampling settings of the model's own generation config, which greedy decoding warns about.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            return_dict_in_generate=True,
-            **generate_options,
-        )
-        if attempt > 0:
-            best = min(best, time.perf_counter() - started)
-    return prompt.shape[0] * new_tokens / best, output
+        decode(model, prompt[None], new_tokens, do_sample=False, **generate_options)
+        if number > 0:
+            seconds += time.perf_counter() - started
+    return prompts.shape[0] * new_tokens / seconds
+
+
+def mtp_acceptance_rate(model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, *, do_sample: bool) -> float:
+    """Share of the MTP layers' drafts that the model accepts while it continues all prompts `(n, length)` at once.
+
+    Sampling is from the model's own distribution (temperature 1, no cut).
+    """
+    output = decode(model, prompts, new_tokens, do_sample=do_sample, use_mtp=True)
+    return float(output.mtp_acceptance_rate)
+
+
+def decode(
+    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, *, do_sample: bool, **generate_options: Any
+) -> Any:
+    """Exactly `new_tokens` more tokens for each prompt of a batch without padding, as `generate` returns them."""
+    # The sampling settings of the model's own generation config are put aside; greedy decoding warns about any.
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if do_sample else dict.fromkeys(SAMPLING)
+    prompts = prompts.to(model.device)
+    return model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=do_sample,
+        return_dict_in_generate=True,
+        **sampling,
+        **generate_options,
+    )
 
 
 @torch.inference_mode()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline, set_seed
 from transformers.utils import logging
 
 import transformers_dsv3  # noqa: F401  registers the plugin's classes with the Auto classes
 
 from ..data.byte_bpe import token_stream
 from ..data.text_files import Corpus
-from .decoding import cache_bytes_per_token, greedy_decode
+from .decoding import cache_bytes_per_token, greedy_tokens_per_second, mtp_acceptance_rate
 from .text_quality import bits_per_byte, compressor_bits_per_byte
 
 
@@ -24,12 +25,12 @@ PYTHON_PROMPTS = ("def main(", "class Stack:\n    def __init__(self", "import os
 
 
 def measure_checkpoint(
-    folder: Path, corpus: Corpus, *, window: int, prompts: tuple[str, ...], seed: int, new_tokens: int = 128
+    folder: Path, corpus: Corpus, *, window: int, prompts: tuple[str, ...], seed: int, new_tokens: int = 64
 ) -> dict[str, Any]:
     """Load the folder through the Auto classes and measure what the quickstart prints.
 
     Args:
-        window: tokens of context for bits per byte, and of the prompt for decoding.
+        window: tokens of context for bits per byte; decoding continues held-out passages of half as many.
         prompts: what the pipeline completes, sampling as the folder's generation config says, from `seed`.
 
     Returns:
@@ -43,9 +44,15 @@ def measure_checkpoint(
     stream = token_stream(tokenizer, texts)
 
     quality = bits_per_byte(model, stream, len(held_out_bytes), window=window, stride=window // 2)
-    prompt = stream[None, :window]
-    speed, _ = greedy_decode(model, prompt, new_tokens)
-    results: dict[str, Any] = {
+    with one_thread():
+        decoding = measure_decoding(folder, model, spaced_passages(stream, 8, window // 2), new_tokens, seed)
+        set_seed(seed)
+        writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        completions = [
+            {"prompt": prompt, "text": writer(prompt, return_full_text=False)[0]["generated_text"]}
+            for prompt in prompts
+        ]
+    return {
         "held_out": {
             "bits_per_byte": quality.value,
             **{f"{name}_bits_per_byte": bits for name, bits in compressor_bits_per_byte(held_out_bytes).items()},
@@ -54,34 +61,65 @@ def measure_checkpoint(
             "window": window,
             "stride": window // 2,
         },
-        "decode": {"prompt_tokens": prompt.shape[1], "new_tokens": new_tokens, "greedy_tokens_per_second": speed},
-        "cache_bytes_per_token": {"plugin": cache_bytes_per_token(model, prompt)},
+        **decoding,
+        "completions": completions,
+        "machine": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": str(model.device),
+            "threads": torch.get_num_threads(),
+            "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        },
     }
-    if model.config.num_nextn_predict_layers:
-        mtp_speed, output = greedy_decode(model, prompt, new_tokens, use_mtp=True)
-        results["decode"]["greedy_mtp_tokens_per_second"] = mtp_speed
-        results["decode"]["mtp_acceptance_rate"] = output.mtp_acceptance_rate
-    with native_model(folder) as native:
-        results["decode"]["native_greedy_tokens_per_second"] = greedy_decode(native, prompt, new_tokens)[0]
-        results["cache_bytes_per_token"]["native"] = cache_bytes_per_token(native, prompt)
 
-    set_seed(seed)
-    writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    results["completions"] = [
-        {"prompt": prompt, "text": writer(prompt, return_full_text=False)[0]["generated_text"]} for prompt in prompts
-    ]
-    results["machine"] = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": str(model.device),
+
+def measure_decoding(
+    folder: Path, model: PreTrainedModel, passages: torch.Tensor, new_tokens: int, seed: int
+) -> dict[str, Any]:
+    """Decode speed, MTP acceptance and cache size, with native Transformers on the same checkpoint beside it.
+
+    Args:
+        passages: int64 `(n, length)`, what is continued by `new_tokens` tokens; speeds use half of them.
+    """
+    timed = passages[::2]
+    decode: dict[str, Any] = {
+        "prompt_tokens": passages.shape[1],
+        "new_tokens": new_tokens,
         "threads": torch.get_num_threads(),
-        "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "greedy_tokens_per_second": greedy_tokens_per_second(model, timed, new_tokens),
     }
-    return results
+    cache = {"plugin": cache_bytes_per_token(model, passages[:1])}
+    if model.config.num_nextn_predict_layers:
+        set_seed(seed)
+        decode["greedy_mtp_tokens_per_second"] = greedy_tokens_per_second(model, timed, new_tokens, use_mtp=True)
+        decode["mtp_acceptance_rate"] = mtp_acceptance_rate(model, passages, new_tokens, do_sample=False)
+        decode["mtp_acceptance_rate_sampled"] = mtp_acceptance_rate(model, passages, new_tokens, do_sample=True)
+    with native_model(folder) as native:
+        decode["native_greedy_tokens_per_second"] = greedy_tokens_per_second(native, timed, new_tokens)
+        cache["native"] = cache_bytes_per_token(native, passages[:1])
+    return {"decode": decode, "cache_bytes_per_token": cache}
 
 
 @contextmanager
-def native_model(folder: Path):
+def one_thread() -> Iterator[None]:
+    """One thread for decoding: a model this small gains nothing from a second, and loses much if a core is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def spaced_passages(stream: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """`count` passages of `length` tokens, evenly spaced over a stream: `(count, length)`."""
+    length = min(length, stream.numel())
+    starts = torch.linspace(0, stream.numel() - length, count).long()
+    return torch.stack([stream[start : start + length] for start in starts.tolist()])
+
+
+@contextmanager
+def native_model(folder: Path) -> Iterator[PreTrainedModel]:
     """The same checkpoint in Transformers' own DeepSeek-V3 class, past the Auto classes."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it reports the MTP layer's tensors, which it has no place for
