@@ -199,7 +199,8 @@ class Dsv3Attention(nn.Module):
     def why_not_absorbed(self, past_key_values: Cache | None = None) -> str | None:
         """The reason why the absorbed path cannot serve this module and cache, or None where it can."""
         if type(self.kv_b_proj) is not nn.Linear:
-            return f"kv_b_proj is a {type(self.kv_b_proj).__name__}, whose weight cannot be folded"
+            kind = type(self.kv_b_proj)
+            return f"kv_b_proj is a {kind.__module__}.{kind.__name__}, whose weight cannot be folded"
         if self.kv_b_proj.weight.is_meta:
             return "kv_b_proj is offloaded, its weight is not in memory outside its own call"
         if self.training and self.attention_dropout > 0:

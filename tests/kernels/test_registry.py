@@ -1,0 +1,69 @@
+"""`explain` names what serves a model, checked against what really runs."""
+
+import peft
+import pytest
+import torch
+from transformers import DeepseekV3ForCausalLM
+
+import transformers_dsv3
+from transformers_dsv3.models.dsv3 import attention_dsv3
+
+
+def block(text, operation):
+    """The lines of one operation, as {backend: (in use, note)}."""
+    lines = text.split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith(operation))
+    found = {}
+    for line in lines[start + 1 :]:
+        if not line.startswith(" "):
+            break
+        found[line[4:].split()[0]] = (line[2] == "*", line)
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_marked_backends_are_those_that_run(make_model, implementation, monkeypatch):
+    model = make_model(attn_implementation=implementation)
+    model.set_experts_implementation("grouped_mm")
+    text = transformers_dsv3.explain(model)
+    assert [name for name, (used, _) in block(text, "attention, expanded").items() if used] == [implementation]
+    assert [name for name, (used, _) in block(text, "experts").items() if used] == ["grouped_mm"]
+    assert block(text, "attention, absorbed")["torch"][0]
+
+    calls = []
+    original = attention_dsv3.absorbed_attention
+    monkeypatch.setattr(attention_dsv3, "absorbed_attention", lambda *a: calls.append(1) or original(*a))
+    with torch.no_grad():
+        cache = model(torch.ones(1, 8, dtype=torch.long)).past_key_values
+        assert not calls
+        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    assert len(calls) == model.config.num_hidden_layers
+
+
+def test_reasons_on_a_cpu(make_model):
+    text = transformers_dsv3.explain(make_model())
+    assert text.startswith("Dsv3ForCausalLM on cpu, float32")
+    assert "no: " in block(text, "attention, expanded")["flash_attention_2"][1]
+    assert "no: needs a GPU" in block(text, "experts")["deepgemm"][1]
+    assert 'experts_implementation="eager"' in block(text, "experts")["eager"][1]
+    double = make_model().to(torch.float64)
+    double.set_experts_implementation("eager")
+    assert "not torch.float64" in block(transformers_dsv3.explain(double), "experts")["grouped_mm"][1]
+
+
+def test_an_adapter_on_kv_b_proj_takes_the_absorbed_path_away(make_model):
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["kv_b_proj"], r=2))
+    used, line = block(transformers_dsv3.explain(model), "attention, absorbed")["torch"]
+    assert not used and "no: kv_b_proj is a peft.tuners.lora.layer.Linear, whose weight cannot be folded" in line
+
+
+def test_backends_registered_elsewhere_are_shown(make_model):
+    model = make_model()
+    model.config._experts_implementation = "somebody_elses"
+    assert block(transformers_dsv3.explain(model), "experts")["somebody_elses"][0]
+
+
+def test_other_models_are_refused(tiny_config):
+    native = DeepseekV3ForCausalLM(tiny_config())
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has no attention of this package"):
+        transformers_dsv3.explain(native)

@@ -1,0 +1,37 @@
+"""The names that users rely on, each with a docstring of this package's own."""
+
+import inspect
+
+import pytest
+
+import transformers_dsv3
+
+
+NAMES = [
+    "Dsv3Config",
+    "Dsv3ForCausalLM",
+    "Dsv3ForSequenceClassification",
+    "Dsv3ForTokenClassification",
+    "Dsv3Model",
+    "Dsv3PreTrainedModel",
+    "explain",
+    "is_registered",
+    "register",
+    "unregister",
+]
+
+
+def test_names():
+    assert transformers_dsv3.__all__ == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings(name):
+    thing = getattr(transformers_dsv3, name)
+    assert thing.__doc__ and thing.__doc__.strip()
+    assert inspect.getmodule(thing).__name__.startswith("transformers_dsv3.")
+
+
+def test_classes_are_found_by_transformers_naming():
+    for name in NAMES[1:6]:
+        assert getattr(transformers_dsv3, name).config_class is transformers_dsv3.Dsv3Config
