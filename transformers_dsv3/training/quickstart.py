@@ -60,7 +60,7 @@ class LiveLossBar(ProgressCallback):
 
 @contextmanager
 def quiet_saving() -> Iterator[None]:
-    """No bar for each checkpoint, and no report of names that resuming reads past (see `train_and_save`)."""
+    """No bar for each checkpoint, and no report of the MTP layers' copies of embedding and head when resuming."""
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -101,9 +101,7 @@ def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartS
     set_seed(run.seed)
     if checkpoint is None:
         model = AutoModelForCausalLM.from_config(quickstart_config(settings, tokenizer))
-    else:
-        # The trainer's own resuming reads names as the model has them, experts fused, while its checkpoint has one
-        # tensor an expert: the experts would silently stay random. Read the checkpoint the official way first.
+    else:  # also where every step was done when the command was stopped, and only saving is left
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     seconds = 0.0
     if done < run.target_step:
