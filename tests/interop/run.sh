@@ -3,8 +3,8 @@
 #
 #   tests/interop/run.sh FOLDER [pytest options]
 #
-# FOLDER keeps the environments (about 6 GB) for the next run. Needs Python 3.10 or later with venv, and a C++
-# compiler for llama.cpp. Takes 15 to 20 minutes on 2 cores the first time, about 6 afterwards.
+# FOLDER keeps the environments (about 8 GB) for the next run. Needs Python 3.10 or later with venv, and a C++
+# compiler for llama.cpp. Takes 15 to 20 minutes on 2 cores the first time, about 3 afterwards.
 # Settings, by environment variable: PYTHON (python3), TORCH (torch==2.13.0), the interpreter and the requirement.
 set -euo pipefail
 
