@@ -1,6 +1,7 @@
 """Which part of the package may import which; CONTRIBUTING.md has the rules in words."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,9 @@ ALLOWED = {
 OPTIONAL = {"trl", "peft", "datasets", "triton", "datatrove", "lm_eval", "matplotlib", "gguf", "llama_cpp", "fastapi"}
 # Verbs import these inside their functions; server.py is imported by its verb alone.
 HEAVY = {"torch", "transformers", "transformers_dsv3"}
+
+# All that a model file may need, inside functions too
+FOR_MODELS = {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "transformers_dsv3"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -75,3 +79,30 @@ def test_verbs_import_nothing_heavy_at_the_top():
 
 def test_every_part_is_in_the_table():
     assert {part_of(path) for path in MODULES} <= set(ALLOWED)
+
+
+def test_models_need_nothing_but_transformers_and_what_comes_with_it():
+    for path in MODULES:
+        if part_of(path) == "models":
+            foreign = {name.split(".")[0] for name in imports(path)} - FOR_MODELS - set(sys.stdlib_module_names)
+            assert not foreign, f"{path.name} imports {foreign}"
+
+
+def test_kernels_know_no_model_of_transformers():
+    for path in MODULES:
+        if part_of(path) == "kernels":
+            assert not [name for name in imports(path) if name.startswith("transformers.models")], path.name
+
+
+def test_imports_are_seen(tmp_path, monkeypatch):
+    """Every rule above would pass if the reader of imports found nothing."""
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    file = tmp_path / "models" / "dsv3" / "file.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import os.path\nfrom ...training import x\nfrom . import sibling\n"
+        "def f():\n    import trl\n    from transformers_dsv3.cli.main import app\n"
+    )
+    at_top = {"os.path", "transformers_dsv3.training.x", "transformers_dsv3.models.dsv3.sibling"}
+    assert set(imports(file, top_level_only=True)) == at_top
+    assert set(imports(file)) == at_top | {"trl", "transformers_dsv3.cli.main.app"}

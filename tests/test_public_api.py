@@ -29,6 +29,9 @@ def test_names():
 def test_docstrings(name):
     thing = getattr(transformers_dsv3, name)
     assert thing.__doc__ and thing.__doc__.strip()
+    # Not one that Python or a base class made up for it
+    assert not thing.__doc__.startswith(f"{name}(")
+    assert all(thing.__doc__ != base.__doc__ for base in getattr(thing, "__mro__", ())[1:])
     assert inspect.getmodule(thing).__name__.startswith("transformers_dsv3.")
 
 

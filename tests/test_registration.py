@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 import transformers
 from transformers import AutoConfig, DeepseekV3Config
 
@@ -64,3 +65,51 @@ def test_only_an_import_is_needed(saved):
     )
     run = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, timeout=240)
     assert run.stdout.split() == ["DeepseekV3ForCausalLM", "Dsv3ForCausalLM"], run.stderr
+
+
+def test_weights_cross_both_ways(make_model, saved, tmp_path):
+    """The plugin's checkpoint in native, saved again by it, and that in the plugin: the same tensors throughout."""
+    main = {name: tensor for name, tensor in make_model().state_dict().items() if "layers.2." not in name}
+
+    def assert_same(model):
+        state = model.state_dict()
+        assert state.keys() == main.keys()
+        assert all(torch.equal(tensor, main[name]) for name, tensor in state.items())
+
+    try:
+        transformers_dsv3.unregister()
+        native = transformers.AutoModelForCausalLM.from_pretrained(saved)
+        assert type(native) is transformers.DeepseekV3ForCausalLM
+        assert_same(native)
+        native.save_pretrained(tmp_path / "native")
+    finally:
+        transformers_dsv3.register()
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    assert type(back) is transformers_dsv3.Dsv3ForCausalLM
+    # Native drops the MTP layers and goes on announcing them
+    assert back.config.num_nextn_predict_layers == 0
+    assert_same(back)
+
+
+def test_models_made_before_keep_working(make_model, tmp_path):
+    model = make_model()
+    tokens = torch.randint(1, 96, (1, 6))
+    try:
+        with torch.no_grad():
+            before = model(tokens).logits
+            text = model.generate(tokens, max_new_tokens=3, use_mtp=True)
+            transformers_dsv3.unregister()
+            assert torch.equal(model(tokens).logits, before)
+            assert torch.equal(model.generate(tokens, max_new_tokens=3, use_mtp=True), text)
+            model.save_pretrained(tmp_path)
+            # The class itself still reads what it wrote
+            loaded = transformers_dsv3.Dsv3ForCausalLM.from_pretrained(tmp_path)
+            assert torch.equal(loaded(tokens).logits, before)
+    finally:
+        transformers_dsv3.register()
+
+
+def test_native_configs_are_served_by_native_models(tiny_config):
+    fields = {key: value for key, value in tiny_config().to_dict().items() if key != "architectures"}
+    model = transformers.AutoModelForCausalLM.from_config(DeepseekV3Config(**fields))
+    assert type(model) is transformers.DeepseekV3ForCausalLM

@@ -6,6 +6,7 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 import transformers_dsv3
+from transformers_dsv3.kernels.registry import BACKENDS
 from transformers_dsv3.models.dsv3 import attention_dsv3
 
 
@@ -67,3 +68,40 @@ def test_other_models_are_refused(tiny_config):
     native = DeepseekV3ForCausalLM(tiny_config())
     with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has no attention of this package"):
         transformers_dsv3.explain(native)
+
+
+def test_every_backend_is_listed(make_model):
+    model = make_model()
+    text = transformers_dsv3.explain(model)
+    for operation in dict.fromkeys(backend.operation for backend in BACKENDS):
+        found = block(text, operation)
+        assert list(found) == [backend.name for backend in BACKENDS if backend.operation == operation]
+        assert sum(used for used, _ in found.values()) == 1
+
+
+def test_every_switch_it_names_works(make_model):
+    """What is said to be possible is taken by Transformers' switch, and marked afterwards."""
+    model = make_model()
+    model.set_attn_implementation("sdpa")
+    switches = {"attention, expanded": model.set_attn_implementation, "experts": model.set_experts_implementation}
+    for operation, switch in switches.items():
+        offered = [
+            n for n, (_, line) in block(transformers_dsv3.explain(model), operation).items() if "chosen" in line
+        ]
+        assert len(offered) >= 2
+        for name in offered:
+            switch(name)
+            assert block(transformers_dsv3.explain(model), operation)[name][0]
+
+
+def test_wrapped_models_are_explained(make_model):
+    model = make_model()
+    before = transformers_dsv3.explain(model).split("\n")[1:]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], r=2))
+    assert transformers_dsv3.explain(wrapped).split("\n")[1:] == before
+
+
+def test_dense_models_have_no_experts(make_model):
+    text = transformers_dsv3.explain(make_model(first_k_dense_replace=2, num_nextn_predict_layers=0))
+    assert "experts (this model has none)" in text
+    assert not block(text, "experts")
