@@ -327,14 +327,15 @@ def test_implementations_equal_native(implementation, side, make_model, native_t
     close(*[step[0], step[1].double()])
 
 
+@pytest.mark.parametrize("use_cache", [False, None])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_packed_sequences_equal_separate_ones(implementation, make_model):
+def test_packed_sequences_equal_separate_ones(implementation, use_cache, make_model):
     model = make_model(attn_implementation=implementation)
     tokens = torch.randint(96, (1, 20))
     lengths = [7, 1, 12]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     with torch.no_grad():
-        packed = model(tokens, position_ids=positions, use_cache=False).logits
+        packed = model(tokens, position_ids=positions, use_cache=use_cache).logits
         separate = [model(part, use_cache=False).logits for part in tokens.split(lengths, dim=1)]
         run_on = model(tokens, use_cache=False).logits
     close(packed, torch.cat(separate, dim=1).double())
