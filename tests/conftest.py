@@ -57,7 +57,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if figures:
         terminalreporter.section("measured")
         for what, value in sorted(figures.items()):
-            terminalreporter.write_line(f"{what}: {value:.2g}")
+            terminalreporter.write_line(f"{what}: {value:.3g}")
 
 
 def randomize(model, seed=0):

@@ -347,7 +347,7 @@ print(size, (max(anonymous) - base) / size, (mib("VmHWM") - before) / size)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["bf16", "fp8"])
-def test_peak_memory_of_loading(tmp_path, is_fp8):
+def test_peak_memory_of_loading(tmp_path, is_fp8, measured):
     """At most 1.2 times the model, by anonymous memory and by the kernel's own peak (which counts mapped files)."""
     config = tiny_config(
         vocab_size=4096,
@@ -389,6 +389,8 @@ def test_peak_memory_of_loading(tmp_path, is_fp8):
         [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
     )
     size, anonymous, resident = map(float, result.stdout.split()[-3:])
-    print(f"model {size:.0f} MiB, peak anonymous {anonymous:.3f}x, peak resident {resident:.3f}x")
+    files = "FP8" if is_fp8 else "bf16"
+    measured[f"peak memory of loading {files} files, over the model's size, anonymous"] = anonymous
+    measured[f"peak memory of loading {files} files, over the model's size, resident"] = resident
     assert size > 300
     assert anonymous <= 1.2 and resident <= 1.2

@@ -172,6 +172,9 @@ def training_arguments(output: Path, run: Run, settings: QuickstartSettings) -> 
         save_total_limit=2,
         seed=run.seed,
         data_seed=run.seed,
+        # Two threads otherwise add the gradients of one embedding row in any order. Costs nothing on a CPU; on a GPU
+        # some operations have no deterministic form.
+        full_determinism=not torch.cuda.is_available(),
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
