@@ -89,3 +89,10 @@ def test_lost_precision_of_the_correction_bias(make_model):
     gate.e_score_correction_bias = gate.e_score_correction_bias.to(torch.bfloat16)
     with pytest.raises(RuntimeError, match="its fp32 values are lost"):
         model(torch.ones(1, 2, dtype=torch.long))
+
+
+def test_continuous_batching_is_refused(model, no_compute):
+    with pytest.raises(NotImplementedError, match="Continuous batching"):
+        model.generate_batch([[1, 2, 3]])
+    with pytest.raises(NotImplementedError, match="Continuous batching"):
+        model.generate(torch.ones(1, 4, dtype=torch.long), cache_implementation="paged", max_new_tokens=2)

@@ -74,6 +74,13 @@ class Dsv3GenerationMixin(GenerationMixin):
         sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(copies, dim=0)
         return output
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: Transformers sizes its pages for keys of `config.head_dim` values, which latents do not have."""
+        raise NotImplementedError(
+            "Continuous batching (`generate_batch`, `transformers serve --continuous-batching`) has no pages for the "
+            "latents of DeepSeek-V3 yet. Use `generate` with a batch of prompts."
+        )
+
     def _validate_generated_length(
         self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
     ) -> None:
