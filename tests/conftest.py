@@ -7,7 +7,8 @@ import os
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
 import transformers_dsv3
 
@@ -114,6 +115,16 @@ def native_twin():
         return native.train(model.training)
 
     return twin
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """A tokenizer of one token a byte, 256 of them, with `<pad>` and `<end>` behind."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 
 
 TRAINING_TEXT = inspect.getsource(importlib.import_module("textwrap"))[:2000]

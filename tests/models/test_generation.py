@@ -276,16 +276,8 @@ def test_right_padding_with_several_sequences_and_beams(trained_model, training_
     assert output[:, :40].tolist() == rows.repeat_interleave(2, dim=0).tolist()
 
 
-def test_pipeline_takes_use_mtp(trained_model, tmp_path):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
-    generate = pipeline("text-generation", model=trained_model, tokenizer=wrapped)
+def test_pipeline_takes_use_mtp(trained_model, byte_tokenizer):
+    generate = pipeline("text-generation", model=trained_model, tokenizer=byte_tokenizer)
     texts = [
         generate(["def ", "    return"], do_sample=False, max_new_tokens=12, batch_size=2, use_mtp=use_mtp)
         for use_mtp in (False, True)
