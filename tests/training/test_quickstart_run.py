@@ -88,10 +88,18 @@ def test_foreign_folders_and_files_are_refused(tmp_path):
         check_output(tmp_path / "file")
     with pytest.raises(QuickstartError, match=r"holds something else \(file\)"):
         check_output(tmp_path)
+    for below in ("file/sub", "file/sub/subsub"):
+        with pytest.raises(QuickstartError, match="file is a file, not a folder") as caught:
+            check_output(tmp_path / below)
+        assert caught.value.option == "--output"
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty")
     (tmp_path / "killed" / "training").mkdir(parents=True)
     check_output(tmp_path / "killed")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "training").write_text("x")
+    with pytest.raises(QuickstartError, match=r"holds something else \(training\)"):
+        check_output(tmp_path / "other")
 
 
 def test_a_damaged_record_is_named(tmp_path):

@@ -109,20 +109,21 @@ def training_folder(output: Path) -> Path:
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output that is not a folder, or a folder that holds something other than a quickstart."""
-    if output.exists() and not output.is_dir():
-        raise QuickstartError("--output", f"{output} is a file, not a folder")
+    """Refuse an output that is not a folder or lies in none, or that holds something other than a quickstart."""
+    existing = output
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        so = "" if existing == output else f": {output} cannot be made"
+        raise QuickstartError("--output", f"{existing} is a file, not a folder{so}")
     if output.is_dir() and not (training_folder(output) / "run.json").exists():
         # A quickstart killed before its first record leaves `training` and nothing else.
-        others = sorted(path.name for path in output.iterdir() if path.name != "training")
+        others = sorted(path.name for path in output.iterdir() if path.name != "training" or not path.is_dir())
         if others:
             raise QuickstartError(
                 "--output", f"{output} holds something else ({', '.join(others[:3])}): choose a new folder"
             )
-    parent = output
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
+    if not os.access(existing, os.W_OK):
         raise QuickstartError("--output", f"{output} cannot be written")
 
 
