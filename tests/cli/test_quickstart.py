@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import transformers_dsv3
 from transformers_dsv3.cli.main import app
 from transformers_dsv3.cli.quickstart import run_quickstart, show
+from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3.data.text_files import TextError
 from transformers_dsv3.training.quickstart_run import QuickstartError, QuickstartSettings
 
@@ -214,3 +215,21 @@ def test_other_text_seed_or_sizes_are_refused_before_anything_changes(finished, 
         start(tmp_path / "new", tmp_path / "short.txt")
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     assert not (tmp_path / "new").exists()
+
+
+def test_text_of_too_few_tokens_is_refused_and_leaves_the_folder_usable(tmp_path, notes, finished):
+    output = tmp_path / "out"
+    (tmp_path / "letters.txt").write_text("a" * 10_000)
+    with pytest.raises(TextError, match=r"letters.txt makes only \d+ tokens, fewer than one block of 32"):
+        start(output, tmp_path / "letters.txt")
+    assert not output.exists()
+    start(output, notes)
+    assert_same_weights(output, finished[0])
+    assert (output / "tokenizer.json").read_text() == (finished[0] / "tokenizer.json").read_text()
+
+
+def test_a_tokenizer_without_a_recorded_run_is_not_taken_over(tmp_path, notes, finished):
+    output = tmp_path / "out"
+    train_byte_bpe(["other words, again and again\n"], 300, 64).save_pretrained(output / "training" / "tokenizer")
+    start(output, notes)
+    assert (output / "tokenizer.json").read_text() == (finished[0] / "tokenizer.json").read_text()

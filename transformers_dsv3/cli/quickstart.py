@@ -65,7 +65,7 @@ def run_quickstart(
     """The whole quickstart but for the printed table; what it returns is also in DIR/quickstart_results.json.
 
     Raises:
-        TextError, QuickstartError: before anything is computed or written.
+        TextError, QuickstartError: before any training, and before anything is written.
     """
     from ..data.text_files import build_corpus, read_documents, standard_library
     from ..training.quickstart_run import RESULTS_NAME, plan_run, training_folder, write_json

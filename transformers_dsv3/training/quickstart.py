@@ -29,7 +29,7 @@ from transformers.utils import logging
 import transformers_dsv3  # noqa: F401  registers the plugin's classes with the Auto classes
 
 from ..data.byte_bpe import TokenBlocks, token_stream, train_byte_bpe
-from ..data.text_files import Corpus
+from ..data.text_files import Corpus, TextError
 from .quickstart_run import QuickstartSettings, Run, checkpoint_step, latest_checkpoint, record_run, training_folder
 
 
@@ -72,19 +72,29 @@ def quiet_saving() -> Iterator[None]:
 
 
 def quickstart_tokenizer(output: Path, corpus: Corpus, settings: QuickstartSettings) -> PreTrainedTokenizerFast:
-    """The folder's tokenizer, trained on the training part of the text when the folder has none yet."""
+    """The tokenizer of the folder's recorded run, or a new one trained on the training part of the text.
+
+    Nothing is written: a tokenizer without a record would say of no text that it belongs to it.
+    """
     kept = training_folder(output) / "tokenizer"
-    if kept.is_dir():
+    if kept.is_dir() and (training_folder(output) / "run.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(kept)
-    tokenizer = train_byte_bpe(
+    return train_byte_bpe(
         (document.text for document in corpus.train),
         settings.vocab_size,
         model_max_length=settings.model["max_position_embeddings"],
     )
-    partial = kept.with_name("tokenizer.partial")
-    tokenizer.save_pretrained(partial)
-    partial.replace(kept)
-    return tokenizer
+
+
+def record_run_and_tokenizer(output: Path, run: Run, tokenizer: PreTrainedTokenizerFast) -> None:
+    kept, partial = (training_folder(output) / name for name in ("tokenizer", "tokenizer.partial"))
+    if not (training_folder(output) / "run.json").exists():
+        shutil.rmtree(kept, ignore_errors=True)
+    # The record first: a tokenizer that is missing beside it is trained again on the same text.
+    record_run(output, run)
+    if not kept.is_dir():
+        tokenizer.save_pretrained(partial)
+        partial.replace(kept)
 
 
 def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartSettings) -> TrainingOutcome:
@@ -92,10 +102,20 @@ def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartS
 
     The result depends on the text, the settings and the seed only: stopping at any moment and running again ends
     at the same weights as a run without a stop.
+
+    Raises:
+        TextError: the text makes less than one block of tokens; nothing is written then.
     """
-    record_run(output, run)
     tokenizer = quickstart_tokenizer(output, corpus, settings)
-    blocks = TokenBlocks(token_stream(tokenizer, [document.text for document in corpus.train]), settings.block_length)
+    stream = token_stream(tokenizer, [document.text for document in corpus.train])
+    if stream.numel() < settings.block_length:
+        raise TextError(
+            f"{corpus.source} makes only {stream.numel()} tokens, fewer than one block of {settings.block_length}: "
+            "it repeats itself too much to learn from"
+        )
+    blocks = TokenBlocks(stream, settings.block_length)
+    # Only now, because a record ties the folder to this text.
+    record_run_and_tokenizer(output, run, tokenizer)
     checkpoint = latest_checkpoint(output)
     done = 0 if checkpoint is None else checkpoint_step(checkpoint)
     set_seed(run.seed)
