@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import transformers_dsv3
 from transformers_dsv3.cli.main import app
-from transformers_dsv3.cli.quickstart import run_quickstart, show
+from transformers_dsv3.cli.quickstart import names_of, run_quickstart, show
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3.data.text_files import TextError
 from transformers_dsv3.training.quickstart_run import QuickstartError, QuickstartSettings
@@ -233,3 +233,9 @@ def test_a_tokenizer_without_a_recorded_run_is_not_taken_over(tmp_path, notes, f
     train_byte_bpe(["other words, again and again\n"], 300, 64).save_pretrained(output / "training" / "tokenizer")
     start(output, notes)
     assert (output / "tokenizer.json").read_text() == (finished[0] / "tokenizer.json").read_text()
+
+
+def test_files_left_out_are_named():
+    assert names_of(["a.png"]) == "1 file (a.png)"
+    assert names_of(["a", "b", "c"]) == "3 files (a, b, c)"
+    assert names_of(["a", "b", "c", "d"]) == "4 files (a, b, c, …)"

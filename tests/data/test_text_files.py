@@ -101,10 +101,11 @@ def test_a_folder_reads_text_in_order_and_leaves_out_what_is_not(tmp_path):
     (tmp_path / "sub" / "a.md").write_text("größer\n", encoding="utf-8")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("café au lait".encode("latin-1"))
     (tmp_path / ".git" / "config").write_text("hidden")
     documents, skipped = read_documents(tmp_path)
     assert documents == [Document("b.txt", "zwei\n"), Document("sub/a.md", "größer\n")]
-    assert skipped == ["empty.txt", "image.png"]
+    assert skipped == ["empty.txt", "image.png", "latin.txt"]
 
 
 def test_bad_paths_are_refused_by_name(tmp_path):
@@ -117,12 +118,12 @@ def test_bad_paths_are_refused_by_name(tmp_path):
         (empty, "empty.txt is empty"),
         (binary, "a.bin is not text"),
         (latin, r"latin.txt is not UTF-8 text \(byte 3 is 0xe9\)"),
-        (tmp_path, r"latin.txt is not UTF-8"),
+        (tmp_path, "has no UTF-8 text file in it"),
     ]:
         with pytest.raises(TextError, match=message):
             read_documents(path)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(TextError, match="nothing has no text file"):
+    with pytest.raises(TextError, match="nothing has no UTF-8 text file"):
         read_documents(tmp_path / "nothing")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ def quickstart(
     ] = Path("dsv3-quickstart"),
     text: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="A UTF-8 text file, or a folder of them. Default: Python's own library."),
+        typer.Option(metavar="PATH", help="A UTF-8 text file, or a folder with some. Default: Python's own library."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Training steps of this command. The default takes under five minutes.")
@@ -97,7 +98,7 @@ def run_quickstart(
         f"{corpus.held_out_bytes / 1e6:.2f} MB held out ({corpus.split})."
     )
     if corpus.skipped:
-        typer.echo(f"Left out, empty or not text: {len(corpus.skipped)} files ({', '.join(corpus.skipped[:3])}, …).")
+        typer.echo(f"Left out, empty or not UTF-8 text: {names_of(corpus.skipped)}.")
     if (training_folder(output) / "run.json").exists():
         typer.echo(f"Continuing {output} up to step {run.target_step:,}.")
     else:
@@ -131,6 +132,12 @@ def run_quickstart(
     # Last: this file is what tells the next command that this one has finished.
     write_json(output / RESULTS_NAME, results)
     return results
+
+
+def names_of(files: Sequence[str]) -> str:
+    """The first three names and how many there are: `1 file (a.png)`, `5 files (a.png, b.png, c.png, …)`."""
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    return f"{count} ({', '.join([*files[:3], *(['…'] if len(files) > 3 else [])])})"
 
 
 def show(results: dict[str, Any], output: Path) -> None:

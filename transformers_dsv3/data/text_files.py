@@ -43,7 +43,7 @@ class Corpus:
         source: where the text comes from, in words.
         split: how the held-out part was chosen, in words.
         fingerprint: sha256 over all names and texts of both parts; equal exactly when the corpus is the same.
-        skipped: files of the folder that were left out because they are not text.
+        skipped: files of the folder that were left out because they are empty or not UTF-8 text.
     """
 
     source: str
@@ -81,22 +81,19 @@ def standard_library() -> list[Document]:
 def read_documents(path: Path, exclude: Path | None = None) -> tuple[list[Document], list[str]]:
     """Read a text file, or every text file under a folder.
 
-    In a folder, hidden files, files with a NUL byte (not text), empty files and what lies under `exclude` are left
-    out.
+    In a folder, hidden files, files that are not UTF-8 text (or have a NUL byte), empty files and what lies under
+    `exclude` are left out.
 
     Returns:
-        The documents in order of their names, and the names of the files left out.
+        The documents in order of their names, and the names of the files left out as empty or not text.
 
     Raises:
-        TextError: the path is missing, a file is not UTF-8, or nothing is left to read.
+        TextError: the path is missing, is a file that is not UTF-8 text, or has nothing to read.
     """
     if not path.exists():
         raise TextError(f"{path} does not exist")
     if path.is_file():
-        data = _read(path)
-        if b"\0" in data:
-            raise TextError(f"{path} is not text: it has NUL bytes")
-        documents = [Document(path.name, _decode(path, data))]
+        documents = [Document(path.name, _decode(path, _read(path)))]
         if not documents[0].text.strip():
             raise TextError(f"{path} is empty")
         return documents, []
@@ -108,12 +105,16 @@ def read_documents(path: Path, exclude: Path | None = None) -> tuple[list[Docume
         if exclude is not None and file.resolve().is_relative_to(exclude.resolve()):
             continue
         data = _read(file)
-        if b"\0" in data or not data.strip():
-            skipped.append(relative.as_posix())
+        try:
+            text = _decode(file, data)
+        except TextError:
+            text = ""
+        if text.strip():
+            documents.append(Document(relative.as_posix(), text))
         else:
-            documents.append(Document(relative.as_posix(), _decode(file, data)))
+            skipped.append(relative.as_posix())
     if not documents:
-        raise TextError(f"{path} has no text file in it")
+        raise TextError(f"{path} has no UTF-8 text file in it")
     return documents, skipped
 
 
@@ -125,6 +126,8 @@ def _read(path: Path) -> bytes:
 
 
 def _decode(path: Path, data: bytes) -> str:
+    if b"\0" in data:
+        raise TextError(f"{path} is not text: it has NUL bytes")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
