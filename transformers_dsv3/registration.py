@@ -8,7 +8,10 @@ from transformers import (
     AutoModelForTokenClassification,
     DeepseekV3Config,
 )
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compression.quantizer_fp8 import register_fp8
@@ -19,10 +22,11 @@ from .models.dsv3 import (
     Dsv3ForTokenClassification,
     Dsv3Model,
 )
-from .models.dsv3.checkpoint_dsv3 import deepseek_v3_conversion_mapping
+from .models.dsv3.checkpoint_conversion_dsv3 import deepseek_v3_conversion_mapping
 
 
 MODEL_TYPE = "deepseek_v3"
+NATIVE_CONVERSION = get_checkpoint_conversion_mapping(MODEL_TYPE)
 AUTO_CLASSES = {
     AutoModel: Dsv3Model,
     AutoModelForCausalLM: Dsv3ForCausalLM,
@@ -48,6 +52,7 @@ def register() -> None:
 def unregister() -> None:
     """Gives `deepseek_v3` back to Transformers' native classes. Models already made keep working."""
     AutoConfig.register(MODEL_TYPE, DeepseekV3Config, exist_ok=True)
+    register_checkpoint_conversion_mapping(MODEL_TYPE, NATIVE_CONVERSION, overwrite=True)
 
 
 def is_registered() -> bool:

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from transformers import DeepseekV3Config
+
+import transformers_dsv3
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,12 @@ def test_use_mtp_where_it_cannot_work(model, make_model, no_compute):
         model.generate(tokens, cache_implementation="static", **settings)
     with pytest.raises(ValueError, match="`assistant_model` both draft"):
         model.generate(tokens, assistant_model=model, **settings)
+    with pytest.raises(ValueError, match="leave beams"):
+        model.generate(tokens, num_beams=2, **settings)
+    with pytest.raises(ValueError, match="leave beams"):
+        model.generate(tokens, prompt_lookup_num_tokens=2, **settings)
+    with pytest.raises(ValueError, match="`guidance_scale`"):
+        model.generate(tokens, guidance_scale=1.5, **settings)
     with pytest.raises(ValueError, match="attentions or hidden states"):
         model.generate(tokens, return_dict_in_generate=True, output_hidden_states=True, **settings)
 
@@ -96,3 +105,28 @@ def test_continuous_batching_is_refused(model, no_compute):
         model.generate_batch([[1, 2, 3]])
     with pytest.raises(NotImplementedError, match="Continuous batching"):
         model.generate(torch.ones(1, 4, dtype=torch.long), cache_implementation="paged", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 9), (2, 4)])
+def test_masks_of_another_shape(model, no_compute, shape):
+    tokens = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"`attention_mask` of shape .* does not fit `input_ids` of 1 rows and 4"):
+        model(tokens, attention_mask=torch.ones(shape, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"`attention_mask` of shape .* does not fit `input_ids` of 1 rows and 4"):
+        model.generate(tokens, attention_mask=torch.ones(shape, dtype=torch.long), max_new_tokens=2)
+
+
+def test_negative_positions(model, no_compute):
+    with pytest.raises(ValueError, match="`position_ids` has -1"):
+        model(torch.ones(1, 2, dtype=torch.long), position_ids=torch.tensor([[-1, 0]]))
+
+
+def test_configurations_that_do_not_fit(tiny_config):
+    with pytest.raises(ValueError, match="Dsv3ForCausalLM needs a Dsv3Config, not a DeepseekV3Config"):
+        transformers_dsv3.Dsv3ForCausalLM(DeepseekV3Config())
+    config = tiny_config()
+    config.n_group = 3
+    with pytest.raises(ValueError, match=r"`n_routed_experts=8`: must be divisible by n_group \(3\)"):
+        transformers_dsv3.Dsv3ForCausalLM(config)
+    with pytest.raises(ValueError, match="`pad_token_id=96`: must lie within the vocabulary"):
+        tiny_config(pad_token_id=96)

@@ -159,13 +159,92 @@ class NoCropLayer(DynamicLayer):
         raise AssertionError("cropped a cache that cannot be cropped")
 
 
-def test_caches_that_cannot_crop_are_masked(trained_model, training_bytes):
+def test_caches_that_cannot_crop_are_masked(trained_model, training_bytes, monkeypatch):
     rows = torch.stack([training_bytes[start : start + 40] for start in (0, 700)])
     settings = {"max_new_tokens": 30, "do_sample": False}
-    cache = DynamicCache(config=trained_model.config)
-    cache.layers = [NoCropLayer() for _ in cache.layers]
     plain = trained_model.generate(rows, **settings)
-    assert trained_model.generate(rows, use_mtp=True, past_key_values=cache, **settings).tolist() == plain.tolist()
+
+    def no_crop_cache():
+        cache = DynamicCache(config=trained_model.config)
+        cache.layers = [NoCropLayer() for _ in cache.layers]
+        return cache
+
+    with pytest.raises(ValueError, match="cannot take rejected drafts out of the given `past_key_values`"):
+        trained_model.generate(rows, use_mtp=True, past_key_values=no_crop_cache(), **settings)
+
+    def prepare(generation_config, model_kwargs, *args):
+        model_kwargs["past_key_values"] = no_crop_cache()
+
+    monkeypatch.setattr(trained_model, "_prepare_cache_for_generation", prepare)
+    output = trained_model.generate(rows, use_mtp=True, return_dict_in_generate=True, **settings)
+    assert output.sequences.tolist() == plain.tolist()
+    assert output.past_key_values is None
+
+
+@pytest.mark.parametrize("depths", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_cache_is_left_as_plain_decoding_leaves_it(make_model, depths, batch):
+    """Also where a row ends within accepted drafts, and for a second turn on the same cache."""
+    model = make_model(num_nextn_predict_layers=depths, vocab_size=6, eos_token_id=None, pad_token_id=0)
+    tokens = prompts(batch, 8, vocab=6, seed=1)
+    mask = padding_mask(tokens, "left", [0, 3, 1][:batch])
+    for eos in (None, 1, 2, 3, 4, 5):
+        caches, texts = [], []
+        for use_mtp in (False, True):
+            cache, text, text_mask = DynamicCache(), tokens, mask
+            for turn in range(2):
+                text = model.generate(
+                    text,
+                    attention_mask=text_mask,
+                    past_key_values=cache,
+                    use_mtp=use_mtp,
+                    max_new_tokens=9 - turn,
+                    do_sample=False,
+                    eos_token_id=eos,
+                )
+                new = (text[:, text_mask.shape[1] :] != 0).long()  # padding behind rows that ended stays masked
+                text_mask = torch.cat([text_mask, new], dim=1)
+                text_mask[:, -1] = 1
+            caches.append(cache)
+            texts.append(text.tolist())
+        assert texts[0] == texts[1]
+        visible = text_mask[:, :-1].bool()
+        for plain, fast in zip(caches[0].layers, caches[1].layers, strict=True):
+            for name in ("keys", "values"):
+                expected, seen = getattr(plain, name)[:, 0], getattr(fast, name)[:, 0]
+                assert seen.shape == expected.shape
+                torch.testing.assert_close(seen[visible], expected[visible], rtol=1e-4, atol=1e-4)
+
+
+def test_several_sequences_of_one_prompt(trained_model, training_bytes):
+    torch.manual_seed(0)
+    output = trained_model.generate(
+        training_bytes[None, :20],
+        use_mtp=True,
+        do_sample=True,
+        temperature=4.0,
+        num_return_sequences=3,
+        max_new_tokens=10,
+    )
+    assert output.shape == (3, 30) and len({tuple(row) for row in output.tolist()}) > 1
+
+
+class ReadsScores(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([len(scores) >= 5] * len(input_ids))
+
+
+def test_criteria_get_the_scores_so_far(trained_model, training_bytes):
+    settings = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "stopping_criteria": [ReadsScores()],
+    }
+    plain = trained_model.generate(training_bytes[None, :20], **settings)
+    fast = trained_model.generate(training_bytes[None, :20], use_mtp=True, **settings)
+    assert plain.sequences.shape[1] == 25 and fast.sequences.tolist() == plain.sequences.tolist()
 
 
 def test_up_to_the_last_position(make_model):
@@ -267,6 +346,26 @@ def test_right_padding_generates_what_the_bare_prompt_does(trained_model, traini
     for row, prompt in enumerate((short, long)):
         alone = trained_model.generate(prompt[None], **settings)[0, len(prompt) :]
         assert together[row, 40:].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("use_mtp", [False, True])
+def test_right_padded_embeddings(trained_model, training_bytes, use_mtp):
+    embed = trained_model.get_input_embeddings()
+    rows = torch.stack([torch.cat([training_bytes[:25], torch.full((15,), 256)]), training_bytes[300:340]])
+    mask = padding_mask(rows, "right", [15, 0])
+    settings = {"max_new_tokens": 12, "do_sample": False, "use_mtp": use_mtp}
+    together = trained_model.generate(inputs_embeds=embed(rows).detach(), attention_mask=mask, **settings)
+    alone = trained_model.generate(training_bytes[None, :25], **settings)[0, 25:]
+    assert together[0].tolist() == alone.tolist()
+
+
+def test_right_padding_gives_no_cache(trained_model, training_bytes):
+    rows = torch.stack([torch.cat([training_bytes[:25], torch.full((15,), 256)]), training_bytes[300:340]])
+    mask = padding_mask(rows, "right", [15, 0])
+    output = trained_model.generate(rows, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True)
+    assert output.past_key_values is None
+    with pytest.raises(ValueError, match="Pad it on the left"):
+        trained_model.generate(rows, attention_mask=mask, max_new_tokens=3, past_key_values=DynamicCache())
 
 
 def test_right_padding_with_several_sequences_and_beams(trained_model, training_bytes):

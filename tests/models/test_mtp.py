@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_layers import MtpModel
 
+import transformers_dsv3
 from transformers_dsv3.models.dsv3.mtp_dsv3 import mtp_labels, shift_left
 
 
@@ -134,3 +135,36 @@ def test_shift_and_labels():
     assert mtp_labels(tokens, 0, None).tolist() == [[12, 13, 14, -100, -100]]
     assert mtp_labels(tokens, 1, torch.tensor([[0, 1, 0, 1, 2]])).tolist() == [[-100] * 5]
     assert mtp_labels(tokens, 0, torch.tensor([[0, 1, 0, 1, 2]])).tolist() == [[-100, -100, 14, -100, -100]]
+
+
+def test_idle_mtp_layers_are_frozen_and_thawed(make_model):
+    """Idle layers must not be waited for by DistributedDataParallel nor decay in the optimizer."""
+
+    def trainable(model):
+        return {parameter.requires_grad for parameter in model.base_model.mtp_layers[0].parameters()}
+
+    model = make_model()
+    assert trainable(model) == {False}
+    model.config.mtp_loss_weight = 0.3
+    assert trainable(model.train()) == {True}
+    model.config.mtp_loss_weight = 0.0
+    assert trainable(model.eval()) == {False}
+    assert trainable(make_model(cls=transformers_dsv3.Dsv3ForTokenClassification, mtp_loss_weight=0.3)) == {False}
+    # What the user froze stays frozen
+    model = make_model(mtp_loss_weight=0.3)
+    model.model.mtp_layers[0].requires_grad_(False)
+    assert trainable(model.train()) == {False}
+
+
+def test_frozen_after_loading(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    model = transformers_dsv3.Dsv3ForCausalLM.from_pretrained(tmp_path)
+    assert not any(parameter.requires_grad for parameter in model.model.mtp_layers[0].parameters())
+    assert all(parameter.requires_grad for parameter in model.model.layers[0].parameters())
+
+
+def test_no_target_is_no_loss(make_model):
+    model = make_model(mtp_loss_weight=0.3).train()
+    tokens = torch.ones(1, 2, dtype=torch.long)
+    output = model(tokens, labels=tokens)
+    assert output.mtp_loss == 0 and torch.isfinite(output.loss)

@@ -23,6 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..models.dsv3.checkpoint_checks_dsv3 import scale_grid
 from ..models.dsv3.checkpoint_conversion_dsv3 import MergeExperts
 from ..models.dsv3.checkpoint_dsv3 import FP8_METHOD
 from ..models.dsv3.checkpoint_files_dsv3 import StoredTensor
@@ -45,7 +46,7 @@ def dequantize_blocks(
     """
     rows, columns = weight.shape
     block_rows, block_columns = block_size
-    grid = (-(-rows // block_rows), -(-columns // block_columns))
+    grid = scale_grid(weight.shape, block_size)
     if tuple(scale.shape) != grid:
         raise ValueError(
             f"weight {(rows, columns)} in blocks of {tuple(block_size)} needs scales {grid}, got {tuple(scale.shape)}"

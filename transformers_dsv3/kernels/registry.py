@@ -44,7 +44,7 @@ def _weight(module: nn.Module) -> torch.Tensor:
     return next(module.parameters())
 
 
-def _missing(available: bool, package: str) -> Callable[[nn.Module], str | None]:
+def _gpu_package(available: bool, package: str) -> Callable[[nn.Module], str | None]:
     def why_not(module: nn.Module) -> str | None:
         if not available:
             return f"{package} is not installed"
@@ -87,13 +87,13 @@ BACKENDS = [
         "attention, expanded",
         "flash_attention_2",
         "FlashAttention 2",
-        _missing(is_flash_attn_2_available(), "flash-attn 2"),
+        _gpu_package(is_flash_attn_2_available(), "flash-attn 2"),
     ),
     Backend(
         "attention, expanded",
         "flash_attention_3",
         "FlashAttention 3",
-        _missing(is_flash_attn_3_available(), "flash-attn 3"),
+        _gpu_package(is_flash_attn_3_available(), "flash-attn 3"),
     ),
     Backend("attention, absorbed", "torch", "matrix products on the cached latents", _absorbed),
     Backend("experts", "eager", "one expert after another", _always),

@@ -201,6 +201,10 @@ class Dsv3Attention(nn.Module):
         if type(self.kv_b_proj) is not nn.Linear:
             kind = type(self.kv_b_proj)
             return f"kv_b_proj is a {kind.__module__}.{kind.__name__}, whose weight cannot be folded"
+        if type(self.kv_b_proj.weight) not in (nn.Parameter, torch.Tensor):
+            return f"kv_b_proj's weight is a {type(self.kv_b_proj.weight).__name__}, not a plain tensor"
+        if self.kv_b_proj._forward_hooks or self.kv_b_proj._forward_pre_hooks:
+            return "kv_b_proj has forward hooks, which only its own call runs"
         if self.kv_b_proj.weight.is_meta:
             return "kv_b_proj is offloaded, its weight is not in memory outside its own call"
         if self.training and self.attention_dropout > 0:

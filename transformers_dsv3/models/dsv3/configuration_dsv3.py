@@ -23,6 +23,9 @@ class Dsv3Config(DeepseekV3Config):
             Function from router logits to scores. Only `"sigmoid"` is DeepSeek-V3.
         moe_layer_freq (`int`, *optional*, defaults to 1):
             After the first `first_k_dense_replace` layers, every `moe_layer_freq`-th layer is a mixture of experts.
+            Native Transformers knows 1 only, and opens a checkpoint of another value as a different model.
+        num_key_value_heads (`int`, *optional*):
+            Kept for its official key: always `num_attention_heads`.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether the models return the router logits of each mixture-of-experts layer.
         mtp_loss_weight (`float`, *optional*, defaults to 0.0):
@@ -39,6 +42,7 @@ class Dsv3Config(DeepseekV3Config):
     topk_method: str = "noaux_tc"
     scoring_func: str = "sigmoid"
     n_shared_experts: int | None = 1
+    num_key_value_heads: int | None = None
     moe_layer_freq: int = 1
     output_router_logits: bool = False
     mtp_loss_weight: float | int = 0.0
@@ -53,9 +57,11 @@ class Dsv3Config(DeepseekV3Config):
             if getattr(self, field) is None:
                 setattr(self, field, absent)
         super().__post_init__(**kwargs)
-        self._check_fields()
+        self.check_fields()
 
-    def _check_fields(self) -> None:
+    def check_fields(self) -> None:
+        """Refuses fields that contradict each other. Models call it too, for fields changed after construction."""
+
         def refuse(field: str, rule: str) -> None:
             raise ValueError(f"`{field}={getattr(self, field)!r}`: {rule}")
 
@@ -99,6 +105,8 @@ class Dsv3Config(DeepseekV3Config):
             )
         if self.first_k_dense_replace > self.num_hidden_layers:
             refuse("first_k_dense_replace", f"must not exceed num_hidden_layers ({self.num_hidden_layers})")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            refuse("pad_token_id", f"must lie within the vocabulary of {self.vocab_size} tokens")
         if self.n_routed_experts % self.n_group:
             refuse("n_routed_experts", f"must be divisible by n_group ({self.n_group})")
         experts_per_group = self.n_routed_experts // self.n_group

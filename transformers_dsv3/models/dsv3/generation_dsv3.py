@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
@@ -27,7 +29,7 @@ class Dsv3MtpDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     """Output of `generate(use_mtp=True, return_dict_in_generate=True)`.
 
     `scores` and `logits` hold one `(B, vocab)` tensor a new token, zeros for rows that had ended. `past_key_values` is
-    None where rows accepted different numbers of drafts, since the cache then holds positions that are masked.
+    None for caches that cannot be cropped (quantized ones), which keep rejected drafts.
 
     Args:
         mtp_drafted_tokens (`int`): tokens drafted for rows that had not ended.
@@ -55,23 +57,37 @@ class Dsv3GenerationMixin(GenerationMixin):
         Raises:
             ValueError: for the inputs that [`Dsv3Model.forward`] refuses.
         """
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+        prompt_name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
+        prompt = inputs if inputs is not None else kwargs.get(prompt_name)
+        if not isinstance(prompt, torch.Tensor) or prompt.dim() != (2 if prompt_name == "input_ids" else 3):
             return super().generate(inputs, *args, **kwargs)
+        input_ids, inputs_embeds = (prompt, None) if prompt_name == "input_ids" else (None, prompt)
         mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        check_inputs(self.config, self.get_input_embeddings(), input_ids, None, mask, None, wait_for_device=True)
-        continues = past is not None and past.get_seq_length() > 0
-        if mask is None or mask.shape != input_ids.shape or continues or bool(mask[:, -1].all()):
+        past_length = past.get_seq_length() if past is not None else 0
+        check_inputs(self.config, input_ids, inputs_embeds, mask, None, past_length, wait_for_device=True)
+        if mask is None or mask.shape != prompt.shape[:2] or bool(mask[:, -1].all()):
             return super().generate(inputs, *args, **kwargs)
 
+        if past is not None:
+            raise ValueError(
+                "A prompt padded on the right cannot be generated from with `past_key_values`: its tokens would lie "
+                "elsewhere in the cache than in the prompt. Pad it on the left."
+            )
+        given_ids = inputs if inputs is not None else kwargs.get("input_ids")
         order = mask.bool().int().argsort(dim=1, stable=True)  # padding first, tokens behind it in their order
-        kwargs.pop("input_ids", None)
         kwargs.pop("position_ids", None)
         kwargs["attention_mask"] = mask.gather(1, order)
-        output = super().generate(input_ids.gather(1, order), *args, **kwargs)
+        rows = torch.arange(prompt.shape[0], device=prompt.device)[:, None]
+        for name in ("input_ids", "inputs_embeds"):
+            if isinstance(kwargs.get(name), torch.Tensor) and kwargs[name].shape[:2] == order.shape:
+                kwargs[name] = kwargs[name][rows, order]
+        output = super().generate(None if inputs is None else inputs[rows, order], *args, **kwargs)
         sequences = output.sequences if isinstance(output, ModelOutput) else output
-        copies = sequences.shape[0] // input_ids.shape[0]
-        sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(copies, dim=0)
+        if isinstance(output, ModelOutput):
+            output.past_key_values = None  # for the same reason
+        if given_ids is not None:
+            copies = sequences.shape[0] // given_ids.shape[0]
+            sequences[:, : given_ids.shape[1]] = given_ids.repeat_interleave(copies, dim=0)
         return output
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,9 +112,11 @@ class Dsv3GenerationMixin(GenerationMixin):
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
     ) -> None:
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
         if not generation_config.use_mtp:
+            super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
             return
+        if generation_mode != GenerationMode.ASSISTED_GENERATION or generation_config.prompt_lookup_num_tokens:
+            raise ValueError("`use_mtp=True` decodes greedily or by sampling: leave beams, DoLa, prompt lookup out.")
         if not self.model.mtp_layers:
             raise ValueError(
                 "`use_mtp=True` needs MTP layers, and this model has none (`num_nextn_predict_layers=0`, or its "
@@ -110,6 +128,10 @@ class Dsv3GenerationMixin(GenerationMixin):
             raise ValueError(
                 "`use_mtp=True` cannot run with `synced_gpus`: ranks would make different numbers of passes."
             )
+        if isinstance(self, FSDPModule):
+            raise ValueError("`use_mtp=True` cannot run on a model that FSDP has sharded: gather it first.")
+        if generation_config.guidance_scale not in (None, 1):
+            raise ValueError("`use_mtp=True` cannot run with `guidance_scale`, whose second model would see drafts.")
         if generation_config.output_attentions or generation_config.output_hidden_states:
             raise ValueError("`use_mtp=True` does not collect attentions or hidden states.")
 
@@ -188,6 +210,8 @@ class MtpDecoding:
             remaining = max(self.max_length - n for n, ended in zip(self.lengths, self.ended) if not ended)
             drafts_BJ, draft_scores = self._draft(min(len(self.layers), remaining - 1))
             self._verify(drafts_BJ, draft_scores, cache)
+        if self.croppable:
+            self._settle(cache)
         return self._output(cache)
 
     def _prefill(self, model_kwargs: dict[str, Any]) -> Cache:
@@ -196,6 +220,13 @@ class MtpDecoding:
             raise ValueError("`use_mtp=True` needs a cache: leave `use_cache` on.")
         if cache.is_compileable:
             raise ValueError("`use_mtp=True` cannot run on a static cache, which rejected drafts would fill up.")
+        if getattr(cache, "_is_user_defined", False) and any(
+            type(layer) is not DynamicLayer for layer in cache.layers
+        ):
+            raise ValueError(
+                "`use_mtp=True` cannot take rejected drafts out of the given `past_key_values` again: give a "
+                "DynamicCache, or none."
+            )
         # The MTP cache starts with this call, so it lacks what the main cache held before
         self.mtp_offset = cache.get_seq_length()
         self.mtp_cache = DynamicCache()
@@ -220,6 +251,8 @@ class MtpDecoding:
         scores_BV = self._process(logits_BV, 0)
         next_B = self._choose(scores_BV)
         self.croppable = all(type(layer) is DynamicLayer for layer in cache.layers)
+        self.prefilled = cache.get_seq_length()
+        self.used: list[torch.Tensor] = []  # of each later pass, which of its slots hold accepted tokens, (B, W)
         width = hidden_BWD.shape[1]
         positions = inputs["position_ids"]
         if positions is None:
@@ -284,6 +317,7 @@ class MtpDecoding:
         accepted_B = accepted_B.masked_fill(torch.tensor(self.ended, device=accepted_B.device), keep - 1)
         accepted_B = accepted_B.clamp(max=keep - 1)
         used_BW = torch.arange(keep, device=accepted_B.device) <= accepted_B[:, None]
+        self.used.append(used_BW)
         if self.mask is not None or not bool(used_BW.all()):
             if self.mask is None:
                 self.mask = used_BW.new_ones(len(self.lengths), cache.get_seq_length() - keep)
@@ -343,7 +377,8 @@ class MtpDecoding:
                         while len(kept) <= index:
                             kept.append(torch.zeros_like(source[place]))
                         kept[index][row] = source[place][row]
-                if bool(self.stopping_criteria(self.tokens[row : row + 1, : self.lengths[row]], None)[0]):
+                seen = None if self.scores is None else tuple(score[row : row + 1] for score in self.scores)
+                if bool(self.stopping_criteria(self.tokens[row : row + 1, : self.lengths[row]], seen)[0]):
                     self.ended[row] = True
                     break
             end = self.lengths[row]
@@ -376,6 +411,30 @@ class MtpDecoding:
             return torch.multinomial(scores_BV.softmax(dim=-1), 1)[:, 0]
         return scores_BV.argmax(dim=-1)
 
+    def _settle(self, cache: Cache) -> None:
+        """Leaves in the cache what decoding without drafts would: the prompt and every new token but the last.
+
+        Rows that ended early are filled up with positions that mean nothing, as the padding behind them does.
+        """
+        new = max(self.lengths) - self.prompt_length - 1
+        if not self.used or (all(bool(used.all()) for used in self.used) and len(self.lengths) == 1):
+            surplus = cache.get_seq_length() - self.prefilled - new
+            if surplus > 0:
+                cache.crop(-surplus)
+            return
+        used_BS = torch.cat(self.used, dim=1)
+        slots_BS = torch.zeros(len(self.lengths), self.prefilled + new, dtype=torch.long, device=used_BS.device)
+        slots_BS[:, : self.prefilled] = torch.arange(self.prefilled, device=used_BS.device)
+        for row, length in enumerate(self.lengths):
+            # A row that ended early has its last token cached too: it was fed while the others went on
+            kept = used_BS[row].nonzero()[: min(length - self.prompt_length, new), 0]
+            slots_BS[row, self.prefilled : self.prefilled + len(kept)] = kept + self.prefilled
+        for layer in cache.layers:
+            for name in ("keys", "values"):
+                states = getattr(layer, name)
+                slots = slots_BS.to(states.device)
+                setattr(layer, name, torch.stack([states[row][:, slots[row]] for row in range(len(slots))]))
+
     def _output(self, cache: Cache) -> Any:
         rate = self.accepted / self.drafted if self.drafted else 0.0
         logger.info(f"MTP drafted {self.drafted} tokens, {self.accepted} accepted ({rate:.1%}).")
@@ -384,16 +443,11 @@ class MtpDecoding:
         sequences = self.tokens[:, : max(self.lengths)]
         if not self.config.return_dict_in_generate:
             return sequences
-        # As after decoding without drafts, the cache holds every token but the last
-        surplus = cache.get_seq_length() - self.mtp_offset - (max(self.lengths) - 1)
-        whole = self.croppable and len(self.lengths) == 1 and self.mtp_offset == 0
-        if whole and surplus > 0:
-            cache.crop(-surplus)
         return Dsv3MtpDecoderOnlyOutput(
             sequences=sequences,
             scores=tuple(self.scores) if self.scores is not None else None,
             logits=tuple(self.logits) if self.logits is not None else None,
-            past_key_values=cache if whole else None,
+            past_key_values=cache if self.croppable else None,
             mtp_drafted_tokens=self.drafted,
             mtp_accepted_tokens=self.accepted,
             mtp_acceptance_rate=rate,

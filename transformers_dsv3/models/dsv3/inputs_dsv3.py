@@ -1,7 +1,6 @@
 """Checks of model inputs, made before any compute."""
 
 import torch
-from torch import nn
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .configuration_dsv3 import Dsv3Config
@@ -9,7 +8,6 @@ from .configuration_dsv3 import Dsv3Config
 
 def check_inputs(
     config: Dsv3Config,
-    embedding: nn.Embedding,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
@@ -24,7 +22,7 @@ def check_inputs(
 
     Args:
         input_ids: `(B, Q)`. inputs_embeds: `(B, Q, D)` in its place.
-        attention_mask: `(B, S)`, or another form that is not checked.
+        attention_mask: `(B, past + Q)`, or another form that is not checked.
         position_ids: `(B or 1, Q)`.
         past_length: cached positions; a tensor (static caches) is not read.
         wait_for_device: check values on an accelerator too.
@@ -47,26 +45,37 @@ def check_inputs(
 
     if input_ids is not None and readable(input_ids):
         low, high = (int(value) for value in input_ids.aminmax())
-        if low < 0 or high >= embedding.num_embeddings:
+        if low < 0 or high >= config.vocab_size:
             raise ValueError(
                 f"`input_ids` has token id {low if low < 0 else high}, outside the vocabulary of "
-                f"{embedding.num_embeddings} tokens. Is the tokenizer this model's own?"
+                f"{config.vocab_size} tokens. Is the tokenizer this model's own?"
             )
 
-    if attention_mask is not None and attention_mask.dim() == 2 and readable(attention_mask):
-        hidden_rows = (~attention_mask.bool().any(dim=-1)).nonzero().flatten().tolist()
-        if hidden_rows:
+    if attention_mask is not None and attention_mask.dim() == 2:
+        batch_size, length = tokens.shape[:2]
+        lengths = [length + past_length] if isinstance(past_length, int) else [attention_mask.shape[1]]
+        if wait_for_device:
+            lengths.append(length)  # `generate` takes the whole text too, cached or not
+        if attention_mask.shape[0] != batch_size or attention_mask.shape[1] not in lengths:
             raise ValueError(
-                f"`attention_mask` hides every token of row {hidden_rows[0]}: there is nothing to attend to."
+                f"`attention_mask` of shape {tuple(attention_mask.shape)} does not fit `{name}` of {batch_size} rows "
+                f"and {length} positions after {past_length} cached ones."
+            )
+        hidden_rows = (~attention_mask.bool().any(dim=-1)).nonzero() if readable(attention_mask) else []
+        if len(hidden_rows):
+            raise ValueError(
+                f"`attention_mask` hides every token of row {int(hidden_rows[0])}: there is nothing to attend to."
             )
 
     limit = config.max_position_embeddings
-    if config.rope_parameters.get("rope_type", "default") == "dynamic":
-        return  # made to grow past its limit
     longest = None
     if position_ids is None:
         longest = tokens.shape[1] + past_length if isinstance(past_length, int) else tokens.shape[1]
     elif readable(position_ids):
-        longest = int(position_ids.max()) + 1
-    if longest is not None and longest > limit:
+        first, last = (int(value) for value in position_ids.aminmax())
+        if first < 0:
+            raise ValueError(f"`position_ids` has {first}: positions count from 0.")
+        longest = last + 1
+    grows = config.rope_parameters.get("rope_type", "default") == "dynamic"
+    if longest is not None and longest > limit and not grows:
         raise ValueError(f"{longest} positions exceed `max_position_embeddings={limit}` of this model.")

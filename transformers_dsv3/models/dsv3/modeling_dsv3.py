@@ -31,8 +31,8 @@ class Dsv3CausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """[`MoeCausalLMOutputWithPast`] and, while training with `config.mtp_loss_weight`, the MTP loss.
 
     Args:
-        mtp_loss (`torch.FloatTensor` of shape `(1,)`): mean over the MTP layers, not weighted, no gradient. Already in
-            `loss` with its weight.
+        mtp_loss (`torch.FloatTensor`, a scalar): mean over the MTP layers, not weighted, no gradient. In `loss` with
+            its weight already.
     """
 
     mtp_loss: torch.FloatTensor | None = None
@@ -60,6 +60,37 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, PreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     # MTP layers share the embedding and the head of the model; official checkpoints carry copies of them
     _keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight"]
+
+    def __init__(self, config: Dsv3Config, *args: Any, **kwargs: Any):
+        if not isinstance(config, Dsv3Config):
+            raise ValueError(
+                f"{type(self).__name__} needs a Dsv3Config, not a {type(config).__name__}: "
+                "use `Dsv3Config(**config.to_dict())`."
+            )
+        config.check_fields()
+        super().__init__(config, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> "Dsv3PreTrainedModel":
+        super().train(mode)
+        self._freeze_idle_mtp_layers()
+        return self
+
+    def _freeze_idle_mtp_layers(self) -> None:
+        """Keeps MTP layers that no loss reaches out of the optimizer, and out of what DistributedDataParallel awaits.
+
+        Only what was frozen here is made trainable again, when `config.mtp_loss_weight` was set in the meantime: what
+        users and adapters freeze stays so.
+        """
+        if self.base_model is self:
+            return  # the model around it knows the loss
+        trains = self.config.mtp_loss_weight > 0 and isinstance(self, Dsv3ForCausalLM)
+        for layer in self.base_model.mtp_layers:
+            if not trains:
+                layer.frozen_as_idle = layer.frozen_as_idle or layer.eh_proj.weight.requires_grad
+                layer.requires_grad_(False)
+            elif layer.frozen_as_idle:
+                layer.requires_grad_(True)
+                layer.frozen_as_idle = False
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -159,9 +190,7 @@ class Dsv3Model(Dsv3PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        check_inputs(
-            self.config, self.embed_tokens, input_ids, inputs_embeds, attention_mask, position_ids, past_length
-        )
+        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_length)
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -191,6 +220,7 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        self._freeze_idle_mtp_layers()
 
     @can_return_tuple
     def forward(
@@ -251,6 +281,7 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Cross-entropy of the MTP layers, averaged over them (equations 24 and 25 without the weight λ).
@@ -259,19 +290,28 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
             hidden_states: `(B, S, D)`, the last hidden state of the main model.
             inputs_embeds: `(B, S, D)`, embeddings of the tokens it ran on.
             labels, attention_mask, position_ids: those of [`Dsv3ForCausalLM.forward`].
+            num_items_in_batch: what the sum over positions is divided by, as `Trainer` gives it; the number of targets
+                of a layer where it is not given.
         """
         positions = position_ids
         if positions is None:
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         layer_inputs = self.model.attention_inputs(inputs_embeds, attention_mask, positions, None)
+        kwargs.pop("shift_labels", None)  # of the main loss
         losses = []
         for depth, layer in enumerate(self.model.mtp_layers):
             hidden_states = layer(hidden_states, shift_left(inputs_embeds, depth + 1, 0.0), **layer_inputs)
+            targets = mtp_labels(labels, depth, position_ids, attention_mask)
+            if num_items_in_batch is None:
+                num_items = targets.ne(-100).sum().clamp(min=1)  # a loss of 0, not of 0 / 0, where there is no target
+            else:
+                num_items = num_items_in_batch
             loss = self.loss_function(
                 logits=self.lm_head(hidden_states),
                 labels=None,
                 vocab_size=self.config.vocab_size,
-                shift_labels=mtp_labels(labels, depth, position_ids, attention_mask),
+                shift_labels=targets,
+                num_items_in_batch=num_items,
                 **kwargs,
             )
             losses.append(loss)
@@ -281,9 +321,17 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
 class Dsv3ForSequenceClassification(GenericForSequenceClassification, Dsv3PreTrainedModel):
     """A score for each label from the last token that is not padding. Reward models are this with one label."""
 
+    def __init__(self, config: Dsv3Config):
+        super().__init__(config)
+        self._freeze_idle_mtp_layers()
+
 
 class Dsv3ForTokenClassification(GenericForTokenClassification, Dsv3PreTrainedModel):
     """A score for each label and token."""
+
+    def __init__(self, config: Dsv3Config):
+        super().__init__(config)
+        self._freeze_idle_mtp_layers()
 
 
 __all__ = [

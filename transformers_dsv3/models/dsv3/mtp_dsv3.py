@@ -36,6 +36,7 @@ class Dsv3MtpLayer(Dsv3DecoderLayer):
         self.hnorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = Dsv3MtpHead(config)
+        self.frozen_as_idle = False  # see `Dsv3PreTrainedModel._freeze_idle_mtp_layers`
 
     def forward(  # type: ignore[override]
         self, previous_hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs: Any
