@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from transformers_dsv3.cli.main import app
@@ -71,10 +72,19 @@ def test_a_scripts_exit_code_is_the_commands(tmp_path):
         (["quickstart", "--seed", "-1"], "-1 does not lie between"),
         (["quickstart", "--text", "/no/such/text"], "/no/such/text does not exist"),
         (["explain", "x", "--dtype", "int3"], "'int3' is none of"),
-        (["explain", "/no/such/checkpoint"], "/no/such/checkpoint"),
+        (["explain", "/no/such/checkpoint"], "/no/such/checkpoint: no such folder"),
+        (["explain", "/no/such/checkpoint", "--device", "bogus"], "--device: 'bogus' is no device of this machine"),
+        (["explain", "/no/such/checkpoint", "--device", "cuda:99"], "--device: 'cuda:99' is no device of this"),
     ],
 )
 def test_bad_arguments_name_the_argument(arguments, message):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_explain_names_a_folder_without_weights(tmp_path):
+    AutoConfig.for_model("deepseek_v3").save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["explain", str(tmp_path)])
+    assert result.exit_code == 2
+    assert f"{tmp_path}: " in result.output.replace("\n", " ") and "safetensors" in result.output

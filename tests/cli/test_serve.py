@@ -116,3 +116,21 @@ def test_missing_server_packages_are_named(monkeypatch):
     result = CliRunner().invoke(app, ["serve", "model"])
     assert result.exit_code == 1
     assert "pip install 'transformers-dsv3[serve]'" in result.output
+
+
+@needs_server
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such/folder"], "Error: cannot serve /no/such/folder: no such folder"),
+        (["EMPTY"], "Error: cannot serve EMPTY: "),
+        (["EMPTY", "--device", "bogus"], "Error: --device: 'bogus' is no device of this machine"),
+    ],
+)
+def test_what_cannot_be_served_is_named_in_one_line(arguments, message, tmp_path):
+    (tmp_path / "EMPTY").mkdir()
+    arguments = [sys.executable, "-m", "transformers_dsv3.cli", "serve", *arguments]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith(message)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .loading import checkpoint_problem, device_problem
+
 
 def explain(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder, or a repository id on the Hub.")],
@@ -21,6 +23,9 @@ def explain(
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16, float16", param_hint="--dtype")
+    problem = None if device is None else device_problem(device)
+    if problem is not None:
+        raise typer.BadParameter(problem, param_hint="--device")
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,10 +34,13 @@ def explain(
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{checkpoint}: {error}", param_hint="CHECKPOINT") from None
+        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint="CHECKPOINT") from None
     if config.model_type != "deepseek_v3":
         raise typer.BadParameter(
             f"{checkpoint} is a {config.model_type!r} checkpoint, not 'deepseek_v3'", param_hint="CHECKPOINT"
         )
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device)
+    except OSError as error:
+        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint="CHECKPOINT") from None
     typer.echo(transformers_dsv3.explain(model))

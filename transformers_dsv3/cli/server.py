@@ -20,6 +20,8 @@ from transformers.utils import logging
 
 import transformers_dsv3
 
+from .loading import checkpoint_problem, device_problem
+
 
 logger = logging.get_logger(__name__)
 
@@ -66,10 +68,18 @@ class Dsv3ModelManager(ModelManager):
         return ModelManager.get_model_modality(model, processor=processor)
 
 
+def _refused(message: str) -> typer.Exit:
+    typer.echo(f"Error: {message}", err=True)
+    return typer.Exit(1)
+
+
 class Dsv3Serve(Serve):
     """`transformers serve` with a `Dsv3ModelManager`; same arguments."""
 
     def __init__(self, force_model: str | None = None, non_blocking: bool = False, **options: Any):
+        problem = device_problem(options.get("device", "auto"))
+        if problem is not None:
+            raise _refused(f"--device: {problem}")
         self._wired = False
         # Without a model to preload, the constructor loads nothing; non-blocking, it calls `start_server` below.
         super().__init__(force_model=None, non_blocking=True, **options)
@@ -79,9 +89,13 @@ class Dsv3Serve(Serve):
             self._model_manager.force_model = force_model
             self._model_manager.model_timeout = -1  # a preloaded model stays loaded
             repository, gguf_file = split_model_id(force_model)
-            self._model_manager.load_model_and_processor(
-                self._model_manager.process_model_name(repository), gguf_file=gguf_file
-            )
+            try:
+                self._model_manager.load_model_and_processor(
+                    self._model_manager.process_model_name(repository), gguf_file=gguf_file
+                )
+            except (OSError, ValueError) as error:
+                logger.debug("loading the model failed", exc_info=True)
+                raise _refused(f"cannot serve {checkpoint_problem(repository.partition("@")[0], error)}") from None
         self._wired = True
         if non_blocking:
             self.start_server()
