@@ -113,3 +113,22 @@ def test_native_configs_are_served_by_native_models(tiny_config):
     fields = {key: value for key, value in tiny_config().to_dict().items() if key != "architectures"}
     model = transformers.AutoModelForCausalLM.from_config(DeepseekV3Config(**fields))
     assert type(model) is transformers.DeepseekV3ForCausalLM
+
+
+def test_unregister_gives_the_weight_conversion_back():
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    def operations():
+        return [
+            type(step).__name__
+            for rule in get_checkpoint_conversion_mapping("deepseek_v3")
+            for step in rule.operations
+        ]
+
+    assert "MergeExperts" in operations()
+    try:
+        transformers_dsv3.unregister()
+        assert operations() == ["MergeModulelist", "Concatenate", "MergeModulelist"]
+    finally:
+        transformers_dsv3.register()
+    assert "MergeExperts" in operations()

@@ -105,3 +105,16 @@ def test_dense_models_have_no_experts(make_model):
     text = transformers_dsv3.explain(make_model(first_k_dense_replace=2, num_nextn_predict_layers=0))
     assert "experts (this model has none)" in text
     assert not block(text, "experts")
+
+
+def test_hooks_on_kv_b_proj_are_run(make_model):
+    """A hook changes what the layer computes, so decoding must go through the layer as prefill does."""
+    model = make_model()
+    for layer in model.model.layers:
+        layer.self_attn.kv_b_proj.register_forward_hook(lambda module, args, output: 1.5 * output)
+    assert "no: kv_b_proj has forward hooks" in transformers_dsv3.explain(model)
+    tokens = torch.arange(1, 10)[None]
+    with torch.no_grad():
+        cache = model(tokens[:, :-1]).past_key_values
+        decoded = model(tokens[:, -1:], past_key_values=cache).logits
+        torch.testing.assert_close(decoded, model(tokens).logits[:, -1:], rtol=1e-4, atol=1e-4)

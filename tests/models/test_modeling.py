@@ -324,3 +324,14 @@ def test_experts_implementations_agree(make_model):
 
 def test_explain_is_public(make_model):
     assert "attention, absorbed" in transformers_dsv3.explain(make_model())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["embed_tokens"]}, {"target_modules": ["o_proj"], "trainable_token_indices": [3, 5]}],
+)
+def test_adapters_on_the_embedding(make_model, settings):
+    model = get_peft_model(make_model(), LoraConfig(r=2, **settings))
+    tokens = torch.ones(1, 6, dtype=torch.long)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert model.generate(input_ids=tokens, max_new_tokens=3, do_sample=False).shape[1] <= 9
