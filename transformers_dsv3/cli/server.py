@@ -95,7 +95,8 @@ class Dsv3Serve(Serve):
                 )
             except (OSError, ValueError) as error:
                 logger.debug("loading the model failed", exc_info=True)
-                raise _refused(f"cannot serve {checkpoint_problem(repository.partition("@")[0], error)}") from None
+                problem = checkpoint_problem(repository.partition("@")[0], error)
+                raise _refused(f"cannot serve {problem}") from None
         self._wired = True
         if non_blocking:
             self.start_server()
