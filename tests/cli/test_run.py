@@ -68,6 +68,9 @@ def test_a_scripts_exit_code_is_the_commands(tmp_path):
         (["run", "no/such.py"], "no such script: no/such.py"),
         (["run", "no_such_module_here"], "no module named 'no_such_module_here'"),
         (["run", "no_such_package.module"], "no module named 'no_such_package.module'"),
+        (["run", "-m", "json.tool"], "leave -m out: transformers-dsv3 run json.tool"),
+        (["run", "-m"], "leave -m out: transformers-dsv3 run MODULE"),
+        (["run", "--seed", "3", "script.py"], "'--seed' comes before the script or module"),
         (["quickstart", "--steps", "0"], "0 is not at least 1"),
         (["quickstart", "--seed", "-1"], "-1 does not lie between"),
         (["quickstart", "--text", "/no/such/text"], "/no/such/text does not exist"),
@@ -88,3 +91,65 @@ def test_explain_names_a_folder_without_weights(tmp_path):
     result = CliRunner().invoke(app, ["explain", str(tmp_path)])
     assert result.exit_code == 2
     assert f"{tmp_path}: " in result.output.replace("\n", " ") and "safetensors" in result.output
+
+
+def test_run_takes_a_file_without_suffix_as_a_script(tmp_path, monkeypatch):
+    (tmp_path / "train").write_text("import sys; sys.exit(len(sys.argv))")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # the verb replaces both
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert CliRunner().invoke(app, ["run", "train", "a", "b"]).exit_code == 3
+
+
+LAUNCHERS = [
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate.commands.launch",
+    "accelerate.commands.accelerate_cli",
+    "deepspeed",
+    "deepspeed.launcher.runner",
+    "trl.cli.main",
+    "torchrun",
+    "accelerate",
+]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_are_refused_with_the_form_that_works(launcher):
+    result = CliRunner().invoke(app, ["run", launcher, "--nproc_per_node", "2", "script.py"])
+    assert result.exit_code == 2
+    output = " ".join(result.output.split())
+    assert f"{launcher} starts processes" in output and "where the plugin is not registered" in output
+    assert "torchrun --nproc_per_node 2 -m transformers_dsv3.cli run script.py" in output
+    assert "accelerate launch -m transformers_dsv3.cli run script.py" in output
+
+
+def test_a_launchers_program_is_refused_too(tmp_path):
+    (tmp_path / "torchrun").write_text("raise SystemExit(5)")
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "torchrun"), "script.py"])
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+        ["accelerate.commands.launch", "--cpu", "--num_processes", "1"],
+    ],
+)
+def test_the_form_that_works_registers_the_plugin_in_every_process(launcher, tmp_path):
+    pytest.importorskip(launcher[0].split(".")[0])
+    (tmp_path / "script.py").write_text(
+        "import os, sys\nfrom pathlib import Path\nfrom transformers import AutoConfig\n"
+        "name = type(AutoConfig.for_model('deepseek_v3')).__name__\n"
+        "(Path(sys.argv[1]) / f'rank_{os.environ.get(\"RANK\", 0)}').write_text(name)\n"
+    )
+    module, *options = launcher
+    arguments = [*options, "-m", "transformers_dsv3.cli", "run", tmp_path / "script.py", tmp_path]
+    result = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    ranks = {path.name: path.read_text() for path in tmp_path.glob("rank_*")}
+    count = 2 if module.startswith("torch") else 1
+    assert ranks == {f"rank_{rank}": "Dsv3Config" for rank in range(count)}
