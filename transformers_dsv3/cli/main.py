@@ -1,6 +1,7 @@
 """The `transformers-dsv3` command and its verbs.
 
-Verbs import torch and transformers inside their functions, so that `--help` answers at once.
+Verbs import torch and transformers inside their functions. `--help` still waits for torch, a few seconds: Python
+imports `transformers_dsv3` before this module, and that registers the plugin's classes.
 """
 
 from __future__ import annotations

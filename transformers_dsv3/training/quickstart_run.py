@@ -1,6 +1,7 @@
 """The quickstart's folder: what a run there was started with, and what running the command again means.
 
-Only the standard library is imported here, so that every refusal comes before torch is loaded.
+Only the standard library is imported here, and every refusal comes before anything is computed. (Torch is loaded by
+then: importing the package registers the plugin's classes.)
 
     FOLDER/                     the official checkpoint, its tokenizer and quickstart_results.json
     FOLDER/training/run.json    this file's `Run`
