@@ -150,8 +150,18 @@ def test_published_config_is_read(tmp_path):
     config = AutoConfig.from_pretrained(write(tmp_path, PUBLISHED))
     assert type(config) is Dsv3Config
     for key, value in PUBLISHED.items():
-        if key not in ("auto_map", "rope_scaling", "rope_theta", "torch_dtype", "transformers_version"):
+        if key not in (
+            "architectures",
+            "auto_map",
+            "rope_scaling",
+            "rope_theta",
+            "torch_dtype",
+            "transformers_version",
+        ):
             assert getattr(config, key) == value, key
+    # In memory the plugin's class, so that nobody looks it up among native ones; the official name in the file
+    assert config.architectures == ["Dsv3ForCausalLM"]
+    assert json.loads(config.to_json_string())["architectures"] == ["DeepseekV3ForCausalLM"]
     assert config.dtype == torch.bfloat16
     assert config.rope_parameters["rope_type"] == "yarn"
     assert config.rope_parameters["rope_theta"] == 10000

@@ -1,8 +1,13 @@
 """An unchanged `SFTTrainer` script on the plugin's model and on Transformers' own: the same losses."""
 
+import json
+
 import torch
 from datasets import Dataset
+from safetensors import safe_open
 from trl import SFTConfig, SFTTrainer
+
+import transformers_dsv3
 
 
 def losses(model, tokenizer, folder):
@@ -20,17 +25,28 @@ def losses(model, tokenizer, folder):
         disable_tqdm=True,
     )
     trainer = SFTTrainer(
-        model=model.train(),
+        model=model,
         args=arguments,
         train_dataset=Dataset.from_dict({"text": texts}),
         processing_class=tokenizer,
     )
     trainer.train()
-    return torch.tensor([float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry])
+    trainer.save_model()
+    return trainer, torch.tensor([float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry])
 
 
 def test_sft_trainer_runs_unchanged(make_model, native_twin, byte_tokenizer, tmp_path):
     model = make_model(vocab_size=len(byte_tokenizer))
-    expected = losses(native_twin(model), byte_tokenizer, tmp_path / "native")
+    model.save_pretrained(tmp_path / "model")
+    native = native_twin(model).train()
+    _, expected = losses(native, byte_tokenizer, tmp_path / "native")
     assert len(expected) == 3 and expected[2] < expected[0]
-    torch.testing.assert_close(losses(model, byte_tokenizer, tmp_path / "plugin"), expected, rtol=1e-4, atol=1e-4)
+    # A model, or the path of one, which TRL loads by the class name in its config
+    for given in (model.train(), str(tmp_path / "model")):
+        trainer, seen = losses(given, byte_tokenizer, tmp_path / "plugin")
+        assert type(trainer.model) is transformers_dsv3.Dsv3ForCausalLM
+        torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
+        with safe_open(tmp_path / "plugin" / "model.safetensors", framework="pt") as saved:
+            assert "model.layers.2.eh_proj.weight" in saved.keys()
+        config = json.loads((tmp_path / "plugin" / "config.json").read_text())
+        assert config["architectures"] == ["DeepseekV3ForCausalLM"]

@@ -50,13 +50,18 @@ class Dsv3Config(DeepseekV3Config):
     def __post_init__(self, **kwargs: Any):
         # A repository with remote code of its own (Moonlight's, for one) names that code here. These classes serve
         # the model instead, and a checkpoint saved from them carries no code.
-        kwargs.pop("auto_map", None)
+        # The attribute stays, since libraries read it where they do not know `architectures` (TRL does).
+        kwargs["auto_map"] = {}
         _check_rope_keys(self.rope_parameters, kwargs)
         # Null in some checkpoints, for models without shared experts or without groups
         for field, absent in (("n_shared_experts", 0), ("n_group", 1), ("topk_group", self.n_group or 1)):
             if getattr(self, field) is None:
                 setattr(self, field, absent)
         super().__post_init__(**kwargs)
+        # Some libraries look the class up by name in the `transformers` module (TRL, for a model given by its path),
+        # where the official name is native's class. With the name of the plugin's they go by the Auto classes.
+        if self.architectures:  # type: ignore[has-type]
+            self.architectures = [_plugin_architecture(name) for name in self.architectures]  # type: ignore[has-type]
         self.check_fields()
 
     def check_fields(self) -> None:
@@ -127,8 +132,9 @@ class Dsv3Config(DeepseekV3Config):
         # The classes that a reader without this package finds
         if output.get("architectures"):
             output["architectures"] = [_official_architecture(name) for name in output["architectures"]]
-        if not output.get("mtp_loss_weight"):
-            output.pop("mtp_loss_weight", None)
+        for field in ("mtp_loss_weight", "auto_map"):
+            if not output.get(field):
+                output.pop(field, None)
         return output
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -158,6 +164,10 @@ def _check_rope_keys(rope_parameters: dict[str, Any] | None, old_keys: dict[str,
                 f"`rope_parameters`: its `{key}={new!r}` contradicts `{key}={value!r}` of `rope_scaling` and "
                 "`rope_theta`, the older spelling of the same; make them equal or leave one out"
             )
+
+
+def _plugin_architecture(class_name: str) -> str:
+    return "Dsv3" + class_name.removeprefix("DeepseekV3") if class_name.startswith("DeepseekV3") else class_name
 
 
 def _official_architecture(class_name: str) -> str:
