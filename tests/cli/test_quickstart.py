@@ -92,6 +92,7 @@ def test_the_folder_is_an_official_checkpoint_of_the_plugin(finished):
     config = json.loads((output / "config.json").read_text())
     assert config["model_type"] == "deepseek_v3"
     assert config["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert config["use_cache"]
     model = AutoModelForCausalLM.from_pretrained(output)
     assert type(model) is transformers_dsv3.Dsv3ForCausalLM
     assert model.generation_config.max_new_tokens == 64

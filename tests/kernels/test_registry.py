@@ -68,6 +68,8 @@ def test_other_models_are_refused(tiny_config):
     native = DeepseekV3ForCausalLM(tiny_config())
     with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has no attention of this package"):
         transformers_dsv3.explain(native)
+    with pytest.raises(ValueError, match="takes a loaded model, not './folder'"):
+        transformers_dsv3.explain("./folder")
 
 
 def test_every_backend_is_listed(make_model):

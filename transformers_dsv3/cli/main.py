@@ -18,7 +18,7 @@ app = typer.Typer(
     name="transformers-dsv3",
     help="""DeepSeek-V3 in Hugging Face Transformers: train, run, serve and inspect `deepseek_v3` checkpoints.
 
-    New here? `transformers-dsv3 quickstart` trains a small DeepSeek-V3 on this machine in under five minutes
+    New here? `transformers-dsv3 quickstart` trains a small DeepSeek-V3 on this machine in a few minutes
     and leaves an official checkpoint in ./dsv3-quickstart.""",
     no_args_is_help=True,
     add_completion=False,

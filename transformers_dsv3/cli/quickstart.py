@@ -23,11 +23,11 @@ def quickstart(
         typer.Option(metavar="PATH", help="A UTF-8 text file, or a folder with some. Default: Python's own library."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Training steps of this command. The default takes under five minutes.")
+        int | None, typer.Option(help="Training steps of this command. Default: 1000, three minutes on two idle cores.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the weights and the order of the data. Default: 0.")] = None,
 ) -> None:
-    """Train a small DeepSeek-V3 (MLA, mixture of experts, MTP) from scratch on real text, in under five minutes.
+    """Train a small DeepSeek-V3 (MLA, mixture of experts, MTP) from scratch on real text, in a few minutes.
 
     It reads the Python standard library's own source (or your text), trains a byte-level BPE and the model on most
     of it, saves an official checkpoint with its tokenizer, loads it back through AutoModelForCausalLM, completes
@@ -39,7 +39,7 @@ def quickstart(
     Examples:
       transformers-dsv3 quickstart
       transformers-dsv3 quickstart --output ./my-notes-model --text ~/notes
-      transformers-dsv3 quickstart --steps 1000
+      transformers-dsv3 quickstart --steps 3000
     """
     from ..data.text_files import TextError
     from ..training.quickstart_run import QuickstartError, QuickstartSettings
@@ -55,7 +55,11 @@ def quickstart(
     except QuickstartError as error:
         raise typer.BadParameter(str(error), param_hint=error.option) from None
     except KeyboardInterrupt:
-        typer.echo("\nStopped. The same command goes on from the last checkpoint.", err=True)
+        typer.echo(
+            f"\nStopped. The same command goes on from the last checkpoint; one is saved every "
+            f"{QuickstartSettings.save_every} steps.",
+            err=True,
+        )
         raise typer.Exit(130) from None
     show(results, output)
 
@@ -69,7 +73,14 @@ def run_quickstart(
         TextError, QuickstartError: before any training, and before anything is written.
     """
     from ..data.text_files import build_corpus, read_documents, standard_library
-    from ..training.quickstart_run import RESULTS_NAME, plan_run, training_folder, write_json
+    from ..training.quickstart_run import (
+        RESULTS_NAME,
+        checkpoint_step,
+        latest_checkpoint,
+        plan_run,
+        training_folder,
+        write_json,
+    )
 
     started = time.perf_counter()
     skipped: list[str] = []
@@ -100,7 +111,9 @@ def run_quickstart(
     if corpus.skipped:
         typer.echo(f"Left out, empty or not UTF-8 text: {names_of(corpus.skipped)}.")
     if (training_folder(output) / "run.json").exists():
-        typer.echo(f"Continuing {output} up to step {run.target_step:,}.")
+        checkpoint = latest_checkpoint(output)
+        step = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        typer.echo(f"Continuing {output} from step {step:,} up to step {run.target_step:,}.")
     else:
         typer.echo(f"Training a new model for {run.target_step:,} steps.")
 

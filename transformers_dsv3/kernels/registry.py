@@ -118,6 +118,10 @@ def explain(model: PreTrainedModel) -> str:
     Raises:
         ValueError: for a model without multi-head latent attention of this package.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"explain takes a loaded model, not {model!r}: for a folder, `transformers-dsv3 explain FOLDER`."
+        )
     attention = [module for module in model.modules() if hasattr(module, "why_not_absorbed")]
     if not attention:
         raise ValueError(

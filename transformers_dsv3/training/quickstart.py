@@ -137,6 +137,7 @@ def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartS
         with quiet_saving():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - started
+    model.config.use_cache = True  # the trainer turns it off
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

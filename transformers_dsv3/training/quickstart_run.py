@@ -54,7 +54,7 @@ class QuickstartSettings:
     learning_rate: float = 3e-3
     warmup_steps: int = 50
     decay_share: float = 0.9
-    save_every: int = 100
+    save_every: int = 50
     min_text_bytes: int = 100_000
     max_text_bytes: int = 32_000_000
     model: dict[str, Any] = field(
@@ -179,6 +179,12 @@ def plan_run(
         return replace(run, start_step=run.target_step, target_step=run.target_step + added)
     target = run.target_step if steps is None else run.start_step + steps
     checkpoint = latest_checkpoint(output)
+    if checkpoint is not None and target < checkpoint_step(checkpoint) == run.target_step:
+        raise QuickstartError(
+            "--steps",
+            f"{output} is trained up to step {run.target_step} but was stopped before it was measured: leave --steps "
+            "out to finish it",
+        )
     if checkpoint is not None and checkpoint_step(checkpoint) > target:
         raise QuickstartError(
             "--steps",
