@@ -23,7 +23,7 @@ def quickstart(
         typer.Option(metavar="PATH", help="A UTF-8 text file, or a folder with some. Default: Python's own library."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Training steps of this command. Default: 1000, three minutes on two idle cores.")
+        int | None, typer.Option(help="Training steps of this command. Default: 1000, three minutes on two cores.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the weights and the order of the data. Default: 0.")] = None,
 ) -> None:
