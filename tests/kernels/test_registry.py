@@ -109,14 +109,18 @@ def test_dense_models_have_no_experts(make_model):
     assert not block(text, "experts")
 
 
-def test_hooks_on_kv_b_proj_are_run(make_model):
+def test_hooks_on_kv_b_proj_are_run(make_model, monkeypatch):
     """A hook changes what the layer computes, so decoding must go through the layer as prefill does."""
     model = make_model()
     for layer in model.model.layers:
         layer.self_attn.kv_b_proj.register_forward_hook(lambda module, args, output: 1.5 * output)
     assert "no: kv_b_proj has forward hooks" in transformers_dsv3.explain(model)
+    warnings = []
+    monkeypatch.setattr(attention_dsv3.logger, "warning_once", warnings.append)
     tokens = torch.arange(1, 10)[None]
     with torch.no_grad():
         cache = model(tokens[:, :-1]).past_key_values
+        assert not warnings
         decoded = model(tokens[:, -1:], past_key_values=cache).logits
         torch.testing.assert_close(decoded, model(tokens).logits[:, -1:], rtol=1e-4, atol=1e-4)
+    assert "Every step expands the whole context" in warnings[0] and "forward hooks" in warnings[0]

@@ -21,8 +21,13 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+from transformers.utils import logging
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .configuration_dsv3 import Dsv3Config
+
+
+logger = logging.get_logger(__name__)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
@@ -267,11 +272,12 @@ class Dsv3Attention(nn.Module):
             latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
 
         kv_len = latent.shape[2]
-        if (
-            past_key_values is not None
-            and self._absorbed_is_cheaper(q_len, kv_len)
-            and self.why_not_absorbed(past_key_values) is None
-        ):
+        absorb = past_key_values is not None and self._absorbed_is_cheaper(q_len, kv_len)
+        if absorb and (reason := self.why_not_absorbed(past_key_values)) is not None:
+            absorb = False
+            if not is_torchdynamo_compiling():
+                logger.warning_once(f"Every step expands the whole context, slow where it is long: {reason}.")
+        if absorb:
             first_query = kv_len - q_len if "flash" in (self.config._attn_implementation or "eager") else 0
             output, weights = absorbed_attention(
                 q_nope,
