@@ -1,5 +1,8 @@
 """Two training steps of two processes: `torchrun --nproc_per_node 2 ddp_steps.py`. Started by test_ddp.py."""
 
+import os
+import sys
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -45,4 +48,8 @@ for cls in (transformers_dsv3.Dsv3ForCausalLM, transformers_dsv3.Dsv3ForTokenCla
     assert gathered[0] == gathered[1]
     if dist.get_rank() == 0:
         print("trained", cls.__name__)
+dist.barrier()
 dist.destroy_process_group()
+sys.stdout.flush()
+# Gloo's threads may still run, and abort the interpreter when it ends in the usual way
+os._exit(0)
