@@ -257,6 +257,16 @@ def test_up_to_the_last_position(make_model):
     assert model.generate(tokens, use_mtp=True, **settings).tolist() == plain.tolist()
 
 
+def test_past_the_limit_of_dynamic_rope(make_model):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = make_model(max_position_embeddings=16, rope_parameters=rope, head_dim=8)
+    tokens = prompts(2, 10)
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    fast = model.generate(tokens, use_mtp=True, **settings)
+    assert fast.shape == (2, 30)
+    assert fast[:, :16].tolist() == model.generate(tokens, **settings)[:, :16].tolist()
+
+
 class Collect(TextStreamer):
     def __init__(self):
         self.parts, self.ended = [], False

@@ -18,7 +18,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
-from .inputs_dsv3 import check_inputs
+from .inputs_dsv3 import check_inputs, position_limit
 
 
 logger = logging.get_logger(__name__)
@@ -101,9 +101,8 @@ class Dsv3GenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
     ) -> None:
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        limit = self.config.max_position_embeddings
-        grows = self.config.rope_parameters.get("rope_type", "default") == "dynamic"
-        if generation_config.max_length > limit and not grows:
+        limit = position_limit(self.config)
+        if generation_config.max_length > limit:
             raise ValueError(
                 f"{input_ids_length} prompt tokens and the asked new ones make {generation_config.max_length}, past "
                 f"`max_position_embeddings={limit}` of this model. Lower `max_new_tokens` or shorten the prompt."
@@ -300,7 +299,7 @@ class MtpDecoding:
         positions_BJ = self.positions_BW[self.rows, self.last_B][:, None] + torch.arange(
             1, count + 2, device=self.rows.device
         )
-        positions_BJ = positions_BJ.clamp(max=self.model.config.max_position_embeddings - 1)
+        positions_BJ = positions_BJ.clamp(max=position_limit(self.model.config) - 1)
         mask = None if self.mask is None else torch.cat([self.mask, self.mask.new_ones(input_BJ.shape)], dim=1)
         hidden_BJD = self.model.model(
             input_ids=input_BJ, attention_mask=mask, position_ids=positions_BJ, past_key_values=cache, use_cache=True

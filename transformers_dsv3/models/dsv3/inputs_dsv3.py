@@ -1,9 +1,17 @@
 """Checks of model inputs, made before any compute."""
 
+import sys
+
 import torch
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .configuration_dsv3 import Dsv3Config
+
+
+def position_limit(config: Dsv3Config) -> int:
+    """How many positions a model takes: no end for dynamic RoPE, which is made to grow past its limit."""
+    grows = config.rope_parameters.get("rope_type", "default") == "dynamic"
+    return sys.maxsize if grows else config.max_position_embeddings
 
 
 def check_inputs(
@@ -67,7 +75,6 @@ def check_inputs(
                 f"`attention_mask` hides every token of row {int(hidden_rows[0])}: there is nothing to attend to."
             )
 
-    limit = config.max_position_embeddings
     longest = None
     if position_ids is None:
         longest = tokens.shape[1] + past_length if isinstance(past_length, int) else tokens.shape[1]
@@ -76,6 +83,6 @@ def check_inputs(
         if first < 0:
             raise ValueError(f"`position_ids` has {first}: positions count from 0.")
         longest = last + 1
-    grows = config.rope_parameters.get("rope_type", "default") == "dynamic"
-    if longest is not None and longest > limit and not grows:
+    limit = position_limit(config)
+    if longest is not None and longest > limit:
         raise ValueError(f"{longest} positions exceed `max_position_embeddings={limit}` of this model.")
