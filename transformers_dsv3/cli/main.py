@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typer
 
+from .bench import bench
 from .explain import explain
 from .quickstart import quickstart
 from .run import run
@@ -36,6 +37,7 @@ app.command(
     short_help="Start Transformers' own server with the plugin.",
     context_settings={**PASS_THROUGH, "help_option_names": []},
 )(serve)
+app.command(short_help="Measure speed here, beside native Transformers.")(bench)
 app.command(short_help="Say which backend serves which part of a model.")(explain)
 
 

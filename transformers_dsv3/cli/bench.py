@@ -1,0 +1,179 @@
+"""`transformers-dsv3 bench`: how fast a model runs here, beside native Transformers and other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def bench(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="[CHECKPOINT_OR_PRESET]",
+            help="A folder, a repository id on the Hub, or a model of random weights: bench-2b (1.94 B parameters, "
+            "5 GiB in bf16), moonlight (the shape of Moonlight-16B-A3B, cut to fit memory), small (107 M parameters).",
+            show_default=True,
+        ),
+    ] = "bench-2b",
+    what: Annotated[str, typer.Option(help="Any of decode, prefill, batched, mtp, train.")] = "decode,prefill",
+    contexts: Annotated[
+        str, typer.Option(help="Cached tokens at which decoding is timed; k is 1,024. mtp takes the smallest.")
+    ] = "128,1k,8k",
+    prefill: Annotated[str, typer.Option(help="Lengths of the prompts of prefill.")] = "2k",
+    batch: Annotated[str, typer.Option(help="Batch sizes of batched decode.")] = "32",
+    batch_context: Annotated[str, typer.Option(help="Cached tokens a row of batched decode.")] = "1k",
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or both.")] = "bf16",
+    rounds: Annotated[int, typer.Option(help="Turns of each contender.")] = 6,
+    new_tokens: Annotated[int, typer.Option(help="Tokens timed in a turn of decoding, fewer where slow.")] = 16,
+    train_batch: Annotated[int, typer.Option(help="Sequences of a training step.")] = 4,
+    train_length: Annotated[int, typer.Option(help="Tokens of each sequence of a training step.")] = 512,
+    layers: Annotated[int | None, typer.Option(help="Layers of a preset. Default: all, or what fits memory.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of every contender. Default: torch's own choice.")] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights, tokens and cached latents.")] = 0,
+    json: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write everything measured, updated after every round.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PATH.png", help="Draw the result.")] = None,
+) -> None:
+    """Measure how fast a DeepSeek-V3 model runs on this machine's CPU, beside native Transformers.
+
+    Both implementations run in this process on the same weights and take turns (A B, B A, ...), and between the turns
+    the machine's own ceilings are measured: how fast its memory reads and how fast it multiplies matrices. The table
+    gives the median of each, its quartiles, how many times faster it is, and its share of the floor: the time that
+    reading the weights once, or computing what must be computed, takes at those ceilings.
+
+    Decoding is the model's own generate(), from a cache that already holds the context. Run it on a machine that does
+    nothing else.
+
+    \b
+    Examples:
+      transformers-dsv3 bench small
+      transformers-dsv3 bench bench-2b --contexts 128,1k,8k,32k --json bench.json --plot bench.png
+      transformers-dsv3 bench ./dsv3-quickstart --what decode,mtp --contexts 128
+      transformers-dsv3 bench bench-2b --what batched --batch 8,32
+      transformers-dsv3 bench small --what train --dtype fp32
+    """
+    from ..evaluation.speed.settings import BenchError, BenchSettings, names, numbers
+
+    try:
+        cached = numbers("--batch-context", batch_context)
+        if len(cached) != 1:
+            raise BenchError("--batch-context", f"{batch_context!r} is not one number")
+        settings = BenchSettings(
+            source=source,
+            what=names(what),
+            contexts=numbers("--contexts", contexts),
+            prefill=numbers("--prefill", prefill),
+            batches=numbers("--batch", batch),
+            batch_context=cached[0],
+            dtypes=names(dtype),
+            rounds=rounds,
+            new_tokens=new_tokens,
+            train_batch=train_batch,
+            train_length=train_length,
+            layers=layers,
+            threads=threads,
+            seed=seed,
+            json_path=json,
+            plot_path=plot,
+        )
+        run_bench(settings)
+    except BenchError as error:
+        raise typer.BadParameter(str(error), param_hint=error.option) from None
+
+
+def run_bench(settings: Any) -> None:
+    """Run, print the table, draw the plot. An interruption prints what there is.
+
+    Raises:
+        BenchError: for settings that cannot be measured, before anything is computed.
+    """
+    from rich.console import Console
+
+    from ..evaluation.speed.report import plot, plot_problem
+    from ..evaluation.speed.settings import BenchError
+
+    if settings.plot_path is not None and (problem := plot_problem()) is not None:
+        raise BenchError("--plot", problem)
+
+    from ..evaluation.speed.benchmark import Benchmark
+
+    console = Console(stderr=True)
+    interrupted = False
+    with Bar(console) as bar:
+        benchmark = Benchmark(settings, bar)
+        for warning in benchmark.results["warnings"]:
+            console.print(f"Warning: {warning}", style="yellow")
+        try:
+            benchmark.run()
+        except KeyboardInterrupt:
+            interrupted = True
+    show(benchmark.results)
+    if settings.plot_path is not None and any(entry["contenders"] for entry in benchmark.results["workloads"]):
+        plot(benchmark.results, settings.plot_path)
+    if interrupted:
+        typer.echo("Stopped: the rounds above are those that were complete.", err=True)
+        raise typer.Exit(130)
+
+
+class Bar:
+    """A progress bar on a terminal; a line for each workload elsewhere is left out, as is everything else."""
+
+    def __init__(self, console: Console):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("starting", total=None)
+        self.begun = 0
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def say(self, message: str) -> None:
+        self.progress.update(self.task, description=message)
+
+    def plan(self, turns: int) -> None:
+        self.begun = 0
+        self.progress.reset(self.task, total=turns)
+
+    def turn(self, workload: str, contender: str) -> None:
+        # Called when a turn starts: the ones before it are done
+        self.progress.update(self.task, description=f"{workload}: {contender}", completed=self.begun)
+        self.begun += 1
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the table and what belongs below it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..evaluation.speed.report import HEADINGS, notes, table_rows
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file or a pipe has no width of its own, and 80 columns break every cell
+    table = Table(*HEADINGS)
+    for row in table_rows(results):
+        table.add_row(*row)
+    console.print(table)
+    for line in notes(results):
+        console.print(line, highlight=False)

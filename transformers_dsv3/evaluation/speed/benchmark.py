@@ -1,0 +1,305 @@
+"""One run of the benchmark: models, peers, workloads, rounds, results."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from ...models.dsv3 import Dsv3Config, Dsv3ForCausalLM
+from ...training.quickstart_run import write_json
+from . import record
+from .ceilings import READ_BYTES, Ceilings
+from .contenders import NATIVE, PLUGIN, VARIANTS, ModelContender, agreement, describe, share_weights, variant_name
+from .floors import ExpertsUsed, Work, floor_seconds, work_of
+from .presets import PRESETS, parameter_count, preset_config, random_model
+from .rounds import Turn, interleave, ratio, reason_of, spread
+from .settings import DTYPES, BenchError, BenchSettings
+from .workloads import Inputs, Workload, make_inputs, workloads
+
+
+MTP = f"{PLUGIN} MTP"
+# Tokens of the turn that warms a contender up, from which the length of its turns is decided
+WARM_UP_TOKENS = 2
+
+
+class Contender(Protocol):
+    """Whatever takes turns: a model of this process or a program of its own."""
+
+    name: str
+
+    def measure(self, workload: Workload, inputs: Inputs, new_tokens: int) -> Turn: ...
+
+    def rest(self) -> None: ...
+
+
+class Watcher(Protocol):
+    """Told what is going on; the command line draws a progress bar from it."""
+
+    def say(self, message: str) -> None: ...
+
+    def plan(self, turns: int) -> None: ...
+
+    def turn(self, workload: str, contender: str) -> None: ...
+
+
+def load_config(settings: BenchSettings, copies: int) -> tuple[Dsv3Config, str | None]:
+    """The configuration that will be measured, and how it was cut, before any weight exists.
+
+    Raises:
+        BenchError: for a source that is neither a preset nor a `deepseek_v3` checkpoint, or does not fit.
+    """
+    if settings.source in PRESETS:
+        return preset_config(settings, record.free_memory(), copies)
+    if settings.layers is not None:
+        raise BenchError("--layers", "cuts presets only; a checkpoint has the layers that it has")
+    try:
+        config = AutoConfig.from_pretrained(settings.source)
+    except (OSError, ValueError) as error:
+        known = f"neither a preset ({', '.join(PRESETS)}) nor a checkpoint"
+        reason = "there is no such folder" if not Path(settings.source).exists() else reason_of(error)
+        raise BenchError("CHECKPOINT_OR_PRESET", f"{settings.source!r} is {known}: {reason}") from None
+    if config.model_type != "deepseek_v3":
+        raise BenchError(
+            "CHECKPOINT_OR_PRESET", f"{settings.source} is a {config.model_type!r} checkpoint, not 'deepseek_v3'"
+        )
+    if settings.longest > config.max_position_embeddings:
+        raise BenchError(
+            "--contexts or --prefill",
+            f"{settings.longest} positions are needed at the longest measurement, and "
+            f"max_position_embeddings of {settings.source} is {config.max_position_embeddings}",
+        )
+    if "mtp" in settings.what and not config.num_nextn_predict_layers:
+        raise BenchError("--what", f"mtp needs MTP layers, and {settings.source} has none")
+    return config, None
+
+
+class Benchmark:
+    """One run. `results` is what is known so far, in the form of the JSON file.
+
+    Args:
+        read_bytes: size of the buffer whose reading gives the bandwidth.
+
+    Raises:
+        BenchError: from the constructor, for what cannot be measured; nothing has been computed then.
+    """
+
+    def __init__(self, settings: BenchSettings, watcher: Watcher, read_bytes: int = READ_BYTES):
+        for variant in settings.weights:
+            if variant not in VARIANTS:
+                raise BenchError("--weights", f"{variant!r} is none of {', '.join(VARIANTS)}")
+        self.settings = settings
+        self.watcher = watcher
+        self.read_bytes = read_bytes
+        self.config, cut = load_config(settings, copies=1 + len(settings.peers))
+        self.results: dict[str, Any] = {
+            "machine": record.machine(),
+            "settings": {
+                **{
+                    key: value
+                    for key, value in vars(settings).items()
+                    if key not in ("json_path", "plot_path", "keep")
+                },
+                "converter": str(settings.converter) if settings.converter else None,
+                "peers": [name for name, _ in settings.peers],
+            },
+            "model": {
+                "source": settings.source,
+                "weights": "random" if settings.source in PRESETS else "of the checkpoint",
+                "cut": cut,
+                "parameters": parameter_count(self.config),
+                "config": self.config.to_dict(),
+            },
+            "warnings": [],
+            "contenders": {},
+            "agreement": {},
+            "failed": {},
+            "workloads": [],
+            "finished": False,
+        }
+        warning = record.busy_warning(self.results["machine"]["load_average"], self.results["machine"]["cores"])
+        if warning:
+            self.results["warnings"].append(warning)
+
+    def run(self) -> dict[str, Any]:
+        """Measures everything. After an interruption, `results` holds the rounds that were complete."""
+        started = time.perf_counter()
+        threads_before = torch.get_num_threads()
+        if self.settings.threads is not None:
+            torch.set_num_threads(self.settings.threads)
+        self.results["machine"]["threads"] = torch.get_num_threads()
+        planned = {dtype: workloads(self.settings, dtype) for dtype in self.settings.dtypes}
+        try:
+            with ExitStack() as stack:
+                for dtype, listed in planned.items():
+                    self._run_dtype(dtype, listed, stack)
+            self.results["finished"] = True
+        finally:
+            torch.set_num_threads(threads_before)
+            self.results["seconds"] = time.perf_counter() - started
+            self.results["machine"]["load_average_after"] = record.load_average()
+            self._write()
+        return self.results
+
+    def _run_dtype(self, name: str, listed: list[Workload], stack: ExitStack) -> None:
+        dtype = getattr(torch, DTYPES[name])
+        self.watcher.say(f"{self.settings.source} in {name}")
+        model = self._plugin_model(dtype)
+        contenders = self._contenders(model, name, dtype)
+        ceilings = Ceilings(sorted({each.linear_dtype for each in contenders} | {dtype}, key=str), self.read_bytes)
+        text = self._text()
+        groups = [(workload, self._entrants(workload, contenders)) for workload in listed]
+        self.watcher.plan(sum(len(entrants) for _, entrants in groups) * (self.settings.rounds + 1))
+        for workload, entrants in groups:
+            inputs = make_inputs(
+                workload, self.config, dtype, self.settings.seed, text if workload.what == "mtp" else None
+            )
+            self._run_workload(workload, inputs, entrants, ceilings)
+
+    def _plugin_model(self, dtype: torch.dtype) -> Dsv3ForCausalLM:
+        if self.settings.source in PRESETS:
+            return random_model(copy.deepcopy(self.config), dtype, self.settings.seed)
+        try:
+            return Dsv3ForCausalLM.from_pretrained(self.settings.source, dtype=dtype).eval()
+        except (OSError, ValueError) as error:
+            raise BenchError("CHECKPOINT_OR_PRESET", f"{self.settings.source}: {reason_of(error)}") from None
+
+    def _contenders(self, model: Dsv3ForCausalLM, dtype_name: str, dtype: torch.dtype) -> list[ModelContender]:
+        found = []
+        for variant in self.settings.weights:
+            found.append(ModelContender(variant_name(variant), VARIANTS[variant](model), dtype))
+        native = share_weights(model)
+        found.append(ModelContender(NATIVE, native, dtype))
+        if "mtp" in self.settings.what:
+            found.insert(1, ModelContender(MTP, model, dtype, use_mtp=True))
+        for contender in found:
+            self.results["contenders"].setdefault(contender.name, describe(contender.model))
+            if contender.model is not model:
+                apart = agreement(model, contender.model, self.settings.seed)
+                self.results["agreement"][f"{contender.name}, {dtype_name}"] = apart
+        return found
+
+    def _entrants(self, workload: Workload, contenders: Sequence[ModelContender]) -> list[ModelContender]:
+        plain = variant_name("plain")
+        if workload.what == "train":
+            return [each for each in contenders if each.name in (plain, NATIVE)]
+        return [each for each in contenders if not each.use_mtp or workload.what == "mtp"]
+
+    def _text(self) -> torch.Tensor | None:
+        """Real text for MTP, since text decides how often drafts are accepted; None without a tokenizer."""
+        if self.settings.source in PRESETS or "mtp" not in self.settings.what:
+            return None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.settings.source)
+        except (OSError, ValueError):
+            return None
+        ids = tokenizer(Path(copy.__file__).read_text(encoding="utf-8"))["input_ids"]
+        return torch.tensor(ids)
+
+    def _run_workload(
+        self, workload: Workload, inputs: Inputs, entrants: Sequence[ModelContender], ceilings: Ceilings
+    ) -> None:
+        by_name = {each.name: each for each in entrants}
+        tokens: dict[str, int] = {}
+        failed: dict[str, str] = {}
+        experts_used = 0.0
+        for name, contender in by_name.items():
+            self.watcher.turn(workload.title, f"{name}, warming up")
+            try:
+                if name == PLUGIN:
+                    with ExpertsUsed(contender.model) as used:
+                        first = contender.measure(workload, inputs, WARM_UP_TOKENS)
+                    experts_used = used.mean()
+                else:
+                    first = contender.measure(workload, inputs, WARM_UP_TOKENS)
+            except (RuntimeError, ValueError, OSError) as error:
+                failed[name] = reason_of(error)
+                continue
+            fitting = int(self.settings.turn_seconds / max(first.seconds, 1e-9))
+            tokens[name] = max(WARM_UP_TOKENS, min(self.settings.new_tokens, fitting))
+
+        entry: dict[str, Any] = {
+            "title": workload.title,
+            **vars(workload),
+            "experts_used": experts_used,
+            "contenders": {},
+            "failed": failed,
+        }
+        self.results["workloads"].append(entry)
+        works = {name: self._work(by_name[name], workload, experts_used) for name in tokens}
+
+        def turn(name: str) -> Turn:
+            self.watcher.turn(workload.title, name)
+            return by_name[name].measure(workload, inputs, tokens[name])
+
+        def after_round(turns: dict[str, list[Turn]], lost: dict[str, str]) -> None:
+            entry["failed"] = {**failed, **lost}
+            entry["ceilings"] = ceilings.record()
+            entry["contenders"] = {
+                name: self._figures(by_name[name], taken, workload, works[name], ceilings)
+                for name, taken in turns.items()
+                if taken
+            }
+            entry["ratios"] = ratios(entry["contenders"])
+            self._write()
+
+        ceilings.start()
+        interleave(list(tokens), turn, self.settings.rounds, ceilings.measure, after_round)
+        for contender in entrants:
+            contender.rest()
+
+    def _work(self, contender: ModelContender, workload: Workload, experts_used: float) -> Work | None:
+        if contender.use_mtp:
+            return None  # the drafts that are accepted decide how often the weights are read
+        return work_of(contender.model, workload, experts_used)
+
+    def _figures(
+        self,
+        contender: ModelContender,
+        turns: list[Turn],
+        workload: Workload,
+        work: Work | None,
+        ceilings: Ceilings,
+    ) -> dict[str, Any]:
+        seconds = [turn.seconds for turn in turns]
+        figures: dict[str, Any] = {"seconds": seconds, **spread(seconds), "units_a_turn": turns[0].units}
+        units = workload.batch * (1 if workload.decodes else workload.tokens)
+        figures["tokens_per_second"] = units / figures["median"]
+        if work is not None:
+            plain_dtype = getattr(torch, DTYPES[workload.dtype])
+            floor = floor_seconds(
+                work, ceilings.bandwidth(), ceilings.rate(contender.linear_dtype), ceilings.rate(plain_dtype)
+            )
+            figures["floor"] = {**work.record(), "seconds": floor, "share": floor / figures["median"]}
+        if contender.use_mtp:
+            drafted = sum(turn.notes["drafted"] for turn in turns)
+            accepted = sum(turn.notes["accepted"] for turn in turns)
+            figures["mtp"] = {"drafted": drafted, "accepted": accepted, "acceptance": accepted / max(drafted, 1)}
+        if workload.what == "train":
+            figures["losses"] = [turn.notes["loss"] for turn in turns]
+        return figures
+
+    def _write(self) -> None:
+        if self.settings.json_path is not None:
+            write_json(self.settings.json_path, self.results)
+
+
+def ratios(contenders: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How many times faster each form of the plugin is than each other contender: `"transformers / plugin"`.
+
+    Args:
+        contenders: figures by name, each with `seconds`, one for each round.
+    """
+    found = {}
+    for ours in contenders:
+        if ours.split()[0] == PLUGIN:
+            for other in contenders:
+                if other != ours:
+                    found[f"{other} / {ours}"] = ratio(contenders[other]["seconds"], contenders[ours]["seconds"])
+    return found

@@ -1,0 +1,89 @@
+"""What this machine can do at best, measured by the same threads in the same minutes as what is compared with it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+GEMM_SIZE = 2048
+READ_BYTES = 2**30
+TRIES = 3
+
+
+def read_seconds(buffer: torch.Tensor) -> float:
+    """Seconds that torch's threads take to read a buffer once from one end to the other.
+
+    Args:
+        buffer: contiguous fp32, a multiple of 65,536 elements, much larger than the last cache.
+    """
+    # Of torch's reductions and products, sums of long rows read fastest
+    rows = buffer.view(-1, 65536)
+    started = time.perf_counter()
+    rows.sum(dim=1)
+    return time.perf_counter() - started
+
+
+def gemm_seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Seconds of one product of two matrices; int8 ones multiply to int32."""
+    multiply: Callable[..., Any] = torch._int_mm if a.dtype == torch.int8 else torch.mm
+    started = time.perf_counter()
+    multiply(a, b)
+    return time.perf_counter() - started
+
+
+class Ceilings:
+    """Read bandwidth and GEMM rates, measured once for every call of `measure`.
+
+    Args:
+        dtypes: of the GEMMs: torch.float32, torch.bfloat16, torch.int8.
+        read_bytes: size of the buffer that is read.
+    """
+
+    def __init__(self, dtypes: list[torch.dtype], read_bytes: int = READ_BYTES, gemm_size: int = GEMM_SIZE):
+        self.buffer = torch.ones(read_bytes // 4)  # written, so that every page is really there
+        generator = torch.Generator().manual_seed(0)
+        self.matrices = {}
+        for dtype in dtypes:
+            a, b = (torch.randn(gemm_size, gemm_size, generator=generator) for _ in range(2))
+            if dtype == torch.int8:
+                a, b = (x.mul(40).clamp(-127, 127) for x in (a, b))
+            self.matrices[dtype] = (a.to(dtype), b.to(dtype))
+        self.operations = 2 * gemm_size**3
+        self.read: list[float] = []
+        self.gemm: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
+        self.measure()
+        self.start()
+
+    def start(self) -> None:
+        """Forgets what was measured before, which was for another workload."""
+        self.read.clear()
+        for rates in self.gemm.values():
+            rates.clear()
+
+    def measure(self) -> None:
+        """Adds bytes a second and operations a second to the lists, each the best of a few: ceilings, not averages."""
+        self.read.append(self.buffer.nbytes / min(read_seconds(self.buffer) for _ in range(TRIES)))
+        for dtype, (a, b) in self.matrices.items():
+            self.gemm[dtype].append(self.operations / min(gemm_seconds(a, b) for _ in range(TRIES)))
+
+    def bandwidth(self) -> float:
+        """Median bytes a second since `start`."""
+        return statistics.median(self.read)
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Median operations a second of products of this dtype since `start`."""
+        return statistics.median(self.gemm[dtype])
+
+    def record(self) -> dict[str, Any]:
+        """What was measured since `start`, for the JSON file."""
+        return {
+            "read_bytes_per_second": list(self.read),
+            "gemm_operations_per_second": {
+                str(dtype).removeprefix("torch."): list(rates) for dtype, rates in self.gemm.items()
+            },
+        }

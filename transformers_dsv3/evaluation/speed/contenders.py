@@ -1,0 +1,120 @@
+"""The implementations that run in this process, on one copy of the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, PreTrainedModel
+
+from ...models.dsv3 import Dsv3ForCausalLM
+from .rounds import Turn
+from .workloads import Inputs, Workload, decode, make_optimizer, prefill, training_step
+
+
+# Forms of the weights that the plugin runs with: from the model as it is to the one that is timed
+VARIANTS: dict[str, Callable[[Dsv3ForCausalLM], Dsv3ForCausalLM]] = {
+    "plain": lambda model: model,
+}
+NATIVE = "transformers"
+PLUGIN = "plugin"
+
+
+def variant_name(variant: str) -> str:
+    """What the table calls the plugin with one form of the weights."""
+    return PLUGIN if variant == "plain" else f"{PLUGIN} {variant}"
+
+
+def share_weights(model: Dsv3ForCausalLM, cls: type[PreTrainedModel] = DeepseekV3ForCausalLM) -> PreTrainedModel:
+    """The same model in another class, on the same storage: no weight is copied.
+
+    Args:
+        cls: native's class, or the plugin's own for a twin whose modules can be replaced one by one.
+
+    Raises:
+        RuntimeError: where a parameter of the new model is not one of the old.
+    """
+    config = copy.deepcopy(model.config)
+    if cls is DeepseekV3ForCausalLM:
+        fields = {key: value for key, value in config.to_dict().items() if key not in ("architectures", "dtype")}
+        config = DeepseekV3Config(**fields)
+    with torch.device("meta"):
+        twin = cls._from_config(config, dtype=model.dtype)
+    result = twin.load_state_dict(model.state_dict(), strict=False, assign=True)
+    # Not part of a state dict
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(config=twin.config)
+    twin.tie_weights()
+    left = [name for name, tensor in [*twin.named_parameters(), *twin.named_buffers()] if tensor.is_meta]
+    if result.missing_keys or left:
+        raise RuntimeError(f"{cls.__name__} has weights of its own: {(result.missing_keys or left)[0]}")
+    return twin.eval()
+
+
+def plain_generation(model: PreTrainedModel) -> PreTrainedModel:
+    """Sets what `generate` goes by: greedy, and never ending early."""
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return model
+
+
+class ModelContender:
+    """A model of this process.
+
+    Args:
+        use_mtp: decode by self-speculation.
+        linear_dtype: what its linear layers multiply in, which decides the ceiling they are compared with.
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel, linear_dtype: torch.dtype, use_mtp: bool = False):
+        self.name = name
+        self.model = plain_generation(model)
+        self.linear_dtype = linear_dtype
+        self.use_mtp = use_mtp
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def measure(self, workload: Workload, inputs: Inputs, new_tokens: int) -> Turn:
+        """One turn of a workload; `new_tokens` are timed where it decodes."""
+        if workload.decodes:
+            return decode(self.model, inputs, new_tokens, self.use_mtp)
+        if workload.what == "prefill":
+            return prefill(self.model, inputs)
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model)
+        self.model.train()
+        try:
+            return training_step(self.model, self.optimizer, inputs)
+        finally:
+            self.model.eval()
+
+    def rest(self) -> None:
+        """Frees what only one workload needed."""
+        self.optimizer = None
+
+
+@torch.inference_mode()
+def agreement(model: PreTrainedModel, other: PreTrainedModel, seed: int, length: int = 64) -> dict[str, float]:
+    """How far the logits of two models lie apart on random tokens.
+
+    Returns:
+        `relative_error`, the largest difference over the largest logit, and `argmax`, the share of positions with the
+        same best token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, model.config.vocab_size, (1, length), generator=generator)
+    one, two = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, other))
+    return {
+        "relative_error": ((one - two).abs().max() / one.abs().max()).item(),
+        "argmax": (one.argmax(-1) == two.argmax(-1)).float().mean().item(),
+    }
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """The class of a model and the switches that decide which backends serve it, for the JSON file."""
+    return {
+        "class": f"{type(model).__module__}.{type(model).__name__}",
+        "attn_implementation": model.config._attn_implementation,
+        "experts_implementation": model.config._experts_implementation,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,137 @@
+"""The table and the plot of a run, made from what the JSON file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .contenders import NATIVE, PLUGIN
+
+
+def table_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Rows of workload, contender, median, spread, tokens a second, faster than native and the plugin, share of floor.
+
+    A workload's name stands in its first row only.
+    """
+    for entry in results["workloads"]:
+        title = entry["title"]
+        for name, figures in entry["contenders"].items():
+            share = f"{figures['floor']['share']:.0%}" if "floor" in figures else ""
+            rate = f"{figures['tokens_per_second']:,.1f}"
+            if "mtp" in figures:
+                rate += f" ({figures['mtp']['acceptance']:.0%} of drafts)"
+            yield (
+                title,
+                name,
+                duration(figures["median"]),
+                f"{duration(figures['lower_quartile'])} to {duration(figures['upper_quartile'])}",
+                rate,
+                times(entry, NATIVE, name),
+                times(entry, PLUGIN, name),
+                share,
+            )
+            title = ""
+        for name, reason in entry["failed"].items():
+            yield (title, name, "failed", reason, "", "", "", "")
+            title = ""
+
+
+HEADINGS = ("measured", "contender", "median", "quartiles", "tokens/s", "x transformers", "x plugin", "of floor")
+
+
+def times(entry: dict[str, Any], other: str, name: str) -> str:
+    """How many times faster `name` is than `other`, with the extremes of the rounds; empty where one is missing."""
+    both = entry["contenders"]
+    if name == other or name not in both or other not in both:
+        return ""
+    rounds = sorted(a / b for a, b in zip(both[other]["seconds"], both[name]["seconds"]))
+    middle = len(rounds) // 2
+    median = rounds[middle] if len(rounds) % 2 else (rounds[middle - 1] + rounds[middle]) / 2
+    return f"{median:.2f} ({rounds[0]:.2f} to {rounds[-1]:.2f})"
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds below a second, seconds above."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """Sentences below the table: model, machine, ceilings, agreement, warnings, peers that failed."""
+    machine, model = results["machine"], results["model"]
+    cut = f", {model['cut']}" if model["cut"] else ""
+    lines = [
+        f"{model['source']}: {model['parameters'] / 1e9:.2f} B parameters{cut}, weights {model['weights']}.",
+        f"{machine['cpu']}, {machine.get('threads')} of {machine['cores']} cores; torch {machine['torch']}, "
+        f"transformers {machine['transformers']}; load average {machine['load_average']} at the start.",
+    ]
+    for entry in results["workloads"][-1:]:
+        measured = entry.get("ceilings")
+        if measured:
+            read = sorted(measured["read_bytes_per_second"])
+            rates = ", ".join(
+                f"{name} {sorted(values)[len(values) // 2] / 1e9:,.0f} G operations/s"
+                for name, values in measured["gemm_operations_per_second"].items()
+            )
+            lines.append(f"Ceilings, last workload: reading {read[len(read) // 2] / 1e9:.1f} GB/s; {rates}.")
+    for name, apart in results["agreement"].items():
+        lines.append(
+            f"Logits of {name} beside the plugin's: relative error {apart['relative_error']:.1e}, "
+            f"best token equal at {apart['argmax']:.0%} of positions."
+        )
+    lines += [f"{name} was left out: {reason}" for name, reason in results["failed"].items()]
+    return lines + [f"Warning: {text}" for text in results["warnings"]]
+
+
+def plot_problem() -> str | None:
+    """Why no plot can be drawn here; None where it can."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return "needs matplotlib, which is not installed: pip install 'transformers-dsv3[plot]'"
+    return None
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draws one panel a workload: a bar for each contender's median, whiskers to the quartiles, the floor dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = [entry for entry in results["workloads"] if entry["contenders"]]
+    names = list(dict.fromkeys(name for entry in entries for name in entry["contenders"]))
+    colours = {name: f"C{place}" for place, name in enumerate(names)}
+    columns = min(3, max(len(entries), 1))
+    lines = -(-max(len(entries), 1) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 0.9 + 2.4 * lines), squeeze=False)
+    for axis in axes.flat[len(entries) :]:
+        axis.set_visible(False)
+    for axis, entry in zip(axes.flat, entries):
+        shown = list(entry["contenders"].items())
+        for place, (name, figures) in enumerate(shown):
+            median = figures["median"] * 1000
+            whiskers = [[median - figures["lower_quartile"] * 1000], [figures["upper_quartile"] * 1000 - median]]
+            axis.barh(place, median, xerr=whiskers, color=colours[name], capsize=3, height=0.65)
+            axis.text(
+                figures["upper_quartile"] * 1000, place, f"  {duration(figures['median'])}", va="center", fontsize=8
+            )
+            if "floor" in figures:
+                floor = figures["floor"]["seconds"] * 1000
+                axis.plot([floor, floor], [place - 0.42, place + 0.42], color="black", linestyle="--", linewidth=1)
+        axis.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlim(left=0, right=max(figures["upper_quartile"] for _, figures in shown) * 1300)
+        axis.set_title(entry["title"], fontsize=9)
+        axis.set_xlabel("ms a token" if entry["what"] in ("decode", "mtp") else "ms", fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    model, machine = results["model"], results["machine"]
+    figure.suptitle(
+        f"{model['source']} on {machine['cpu']}, {machine.get('threads')} threads (dashed: the machine's floor)",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

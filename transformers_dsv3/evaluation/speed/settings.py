@@ -1,0 +1,167 @@
+"""What a run of the benchmark measures, checked before anything expensive starts. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+WHAT = ("decode", "prefill", "batched", "mtp", "train")
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+PEERS = ("vllm", "llama.cpp")
+
+
+class BenchError(ValueError):
+    """A setting that cannot be measured. `option` is the command-line option that holds it."""
+
+    def __init__(self, option: str, message: str):
+        super().__init__(message)
+        self.option = option
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Everything that decides what one run measures.
+
+    Args:
+        source: the name of a preset, or a checkpoint (a folder, or a repository id on the Hub).
+        what: which of `WHAT`.
+        contexts: tokens already cached when decoding starts.
+        prefill: lengths of the prompts.
+        batches: batch sizes of batched decode, at `batch_context` cached tokens a row.
+        dtypes: which of `DTYPES`; each is measured on its own.
+        weights: which of `contenders.VARIANTS` the plugin runs with.
+        rounds: turns that each contender takes; an even number balances the order.
+        new_tokens: tokens timed in a turn of decoding, at most.
+        turn_seconds: a turn of decoding is cut to what is expected to fit, though never below two tokens.
+        train_batch, train_length: sequences of a training step, and tokens of each.
+        peers: interpreters of other programs, by name (`PEERS`).
+        converter: llama.cpp's `convert_hf_to_gguf.py`; looked for beside the interpreter where it is None.
+        threads: for every contender; None takes torch's own number.
+        seed: of random weights, tokens and latents.
+        layers: layers of a preset, None for as many as it has or fit in memory.
+        json_path, plot_path, keep: files to write; `keep` is the folder for the checkpoints that peers read.
+    """
+
+    source: str = "bench-2b"
+    what: tuple[str, ...] = ("decode", "prefill")
+    contexts: tuple[int, ...] = (128, 1024, 8192)
+    prefill: tuple[int, ...] = (2048,)
+    batches: tuple[int, ...] = (32,)
+    batch_context: int = 1024
+    dtypes: tuple[str, ...] = ("bf16",)
+    weights: tuple[str, ...] = ("plain",)
+    rounds: int = 6
+    new_tokens: int = 16
+    turn_seconds: float = 4.0
+    train_batch: int = 4
+    train_length: int = 512
+    peers: tuple[tuple[str, str], ...] = ()
+    converter: Path | None = None
+    threads: int | None = None
+    seed: int = 0
+    layers: int | None = None
+    json_path: Path | None = None
+    plot_path: Path | None = None
+    keep: Path | None = None
+
+    def __post_init__(self) -> None:
+        for option, chosen, known in (("--what", self.what, WHAT), ("--dtype", self.dtypes, tuple(DTYPES))):
+            for name in chosen:
+                if name not in known:
+                    raise BenchError(option, f"{name!r} is none of {', '.join(known)}")
+        for option, values, lowest in (
+            ("--contexts", self.contexts, 1),
+            ("--prefill", self.prefill, 2),
+            ("--batch", self.batches, 1),
+        ):
+            for value in values:
+                if value < lowest:
+                    raise BenchError(option, f"{value} is not at least {lowest}")
+        lists = (("--what", self.what), ("--dtype", self.dtypes), ("--weights", self.weights))
+        numbers = (("--contexts", self.contexts), ("--prefill", self.prefill), ("--batch", self.batches))
+        for option, given in (*lists, *numbers):
+            if not given:
+                raise BenchError(option, "names nothing")
+            if len(set(given)) != len(given):
+                raise BenchError(option, f"names {_repeated(given)} twice")
+        limits: list[tuple[str, int | None, int]] = [
+            ("--batch-context", self.batch_context, 1),
+            ("--rounds", self.rounds, 1),
+            ("--new-tokens", self.new_tokens, 2),
+            ("--train-batch", self.train_batch, 1),
+            ("--train-length", self.train_length, 2),
+            ("--threads", self.threads, 1),
+            ("--layers", self.layers, 2),
+        ]
+        for option, given_value, least in limits:
+            if given_value is not None and given_value < least:
+                raise BenchError(option, f"{given_value} is not at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise BenchError("--seed", f"{self.seed} does not lie between 0 and 2**32 - 1")
+        for option, path in (("--json", self.json_path), ("--plot", self.plot_path)):
+            if path is not None and path.is_dir():
+                raise BenchError(option, f"{path} is a folder, not a file")
+            if path is not None and not path.absolute().parent.is_dir():
+                raise BenchError(option, f"there is no folder {path.absolute().parent}")
+        if self.plot_path is not None and self.plot_path.suffix.lower() != ".png":
+            raise BenchError("--plot", f"{self.plot_path} does not end in .png")
+        if self.keep is not None and self.keep.exists() and not self.keep.is_dir():
+            raise BenchError("--keep", f"{self.keep} is a file, not a folder")
+        for name, interpreter in self.peers:
+            if name not in PEERS:
+                raise BenchError("--against", f"{name!r} is none of {', '.join(PEERS)}")
+            if not Path(interpreter).is_file():
+                raise BenchError("--against", f"{name}: there is no interpreter {interpreter}")
+        if len({name for name, _ in self.peers}) != len(self.peers):
+            raise BenchError("--against", "names a program twice")
+        if self.converter is not None and not self.converter.is_file():
+            raise BenchError("--converter", f"there is no file {self.converter}")
+
+    @property
+    def longest(self) -> int:
+        """Positions that the longest measurement of a language model needs."""
+        lengths = [0]
+        if "decode" in self.what:
+            lengths.append(max(self.contexts) + self.new_tokens)
+        if "mtp" in self.what:
+            lengths.append(min(self.contexts) + self.new_tokens)
+        if "batched" in self.what:
+            lengths.append(self.batch_context + self.new_tokens)
+        if "prefill" in self.what:
+            lengths.append(max(self.prefill))
+        if "train" in self.what:
+            lengths.append(self.train_length)
+        return max(lengths) + 2  # the prompt's own token, and one that starts the clock
+
+
+def _repeated(values: Sequence[object]) -> object:
+    return next(value for place, value in enumerate(values) if value in values[:place])
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`"a, b"` to `("a", "b")`."""
+    return tuple(part for part in (piece.strip() for piece in text.split(",")) if part)
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """`"128,1k"` to `(128, 1024)`; `k` stands for 1,024."""
+    result = []
+    for part in names(text):
+        digits, factor = (part[:-1], 1024) if part.lower().endswith("k") else (part, 1)
+        if not digits.isascii() or not digits.isdigit():
+            raise BenchError(option, f"{part!r} is no number")
+        result.append(int(digits) * factor)
+    return tuple(result)
+
+
+def interpreters(text: str) -> tuple[tuple[str, str], ...]:
+    """`"vllm=PYTHON,llama.cpp=PYTHON"` to pairs of a program's name and an interpreter."""
+    pairs = []
+    for part in names(text):
+        name, equals, interpreter = part.partition("=")
+        if not equals or not interpreter:
+            raise BenchError("--against", f"{part!r} is not NAME=PYTHON, with the interpreter that has the program")
+        pairs.append((name.strip(), str(Path(interpreter.strip()).expanduser())))
+    return tuple(pairs)
