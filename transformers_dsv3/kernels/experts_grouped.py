@@ -1,0 +1,268 @@
+"""Experts for training on a CPU: tokens sorted by expert, one product an active expert, gradients by hand.
+
+Against autograd through the plain loop or Transformers' `grouped_mm`:
+
+- the gradient of the weights is written in place, and memory of experts that no token chose is never touched;
+- kept for the backward pass are the gate and up products only, no copies of tokens and no outputs of experts;
+- the mixing weight multiplies the activations between the two projections, which are narrower than the experts'
+  outputs. So its gradient is a product of activations, and outputs need not be kept for it. In bf16 it costs no
+  rounding, since activations are computed in fp32 and rounded once;
+- outputs are summed over experts in fp32 (fp64 for fp64).
+
+Shape suffixes: T tokens, K experts chosen a token, E experts, S = T * K pairs of token and expert, sorted by expert,
+D hidden size, I width of an expert, N pairs of one expert, rounded up (see `_segments`). `w` is a mixing weight.
+"""
+
+import mmap
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .matmul_cpu import matmul
+
+
+NAME = "grouped_cpu"
+
+# oneDNN compiles code for every shape, which takes longer than the product, and keeps a thousand or so. Loads differ
+# from step to step, so that hardly one would be found again; of their multiples of 16 there are few.
+ROWS = 16
+
+
+def why_not(module: nn.Module) -> str | None:
+    """The reason why `grouped_experts` cannot serve a module of experts, or None where it can."""
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(module, name, None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
+            return f"needs the experts' weights stacked, {name} is not"
+        if type(weight) not in (nn.Parameter, torch.Tensor):
+            return f"{name} is a {type(weight).__name__}, not a plain tensor"
+        if weight.is_meta:
+            return f"{name} is offloaded, it is not in memory"
+        if weight.device.type != "cpu":
+            return f"for CPUs, {name} is on {weight.device}"
+        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return f"takes fp64, fp32, bf16 and fp16 weights, {name} is {weight.dtype}"
+    if module.gate_up_proj.dtype != module.down_proj.dtype:
+        return f"gate_up_proj is {module.gate_up_proj.dtype}, down_proj {module.down_proj.dtype}"
+    if module.gate_up_proj.shape[1] != 2 * module.down_proj.shape[2]:
+        return "gate_up_proj is not (E, 2I, D) with down_proj (E, D, I)"
+    if getattr(module, "has_bias", False):
+        return "has no biases"
+    if not getattr(module, "is_concatenated", True):
+        return "takes gates above ups, not in turns"
+    silu = getattr(module, "act_fn", None)
+    if not isinstance(silu, nn.SiLU) and type(silu).__name__ != "SiLUActivation" and silu is not F.silu:
+        return f"its derivative is of SiLU, the activation is {type(silu).__name__}"
+    return None
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros on the CPU that occupy memory only from where they are first written.
+
+    `torch.zeros` writes them, and so occupies all of it. Huge pages, where Linux gives them, spare most of the cost of
+    fresh memory: written for the first time, 64 MB take 2.6 ms instead of 12.6.
+    """
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if size < 2**20 or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without them
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _segments(counts_E: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
+    """For each active expert, its index, its first pair, its number of pairs, and that number rounded up."""
+    start = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            yield expert, start, count, -(-count // ROWS) * ROWS
+        start += count
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("transformers_dsv3::grouped_experts", mutates_args=())
+def _forward(
+    hidden_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    w_TK: torch.Tensor,
+    gate_up_EID: torch.Tensor,
+    down_EDI: torch.Tensor,
+    dtype: torch.dtype,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        dtype: that of the products; inputs and weights are cast to it, an expert at a time.
+        keep: whether a backward pass follows.
+
+    Returns:
+        The output `(T, D)`; then what the backward pass needs: gate and up products, tokens of the pairs among the T*K
+        of `index_TK`, sorted by expert, and how many each expert has.
+    """
+    E, _, D = gate_up_EID.shape
+    I = down_EDI.shape[2]
+    accumulator = _accumulator(dtype)
+    experts, pairs_S = index_TK.flatten().sort(stable=True)
+    # Rows behind an expert's own make its products whole multiples of ROWS; their results are not used. Index E marks
+    # an expert of another rank: sorted last, not counted, so never computed.
+    counts_E = torch.bincount(experts, minlength=E)[:E]
+    tokens = F.pad(pairs_S // max(index_TK.shape[1], 1), [0, ROWS])
+    w_S = F.pad(w_TK.flatten().to(accumulator)[pairs_S], [0, ROWS])
+    kept_SI = hidden_TD.new_empty((len(tokens) if keep else 0, 2 * I), dtype=dtype)
+    out_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=accumulator)
+    for expert, start, count, rows in _segments(counts_E):
+        x_ND = hidden_TD.index_select(0, tokens[start : start + rows]).to(dtype)
+        # Rows past the expert's own are overwritten by the next
+        kept = kept_SI[start : start + rows] if keep else None
+        gate_up_NI = matmul(x_ND, gate_up_EID[expert].to(dtype).t(), out=kept).to(accumulator)
+        act_NI = F.silu(gate_up_NI[:, :I]).mul_(gate_up_NI[:, I:]).mul_(w_S[start : start + rows, None])
+        y_ND = matmul(act_NI.to(dtype), down_EDI[expert].to(dtype).t())
+        out_TD.index_add_(0, tokens[start : start + count], y_ND[:count].to(accumulator))
+    return out_TD.to(hidden_TD.dtype), kept_SI, pairs_S, counts_E
+
+
+@_forward.register_fake
+def _(hidden_TD, index_TK, w_TK, gate_up_EID, down_EDI, dtype, keep):  # type: ignore[no-untyped-def]
+    pairs = index_TK.numel()
+    kept_shape = (pairs + ROWS if keep else 0, gate_up_EID.shape[1])
+    return (
+        torch.empty_like(hidden_TD, memory_format=torch.contiguous_format),
+        hidden_TD.new_empty(kept_shape, dtype=dtype),
+        index_TK.new_empty(pairs, dtype=torch.long),
+        index_TK.new_empty(gate_up_EID.shape[0], dtype=torch.long),
+    )
+
+
+@torch.library.custom_op("transformers_dsv3::grouped_experts_backward", mutates_args=())
+def _backward(
+    grad_TD: torch.Tensor,
+    hidden_TD: torch.Tensor,
+    w_TK: torch.Tensor,
+    gate_up_EID: torch.Tensor,
+    down_EDI: torch.Tensor,
+    kept_SI: torch.Tensor,
+    pairs_S: torch.Tensor,
+    counts_E: torch.Tensor,
+    dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_w: bool,
+    needs_gate_up: bool,
+    needs_down: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden states, mixing weights, `gate_up_proj` and `down_proj`; empty where not needed."""
+    I = down_EDI.shape[2]
+    accumulator = _accumulator(dtype)
+    tokens = F.pad(pairs_S // max(w_TK.shape[1], 1), [0, ROWS])
+    w_S = F.pad(w_TK.flatten().to(accumulator)[pairs_S], [0, ROWS])
+    d_hidden_TD = hidden_TD.new_zeros(hidden_TD.shape if needs_hidden else 0, dtype=accumulator)
+    d_w = w_TK.new_zeros(w_TK.numel() if needs_w else 0)
+    d_gate_up_EID = lazy_zeros(gate_up_EID.shape if needs_gate_up else (0,), gate_up_EID.dtype)
+    d_down_EDI = lazy_zeros(down_EDI.shape if needs_down else (0,), down_EDI.dtype)
+    for expert, start, count, rows in _segments(counts_E):
+        g_ND = grad_TD.index_select(0, tokens[start : start + rows]).to(dtype)
+        gate_up_NI = kept_SI[start : start + rows].to(accumulator, copy=rows > count)
+        if rows > count:
+            # Sums over pairs are over the expert's own
+            g_ND[count:] = 0
+            gate_up_NI[count:] = 0
+        gate_NI, up_NI = gate_up_NI[:, :I], gate_up_NI[:, I:]
+        w_N1 = w_S[start : start + rows, None]
+        silu_NI = F.silu(gate_NI)
+        act_NI = silu_NI * up_NI
+        if needs_down:
+            matmul(g_ND.t(), (act_NI * w_N1).to(dtype), out=d_down_EDI[expert])
+        if not (needs_hidden or needs_w or needs_gate_up):
+            continue
+        d_act_NI = matmul(g_ND, down_EDI[expert].to(dtype)).to(accumulator)
+        if needs_w:
+            d_w[pairs_S[start : start + count]] = act_NI.mul_(d_act_NI).sum(dim=1)[:count].to(d_w.dtype)
+        if not (needs_hidden or needs_gate_up):
+            continue
+        d_act_NI.mul_(w_N1)
+        d_gate_up_NI = torch.empty_like(gate_up_NI, dtype=dtype)
+        d_gate_up_NI[:, I:] = silu_NI.mul_(d_act_NI)
+        d_gate_up_NI[:, :I] = torch.ops.aten.silu_backward(d_act_NI.mul_(up_NI), gate_NI)
+        if needs_gate_up:
+            x_ND = hidden_TD.index_select(0, tokens[start : start + rows]).to(dtype)
+            x_ND[count:] = 0
+            matmul(d_gate_up_NI.t(), x_ND, out=d_gate_up_EID[expert])
+        if needs_hidden:
+            d_x_ND = matmul(d_gate_up_NI, gate_up_EID[expert].to(dtype))
+            d_hidden_TD.index_add_(0, tokens[start : start + count], d_x_ND[:count].to(accumulator))
+    return d_hidden_TD.to(hidden_TD.dtype), d_w.view(w_TK.shape if needs_w else 0), d_gate_up_EID, d_down_EDI
+
+
+@_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    grad_TD, hidden_TD, w_TK, gate_up_EID, down_EDI, kept_SI, pairs_S, counts_E, dtype, *needs
+):
+    inputs = (hidden_TD, w_TK, gate_up_EID, down_EDI)
+    return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs))
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden_TD, _, w_TK, gate_up_EID, down_EDI, ctx.dtype, _ = inputs
+    ctx.save_for_backward(hidden_TD, w_TK, gate_up_EID, down_EDI, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
+    if grad_TD is None:
+        return (None,) * 7
+    hidden, _, w, gate_up, down, _, _ = ctx.needs_input_grad
+    needs = (hidden, w, gate_up, down)
+    grads = torch.ops.transformers_dsv3.grouped_experts_backward(grad_TD, *ctx.saved_tensors, ctx.dtype, *needs)
+    d_hidden, d_w, d_gate_up, d_down = (grad if needed else None for grad, needed in zip(grads, needs))
+    return d_hidden, None, d_w, d_gate_up, d_down, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep_for_backward)
+
+
+def grouped_experts(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum of the chosen experts' outputs, with the signature of Transformers' experts functions.
+
+    Under autocast, products are in its dtype, sums over experts and the result as without.
+
+    Args:
+        module: has `gate_up_proj` `(E, 2I, D)`, `down_proj` `(E, D, I)` and SiLU between them; see `why_not`.
+        hidden_states: `(T, D)`, of the weights' dtype unless under autocast.
+        top_k_index: `(T, K)`, E for an expert of another rank, which is left out.
+        top_k_weights: `(T, K)`, of any floating dtype.
+
+    Returns:
+        `(T, D)`, of the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: where `why_not` gives a reason, or for hidden states of another dtype than the weights.
+    """
+    if (reason := why_not(module)) is not None:
+        raise ValueError(f'experts_implementation="{NAME}" cannot serve this module: {reason}.')
+    gate_up, down = module.gate_up_proj, module.down_proj
+    dtype = hidden_states.dtype
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    elif dtype != gate_up.dtype:
+        raise ValueError(f'experts_implementation="{NAME}": hidden states are {dtype}, weights {gate_up.dtype}.')
+    inputs = (hidden_states, top_k_weights, gate_up, down)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    with torch.autocast("cpu", enabled=False):
+        return _forward(hidden_states, top_k_index, top_k_weights, gate_up, down, dtype, keep)[0]
+
+
+def register() -> None:
+    """Makes `experts_implementation="grouped_cpu"` known to Transformers."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, grouped_experts)
