@@ -34,6 +34,23 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens timed in a turn of decoding, fewer where slow.")] = 16,
     train_batch: Annotated[int, typer.Option(help="Sequences of a training step.")] = 4,
     train_length: Annotated[int, typer.Option(help="Tokens of each sequence of a training step.")] = 512,
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=PYTHON,...",
+            help="Other programs, vllm and llama.cpp, each with the interpreter that has it.",
+        ),
+    ] = "",
+    converter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="llama.cpp's convert_hf_to_gguf.py. Default: llama.cpp/ beside the bin/ of its interpreter.",
+        ),
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the files that other programs read in this folder.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of a preset. Default: all, or what fits memory.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of every contender. Default: torch's own choice.")] = None,
     seed: Annotated[int, typer.Option(help="Of random weights, tokens and cached latents.")] = 0,
@@ -52,6 +69,10 @@ def bench(
     Decoding is the model's own generate(), from a cache that already holds the context. Run it on a machine that does
     nothing else.
 
+    --against runs other programs too, in their own interpreters and between the same turns: vLLM's CPU build on the
+    checkpoint, llama.cpp on GGUF files (bf16 and Q8_0) that its own converter makes of it. They run with bf16 only.
+    One that fails is reported with its reason.
+
     \b
     Examples:
       transformers-dsv3 bench small
@@ -59,8 +80,9 @@ def bench(
       transformers-dsv3 bench ./dsv3-quickstart --what decode,mtp --contexts 128
       transformers-dsv3 bench bench-2b --what batched --batch 8,32
       transformers-dsv3 bench small --what train --dtype fp32
+      transformers-dsv3 bench bench-2b --against vllm=~/vllm/bin/python,llama.cpp=~/llama/bin/python
     """
-    from ..evaluation.speed.settings import BenchError, BenchSettings, names, numbers
+    from ..evaluation.speed.settings import BenchError, BenchSettings, interpreters, names, numbers
 
     try:
         cached = numbers("--batch-context", batch_context)
@@ -78,6 +100,9 @@ def bench(
             new_tokens=new_tokens,
             train_batch=train_batch,
             train_length=train_length,
+            peers=interpreters(against),
+            converter=converter,
+            keep=keep,
             layers=layers,
             threads=threads,
             seed=seed,
@@ -110,7 +135,7 @@ def run_bench(settings: Any) -> None:
     with Bar(console) as bar:
         benchmark = Benchmark(settings, bar)
         for warning in benchmark.results["warnings"]:
-            console.print(f"Warning: {warning}", style="yellow")
+            console.print(f"Warning: {warning}", style="yellow", soft_wrap=True)
         try:
             benchmark.run()
         except KeyboardInterrupt:
@@ -124,9 +149,13 @@ def run_bench(settings: Any) -> None:
 
 
 class Bar:
-    """A progress bar on a terminal; a line for each workload elsewhere is left out, as is everything else."""
+    """A progress bar on a terminal; nothing anywhere else."""
 
     def __init__(self, console: Console):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of loading and saving, which would break into this one
+
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.progress = Progress(
@@ -136,17 +165,19 @@ class Bar:
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
         )
+        self.shown = console.is_terminal
         self.task = self.progress.add_task("starting", total=None)
         self.begun = 0
 
     def __enter__(self) -> Bar:
-        self.progress.start()
+        if self.shown:
+            self.progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
+        if self.shown:
+            self.progress.stop()
 
     def say(self, message: str) -> None:
         self.progress.update(self.task, description=message)
@@ -176,4 +207,4 @@ def show(results: dict[str, Any]) -> None:
         table.add_row(*row)
     console.print(table)
     for line in notes(results):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ...models.dsv3 import Dsv3Config, Dsv3ForCausalLM
 from ...training.quickstart_run import write_json
@@ -18,9 +18,13 @@ from . import record
 from .ceilings import READ_BYTES, Ceilings
 from .contenders import NATIVE, PLUGIN, VARIANTS, ModelContender, agreement, describe, share_weights, variant_name
 from .floors import ExpertsUsed, Work, floor_seconds, work_of
+from .peer_files import COPIES, check_disk, start_peers
+from .peers import find_converter
+from .prefill_profile import time_by_kind
 from .presets import PRESETS, parameter_count, preset_config, random_model
 from .rounds import Turn, interleave, ratio, reason_of, spread
 from .settings import DTYPES, BenchError, BenchSettings
+from .training_memory import measure_apart
 from .workloads import Inputs, Workload, make_inputs, workloads
 
 
@@ -30,9 +34,15 @@ WARM_UP_TOKENS = 2
 
 
 class Contender(Protocol):
-    """Whatever takes turns: a model of this process or a program of its own."""
+    """Whatever takes turns: a model of this process or a program of its own.
+
+    `weights` is the model whose weights it reads, None where that says nothing about the least it has to read.
+    """
 
     name: str
+    linear_dtype: torch.dtype
+    use_mtp: bool
+    weights: PreTrainedModel | None
 
     def measure(self, workload: Workload, inputs: Inputs, new_tokens: int) -> Turn: ...
 
@@ -49,7 +59,7 @@ class Watcher(Protocol):
     def turn(self, workload: str, contender: str) -> None: ...
 
 
-def load_config(settings: BenchSettings, copies: int) -> tuple[Dsv3Config, str | None]:
+def load_config(settings: BenchSettings, copies: float) -> tuple[Dsv3Config, str | None]:
     """The configuration that will be measured, and how it was cut, before any weight exists.
 
     Raises:
@@ -97,7 +107,12 @@ class Benchmark:
         self.settings = settings
         self.watcher = watcher
         self.read_bytes = read_bytes
-        self.config, cut = load_config(settings, copies=1 + len(settings.peers))
+        if settings.peers and "bf16" not in settings.dtypes:
+            raise BenchError("--against", "other programs are measured in bf16, which --dtype leaves out")
+        self.converter = find_converter(settings)
+        self.config, cut = load_config(settings, copies=1 + sum(COPIES[name] for name, _ in settings.peers))
+        parameters = parameter_count(self.config)
+        check_disk(settings, 2 * parameters)
         self.results: dict[str, Any] = {
             "machine": record.machine(),
             "settings": {
@@ -113,7 +128,7 @@ class Benchmark:
                 "source": settings.source,
                 "weights": "random" if settings.source in PRESETS else "of the checkpoint",
                 "cut": cut,
-                "parameters": parameter_count(self.config),
+                "parameters": parameters,
                 "config": self.config.to_dict(),
             },
             "warnings": [],
@@ -154,7 +169,13 @@ class Benchmark:
         contenders = self._contenders(model, name, dtype)
         ceilings = Ceilings(sorted({each.linear_dtype for each in contenders} | {dtype}, key=str), self.read_bytes)
         text = self._text()
-        groups = [(workload, self._entrants(workload, contenders)) for workload in listed]
+        others: list[Any] = []
+        if name == "bf16" and self.settings.peers:
+            others, failed = start_peers(
+                self.settings, model, torch.get_num_threads(), self.converter, stack, self.watcher.say
+            )
+            self.results["failed"].update(failed)
+        groups = [(workload, self._entrants(workload, contenders, others)) for workload in listed]
         self.watcher.plan(sum(len(entrants) for _, entrants in groups) * (self.settings.rounds + 1))
         for workload, entrants in groups:
             inputs = make_inputs(
@@ -185,11 +206,14 @@ class Benchmark:
                 self.results["agreement"][f"{contender.name}, {dtype_name}"] = apart
         return found
 
-    def _entrants(self, workload: Workload, contenders: Sequence[ModelContender]) -> list[ModelContender]:
-        plain = variant_name("plain")
+    def _entrants(
+        self, workload: Workload, contenders: Sequence[ModelContender], others: Sequence[Contender]
+    ) -> list[Contender]:
         if workload.what == "train":
-            return [each for each in contenders if each.name in (plain, NATIVE)]
-        return [each for each in contenders if not each.use_mtp or workload.what == "mtp"]
+            return [each for each in contenders if each.name in (PLUGIN, NATIVE)]
+        if workload.what == "mtp":
+            return list(contenders)
+        return [*(each for each in contenders if not each.use_mtp), *others]
 
     def _text(self) -> torch.Tensor | None:
         """Real text for MTP, since text decides how often drafts are accepted; None without a tokenizer."""
@@ -203,7 +227,7 @@ class Benchmark:
         return torch.tensor(ids)
 
     def _run_workload(
-        self, workload: Workload, inputs: Inputs, entrants: Sequence[ModelContender], ceilings: Ceilings
+        self, workload: Workload, inputs: Inputs, entrants: Sequence[Contender], ceilings: Ceilings
     ) -> None:
         by_name = {each.name: each for each in entrants}
         tokens: dict[str, int] = {}
@@ -212,8 +236,8 @@ class Benchmark:
         for name, contender in by_name.items():
             self.watcher.turn(workload.title, f"{name}, warming up")
             try:
-                if name == PLUGIN:
-                    with ExpertsUsed(contender.model) as used:
+                if name == PLUGIN and contender.weights is not None:
+                    with ExpertsUsed(contender.weights) as used:
                         first = contender.measure(workload, inputs, WARM_UP_TOKENS)
                     experts_used = used.mean()
                 else:
@@ -253,15 +277,51 @@ class Benchmark:
         interleave(list(tokens), turn, self.settings.rounds, ceilings.measure, after_round)
         for contender in entrants:
             contender.rest()
+        for name, figures in entry["contenders"].items():
+            own = by_name[name]
+            if isinstance(own, ModelContender):
+                figures.update(self._extras(own, workload, inputs, figures, ceilings))
+        self._write()
 
-    def _work(self, contender: ModelContender, workload: Workload, experts_used: float) -> Work | None:
-        if contender.use_mtp:
-            return None  # the drafts that are accepted decide how often the weights are read
-        return work_of(contender.model, workload, experts_used)
+    def _work(self, contender: Contender, workload: Workload, experts_used: float) -> Work | None:
+        return None if contender.weights is None else work_of(contender.weights, workload, experts_used)
+
+    def _extras(
+        self,
+        contender: ModelContender,
+        workload: Workload,
+        inputs: Inputs,
+        figures: dict[str, Any],
+        ceilings: Ceilings,
+    ) -> dict[str, Any]:
+        """What needs a pass of its own: where a prefill spends its time, what a training step takes of memory."""
+        if workload.what == "prefill":
+            self.watcher.say(f"{workload.title}: profile of {contender.name}")
+            profile = time_by_kind(lambda: contender.measure(workload, inputs, 0))
+            fastest = figures["floor"]["linear_operations"] / ceilings.rate(contender.linear_dtype)
+            share = fastest / profile["linear_seconds"] if profile["linear_seconds"] else None
+            return {"profile": {**profile, "linear_share_of_rate": share}}
+        if workload.what == "train":
+            self.watcher.say(f"{workload.title}: memory of {contender.name}")
+            request = {
+                "contender": contender.name,
+                "checkpoint": None if self.settings.source in PRESETS else self.settings.source,
+                "config": self.config.to_dict(),
+                "dtype": DTYPES[workload.dtype],
+                "batch": workload.batch,
+                "length": workload.tokens,
+                "seed": self.settings.seed,
+                "threads": torch.get_num_threads(),
+            }
+            try:
+                return {"memory": measure_apart(request)}
+            except RuntimeError as error:
+                return {"memory": {"failed": str(error)}}
+        return {}
 
     def _figures(
         self,
-        contender: ModelContender,
+        contender: Contender,
         turns: list[Turn],
         workload: Workload,
         work: Work | None,

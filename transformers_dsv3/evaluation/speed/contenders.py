@@ -72,6 +72,8 @@ class ModelContender:
         self.model = plain_generation(model)
         self.linear_dtype = linear_dtype
         self.use_mtp = use_mtp
+        # With drafts, how many are accepted decides how often the weights are read
+        self.weights = None if use_mtp else model
         self.optimizer: torch.optim.Optimizer | None = None
 
     def measure(self, workload: Workload, inputs: Inputs, new_tokens: int) -> Turn:

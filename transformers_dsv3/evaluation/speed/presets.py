@@ -92,10 +92,10 @@ PRESETS = {
 }
 
 # Weights beside which caches, activations and the ceilings' buffer still have room
-SHARE_OF_MEMORY = 0.6
+SHARE_OF_MEMORY = 0.7
 
 
-def preset_config(settings: BenchSettings, free_bytes: int, copies: int = 1) -> tuple[Dsv3Config, str | None]:
+def preset_config(settings: BenchSettings, free_bytes: int, copies: float = 1.0) -> tuple[Dsv3Config, str | None]:
     """The configuration of a preset, cut to fit memory where it must be.
 
     Args:
@@ -120,7 +120,7 @@ def preset_config(settings: BenchSettings, free_bytes: int, copies: int = 1) -> 
         positions = max(settings.longest, 4096)
         return Dsv3Config(**fields, max_position_embeddings=positions, bos_token_id=0, eos_token_id=1)
 
-    def needed(layers: int) -> int:
+    def needed(layers: int) -> float:
         return parameter_count(config(layers)) * wide * copies
 
     asked = layers
@@ -139,8 +139,8 @@ def preset_config(settings: BenchSettings, free_bytes: int, copies: int = 1) -> 
     return config(layers), f"{layers} of {whole} layers, {reason}"
 
 
-def _times(copies: int) -> str:
-    return "" if copies == 1 else f"{copies} copies of "
+def _times(copies: float) -> str:
+    return "" if copies == 1 else f"{copies:g} copies of "
 
 
 def parameter_count(config: Dsv3Config) -> int:

@@ -83,3 +83,13 @@ def meminfo() -> dict[str, int]:
 def free_memory() -> int:
     """Bytes that a program can still take; without limit where the system does not tell."""
     return meminfo().get("MemAvailable", 2**62)
+
+
+def resident_bytes() -> dict[str, int | None]:
+    """Resident memory of this process, `now` and at its `peak`; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {"now": None, "peak": None}
+    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+    return {"now": values["VmRSS"], "peak": values["VmHWM"]}

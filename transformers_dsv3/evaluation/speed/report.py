@@ -74,6 +74,7 @@ def notes(results: dict[str, Any]) -> list[str]:
                 for name, values in measured["gemm_operations_per_second"].items()
             )
             lines.append(f"Ceilings, last workload: reading {read[len(read) // 2] / 1e9:.1f} GB/s; {rates}.")
+    lines += list(details(results))
     for name, apart in results["agreement"].items():
         lines.append(
             f"Logits of {name} beside the plugin's: relative error {apart['relative_error']:.1e}, "
@@ -81,6 +82,28 @@ def notes(results: dict[str, Any]) -> list[str]:
         )
     lines += [f"{name} was left out: {reason}" for name, reason in results["failed"].items()]
     return lines + [f"Warning: {text}" for text in results["warnings"]]
+
+
+def details(results: dict[str, Any]) -> Iterator[str]:
+    """Sentences on what was measured beside the times: memory of training, where prefill spends its time."""
+    for entry in results["workloads"]:
+        for name, figures in entry["contenders"].items():
+            memory, profile = figures.get("memory"), figures.get("profile")
+            if memory and "failed" in memory:
+                yield f"{entry['title']}: memory of {name} was not measured: {memory['failed']}."
+            elif memory and memory["peak_bytes"]:
+                before, peak = memory["before_bytes"] / 2**20, memory["peak_bytes"] / 2**20
+                yield f"{entry['title']}: {name} peaks at {peak:,.0f} MiB, {before:,.0f} MiB of them with the model."
+            if profile:
+                share = profile["linear_share_of_rate"]
+                at_rate = f", at {share:.0%} of the GEMM rate" if share else ""
+                linear, attention, other = (
+                    duration(profile[f"{kind}_seconds"]) for kind in ("linear", "attention", "other")
+                )
+                yield (
+                    f"{entry['title']}: {name} spends {linear} in linear layers{at_rate}, {attention} in attention, "
+                    f"{other} elsewhere."
+                )
 
 
 def plot_problem() -> str | None:

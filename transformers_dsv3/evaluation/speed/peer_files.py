@@ -1,0 +1,113 @@
+"""The files that peers read: the checkpoint that is measured, its tokenizer, and GGUF files made of it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ...data.byte_bpe import train_byte_bpe
+from . import peers
+from .settings import BenchError, BenchSettings
+
+
+VLLM = "vLLM bf16"
+LLAMA_CPP = {"llama.cpp bf16": "bf16", "llama.cpp Q8_0": "q8_0"}
+# How often each peer has the weights in memory, in copies of the bf16 ones
+COPIES = {"vllm": 1.0, "llama.cpp": 1.5}
+# Its files on disk, in copies likewise, beside the checkpoint itself
+COPIES_ON_DISK = {"vllm": 0.0, "llama.cpp": 1.5}
+
+
+def check_disk(settings: BenchSettings, weight_bytes: int) -> None:
+    """Refuses a run whose files do not fit the disk.
+
+    Args:
+        weight_bytes: of the model in bf16.
+
+    Raises:
+        BenchError: naming `--keep`.
+    """
+    if not settings.peers:
+        return
+    folder = settings.keep if settings.keep is not None else Path(tempfile.gettempdir())
+    while not folder.exists():
+        folder = folder.absolute().parent
+    needed = weight_bytes * (1 + sum(COPIES_ON_DISK[name] for name, _ in settings.peers))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise BenchError(
+            "--keep", f"peers read about {needed / 2**30:.0f} GiB of files, and {folder} has {free / 2**30:.0f} GiB"
+        )
+
+
+def start_peers(
+    settings: BenchSettings,
+    model: PreTrainedModel,
+    threads: int,
+    converter: Path | None,
+    stack: ExitStack,
+    say: Callable[[str], None],
+) -> tuple[list[peers.Peer], dict[str, str]]:
+    """Writes what the peers need and starts them.
+
+    Args:
+        stack: ends the processes and removes the files, unless `settings.keep` names a folder for them.
+
+    Returns:
+        The peers that are ready, and the reasons of those that are not, by name.
+    """
+    interpreters = dict(settings.peers)
+    if settings.keep is None:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv3-bench-")))
+    else:
+        folder = settings.keep
+        folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = Path(settings.source)
+    if not checkpoint.is_dir():
+        say("writing the checkpoint for the peers")
+        checkpoint = folder / "checkpoint"
+        model.save_pretrained(checkpoint)
+        # The converter wants a tokenizer, whatever it is: every contender is given token ids
+        train_byte_bpe(["peers are given token ids"], vocab_size=512, model_max_length=4096).save_pretrained(
+            checkpoint
+        )
+
+    ready, failed = [], {}
+
+    def start(name: str, make: Callable[[], peers.Peer]) -> None:
+        say(f"starting {name}")
+        try:
+            peer = make()
+        except (peers.PeerError, OSError) as error:
+            failed[name] = str(error)
+            return
+        stack.callback(peer.close)
+        ready.append(peer)
+
+    if "llama.cpp" in interpreters and converter is not None:
+        interpreter = interpreters["llama.cpp"]
+        for name, outtype in LLAMA_CPP.items():
+            gguf = folder / f"model-{outtype}.gguf"
+
+            def converted(name: str = name, gguf: Path = gguf, outtype: str = outtype) -> peers.Peer:
+                peers.convert(interpreter, converter, checkpoint, gguf, outtype)
+                peer = peers.llama_cpp(name, interpreter, gguf, settings, threads, folder / f"{outtype}.log")
+                peer.weights = model if outtype == "bf16" else None
+                return peer
+
+            start(name, converted)
+    if "vllm" in interpreters:
+
+        def served() -> peers.Peer:
+            vocab = model.config.vocab_size
+            peer = peers.vllm(VLLM, interpreters["vllm"], checkpoint, vocab, settings, threads, folder / "vllm.log")
+            peer.weights = model
+            return peer
+
+        start(VLLM, served)
+    return ready, failed

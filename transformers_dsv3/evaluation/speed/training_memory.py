@@ -1,0 +1,79 @@
+"""Peak memory of training steps, measured in a process that does nothing else.
+
+`python -m transformers_dsv3.evaluation.speed.training_memory` reads what to measure as JSON from its input; the
+benchmark starts it once for each contender, since a peak cannot be told apart from that of what ran before.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...models.dsv3 import Dsv3Config, Dsv3ForCausalLM
+from .contenders import NATIVE, ModelContender, share_weights
+from .presets import random_model
+from .record import resident_bytes
+from .rounds import reason_of
+from .workloads import Workload, make_inputs
+
+
+STEPS = 2  # the second runs beside the optimizer's moments, which the first makes
+
+
+def measure_apart(request: dict[str, Any]) -> dict[str, Any]:
+    """What `measure` returns, from a process of its own.
+
+    Raises:
+        RuntimeError: with the last line of what the process said, where it failed.
+    """
+    command = [sys.executable, "-m", __spec__.name]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Memory of a few training steps.
+
+    Args:
+        request: `contender`, `checkpoint` or `config` (a dict) of random weights, `dtype`, `batch`, `length`, `seed`,
+            `threads`.
+
+    Returns:
+        `before_bytes`, resident with the model loaded, and `peak_bytes`, the most that was resident from then on.
+    """
+    torch.set_num_threads(request["threads"])
+    dtype = getattr(torch, request["dtype"])
+    if request["checkpoint"]:
+        model = Dsv3ForCausalLM.from_pretrained(request["checkpoint"], dtype=dtype)
+    else:
+        model = random_model(Dsv3Config(**request["config"]), dtype, request["seed"])
+    trained = share_weights(model) if request["contender"] == NATIVE else model
+    config = model.config
+    del model
+    contender = ModelContender(request["contender"], trained, dtype)
+    workload = Workload("train", request["length"], request["batch"], request["dtype"])
+    inputs = make_inputs(workload, config, dtype, request["seed"])
+    forget_peak()
+    before = resident_bytes()
+    for _ in range(STEPS):
+        contender.measure(workload, inputs, 0)
+    return {"before_bytes": before["now"], "peak_bytes": resident_bytes()["peak"]}
+
+
+def forget_peak() -> None:
+    """Starts the kernel's record of the peak anew, which loading has already raised; only Linux can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        print(f"the peak includes loading: {reason_of(error)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.stdin.read()))))
