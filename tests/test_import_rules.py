@@ -20,7 +20,7 @@ ALLOWED = {
     "evaluation": {"models", "generation", "training", "data", "compression"},
     "hub": {"evaluation"},
     "cli": {"training", "data", "compression", "evaluation", "generation", "hub"},
-    "registration": {"models", "compression"},
+    "registration": {"models", "kernels", "compression"},
     "__init__": {"models", "kernels", "registration"},
 }
 # Optional dependencies: imported where they are used, never at the top of a module.

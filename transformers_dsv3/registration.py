@@ -15,6 +15,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compression.quantizer_fp8 import register_fp8
+from .kernels import experts_grouped
 from .models.dsv3 import (
     Dsv3Config,
     Dsv3ForCausalLM,
@@ -47,6 +48,7 @@ def register() -> None:
     # Transformers fuses per-expert weights for classes outside its own package only where that was asked for
     register_checkpoint_conversion_mapping(MODEL_TYPE, deepseek_v3_conversion_mapping(), overwrite=True)
     register_fp8()
+    experts_grouped.register()
 
 
 def unregister() -> None:

@@ -18,6 +18,8 @@ from transformers.utils import (
     is_torch_flex_attn_available,
 )
 
+from . import experts_grouped
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -98,6 +100,12 @@ BACKENDS = [
     Backend("attention, absorbed", "torch", "matrix products on the cached latents", _absorbed),
     Backend("experts", "eager", "one expert after another", _always),
     Backend("experts", "grouped_mm", "one grouped product over tokens sorted by expert", _grouped_mm),
+    Backend(
+        "experts",
+        experts_grouped.NAME,
+        "for training on a CPU: gradients in place, of chosen experts only",
+        experts_grouped.why_not,
+    ),
     Backend("experts", "batched_mm", "copies the weights of each token's experts, for few tokens on a GPU", _always),
     Backend("experts", "deepgemm", "DeepGEMM from the Hub", _hub_kernel),
     Backend("experts", "sonicmoe", "SonicMoE from the Hub", _hub_kernel),
