@@ -29,7 +29,7 @@ def uses_onednn(tensor: torch.Tensor) -> bool:
 
 
 def matmul(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`left @ right`, without gradient.
+    """`left @ right`, without gradient and whatever autocast says.
 
     Args:
         left: `(M, K)`, right: `(K, N)`, of one dtype and any strides.
@@ -41,8 +41,8 @@ def matmul(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = N
     if uses_onednn(left) and left.numel() and right.numel():
         # Multiplies by the transpose, as a linear layer does, and has no `out`
         product = torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
-    elif out is not None and out.dtype == left.dtype:
-        return torch.mm(left, right, out=out)
-    else:
-        product = torch.mm(left, right)
-    return product if out is None else out.copy_(product)
+        return product if out is None else out.copy_(product)
+    if out is not None and out.dtype != left.dtype:
+        return out.copy_(matmul(left, right))
+    # With `out`, since autocast would change the dtype of a product that makes its own
+    return torch.mm(left, right, out=left.new_empty(left.shape[0], right.shape[1]) if out is None else out)

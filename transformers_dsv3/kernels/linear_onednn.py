@@ -1,0 +1,58 @@
+"""Linear layers with gradients in fp32 on the CPU, by oneDNN where it is faster than MKL (see `matmul_cpu`).
+
+Shape suffixes: M rows, K inputs, N outputs.
+"""
+
+from typing import Any
+
+import torch
+
+from .matmul_cpu import matmul, uses_onednn
+
+
+# With fewer rows reading the weights takes longer than multiplying
+FEWEST_ROWS = 16
+
+
+def linear_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """The reason why `linear` does not take a call, or None where it does. Shapes as for `linear`."""
+    if torch.compiler.is_compiling():
+        return "is opaque to torch.compile"
+    if torch.is_autocast_enabled("cpu"):
+        return "does not follow autocast"
+    for tensor, types in ((x, (torch.Tensor,)), (weight, (torch.nn.Parameter, torch.Tensor))):
+        if type(tensor) not in types:
+            return f"takes plain tensors, not {type(tensor).__name__}"
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+            return f"is for fp32 on CPUs, not {tensor.dtype} on {tensor.device.type}"
+    if not uses_onednn(weight):
+        return "is not faster than torch's own product on this processor"
+    if x.numel() < FEWEST_ROWS * x.shape[-1]:
+        return f"pays from {FEWEST_ROWS} rows on"
+    return None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        return matmul(x_MK, weight_NK.t())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        x_MK, weight_NK = inputs
+        needs_x, needs_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x_MK if needs_weight else None, weight_NK if needs_x else None)
+
+    @staticmethod
+    def backward(ctx: Any, g_MN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]
+        x_MK, weight_NK = ctx.saved_tensors
+        # Linear in both, so second derivatives come from here too
+        d_x_MK = None if weight_NK is None else _Linear.apply(g_MN, weight_NK.t())
+        d_weight_NK = None if x_MK is None else _Linear.apply(g_MN.t(), x_MK.t())
+        return d_x_MK, d_weight_NK
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x` `(..., K)` times the transpose of `weight` `(N, K)`, plus `bias` `(N,)`: `(..., N)`, with derivatives."""
+    y = _Linear.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
