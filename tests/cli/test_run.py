@@ -27,7 +27,7 @@ def command(*arguments):
     )
 
 
-@pytest.mark.parametrize("verb", [[], ["quickstart"], ["run"], ["explain"]])
+@pytest.mark.parametrize("verb", [[], ["quickstart"], ["run"], ["explain"], ["bench"]])
 def test_help_teaches(verb):
     result = CliRunner().invoke(app, [*verb, "--help"])
     assert result.exit_code == 0

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from ...models.dsv3 import Dsv3Config, Dsv3ForCausalLM
 from ...training.quickstart_run import write_json
 from . import record
-from .ceilings import READ_BYTES, Ceilings
+from .ceilings import Ceilings
 from .contenders import NATIVE, PLUGIN, VARIANTS, ModelContender, agreement, describe, share_weights, variant_name
 from .floors import ExpertsUsed, Work, floor_seconds, work_of
 from .peer_files import COPIES, check_disk, start_peers
@@ -69,12 +69,17 @@ def load_config(settings: BenchSettings, copies: float) -> tuple[Dsv3Config, str
         return preset_config(settings, record.free_memory(), copies)
     if settings.layers is not None:
         raise BenchError("--layers", "cuts presets only; a checkpoint has the layers that it has")
+    known = f"neither a preset ({', '.join(PRESETS)}) nor a checkpoint"
+    local = Path(settings.source).exists()
+    if not local and (settings.source.startswith((".", "/", "~")) or settings.source.count("/") != 1):
+        raise BenchError(
+            "CHECKPOINT_OR_PRESET",
+            f"{settings.source!r} is {known}: there is no such folder, and a repository on the Hub is OWNER/NAME",
+        )
     try:
         config = AutoConfig.from_pretrained(settings.source)
     except (OSError, ValueError) as error:
-        known = f"neither a preset ({', '.join(PRESETS)}) nor a checkpoint"
-        reason = "there is no such folder" if not Path(settings.source).exists() else reason_of(error)
-        raise BenchError("CHECKPOINT_OR_PRESET", f"{settings.source!r} is {known}: {reason}") from None
+        raise BenchError("CHECKPOINT_OR_PRESET", f"{settings.source!r} is {known}: {reason_of(error)}") from None
     if config.model_type != "deepseek_v3":
         raise BenchError(
             "CHECKPOINT_OR_PRESET", f"{settings.source} is a {config.model_type!r} checkpoint, not 'deepseek_v3'"
@@ -93,20 +98,16 @@ def load_config(settings: BenchSettings, copies: float) -> tuple[Dsv3Config, str
 class Benchmark:
     """One run. `results` is what is known so far, in the form of the JSON file.
 
-    Args:
-        read_bytes: size of the buffer whose reading gives the bandwidth.
-
     Raises:
         BenchError: from the constructor, for what cannot be measured; nothing has been computed then.
     """
 
-    def __init__(self, settings: BenchSettings, watcher: Watcher, read_bytes: int = READ_BYTES):
+    def __init__(self, settings: BenchSettings, watcher: Watcher):
         for variant in settings.weights:
             if variant not in VARIANTS:
                 raise BenchError("--weights", f"{variant!r} is none of {', '.join(VARIANTS)}")
         self.settings = settings
         self.watcher = watcher
-        self.read_bytes = read_bytes
         if settings.peers and "bf16" not in settings.dtypes:
             raise BenchError("--against", "other programs are measured in bf16, which --dtype leaves out")
         self.converter = find_converter(settings)
@@ -167,7 +168,7 @@ class Benchmark:
         self.watcher.say(f"{self.settings.source} in {name}")
         model = self._plugin_model(dtype)
         contenders = self._contenders(model, name, dtype)
-        ceilings = Ceilings(sorted({each.linear_dtype for each in contenders} | {dtype}, key=str), self.read_bytes)
+        ceilings = Ceilings(sorted({each.linear_dtype for each in contenders} | {dtype}, key=str))
         text = self._text()
         others: list[Any] = []
         if name == "bf16" and self.settings.peers:

@@ -41,19 +41,18 @@ class Ceilings:
 
     Args:
         dtypes: of the GEMMs: torch.float32, torch.bfloat16, torch.int8.
-        read_bytes: size of the buffer that is read.
     """
 
-    def __init__(self, dtypes: list[torch.dtype], read_bytes: int = READ_BYTES, gemm_size: int = GEMM_SIZE):
-        self.buffer = torch.ones(read_bytes // 4)  # written, so that every page is really there
+    def __init__(self, dtypes: list[torch.dtype]):
+        self.buffer = torch.ones(READ_BYTES // 4)  # written, so that every page is really there
         generator = torch.Generator().manual_seed(0)
         self.matrices = {}
         for dtype in dtypes:
-            a, b = (torch.randn(gemm_size, gemm_size, generator=generator) for _ in range(2))
+            a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, generator=generator) for _ in range(2))
             if dtype == torch.int8:
                 a, b = (x.mul(40).clamp(-127, 127) for x in (a, b))
             self.matrices[dtype] = (a.to(dtype), b.to(dtype))
-        self.operations = 2 * gemm_size**3
+        self.operations = 2 * GEMM_SIZE**3
         self.read: list[float] = []
         self.gemm: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
         self.measure()

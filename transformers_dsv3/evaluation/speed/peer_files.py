@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ...data.byte_bpe import train_byte_bpe
 from . import peers
 from .settings import BenchError, BenchSettings
 
@@ -72,10 +72,7 @@ def start_peers(
         say("writing the checkpoint for the peers")
         checkpoint = folder / "checkpoint"
         model.save_pretrained(checkpoint)
-        # The converter wants a tokenizer, whatever it is: every contender is given token ids
-        train_byte_bpe(["peers are given token ids"], vocab_size=512, model_max_length=4096).save_pretrained(
-            checkpoint
-        )
+        bytes_tokenizer().save_pretrained(checkpoint)
 
     ready, failed = [], {}
 
@@ -111,3 +108,12 @@ def start_peers(
 
         start(VLLM, served)
     return ready, failed
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte. The converter wants a tokenizer, whatever it is: every contender is given token ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[0], eos_token=alphabet[1])

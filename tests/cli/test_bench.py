@@ -1,0 +1,244 @@
+"""The bench command on a tiny checkpoint: what it writes, what it refuses, and what an interruption leaves."""
+
+import builtins
+import json
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import transformers_dsv3
+from transformers_dsv3.cli.main import app
+from transformers_dsv3.evaluation.speed import benchmark, ceilings, record
+from transformers_dsv3.evaluation.speed.contenders import ModelContender
+from transformers_dsv3.evaluation.speed.presets import PRESETS, Preset
+from transformers_dsv3.evaluation.speed.settings import BenchError, BenchSettings
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    monkeypatch.setattr(ceilings, "READ_BYTES", 2**20)
+    monkeypatch.setattr(ceilings, "GEMM_SIZE", 64)
+    monkeypatch.setattr(record, "load_average", lambda: 0.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "model"
+    make_model().save_pretrained(folder)
+    return str(folder)
+
+
+def bench(*arguments):
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+def refused(*arguments):
+    result = bench(*arguments)
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_everything_in_one_run(checkpoint, tmp_path):
+    threads = torch.get_num_threads()
+    path = tmp_path / "bench.json"
+    result = bench(
+        *(checkpoint, "--what", "decode,prefill,batched,mtp,train", "--contexts", "8,16", "--prefill", "12"),
+        *("--batch", "3", "--batch-context", "4", "--dtype", "fp32", "--rounds", "3", "--new-tokens", "4"),
+        *("--train-batch", "2", "--train-length", "8", "--threads", "1", "--json", path),
+    )
+    assert result.exit_code == 0, result.output
+    assert torch.get_num_threads() == threads
+    for text in ("decode, 16 cached, fp32", "plugin MTP", "of drafts", "x transformers", "GB/s", "MiB of them with"):
+        assert text in result.output
+
+    results = json.loads(path.read_text())
+    assert results["finished"] and not results["failed"] and not results["warnings"]
+    assert results["machine"]["threads"] == 1 and results["machine"]["torch"] == torch.__version__
+    assert results["model"]["config"]["kv_lora_rank"] == 16 and results["model"]["weights"] == "of the checkpoint"
+    assert results["agreement"]["transformers, fp32"]["relative_error"] < 1e-5
+    assert set(results["contenders"]) == {"plugin", "plugin MTP", "transformers"}
+    assert [(entry["what"], entry["tokens"], entry["batch"]) for entry in results["workloads"]] == [
+        *(("decode", 8, 1), ("decode", 16, 1), ("prefill", 12, 1), ("batched", 4, 3), ("mtp", 8, 1)),
+        ("train", 8, 2),
+    ]
+    for entry in results["workloads"]:
+        assert set(entry["contenders"]) == {
+            "plugin",
+            "transformers",
+            *(["plugin MTP"] if entry["what"] == "mtp" else []),
+        }
+        assert len(entry["ceilings"]["read_bytes_per_second"]) == 3
+        for name, figures in entry["contenders"].items():
+            assert len(figures["seconds"]) == 3 and min(figures["seconds"]) > 0
+            assert figures["median"] == sorted(figures["seconds"])[1]
+            if name != "plugin MTP":
+                share = figures["floor"]["seconds"] / figures["median"]
+                assert math.isclose(figures["floor"]["share"], share) and share > 0
+        pair = entry["ratios"]["transformers / plugin"]
+        seconds = [entry["contenders"][name]["seconds"] for name in ("transformers", "plugin")]
+        assert pair["per_round"] == [a / b for a, b in zip(*seconds)]
+    assert results["workloads"][0]["experts_used"] == 3.0
+    mtp = results["workloads"][4]["contenders"]["plugin MTP"]["mtp"]
+    assert mtp["drafted"] > 0 and mtp["acceptance"] == mtp["accepted"] / mtp["drafted"]
+    memory = results["workloads"][5]["contenders"]["transformers"]["memory"]
+    assert memory["peak_bytes"] >= memory["before_bytes"] > 2**20
+
+
+def test_a_preset_is_made_of_random_weights(monkeypatch, tiny_config, tmp_path):
+    fields = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
+    config = tiny_config(**fields).to_dict()
+    kept = {key: config[key] for key in PRESETS["small"].fields}
+    monkeypatch.setitem(PRESETS, "small", Preset("tiny", kept))
+    path = tmp_path / "bench.json"
+    result = bench("small", "--layers", 2, "--what", "decode", "--contexts", 4, "--rounds", 1, "--json", path)
+    assert result.exit_code == 0, result.output
+    results = json.loads(path.read_text())
+    assert results["model"]["cut"] == "2 of 3 layers, asked for"
+    assert results["model"]["weights"] == "random"
+    assert "2 of 3 layers" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "says"),
+    [
+        (["--what", "decode,speed"], "--what", "'speed' is none of decode, prefill"),
+        (["--what", ""], "--what", "names nothing"),
+        (["--dtype", "fp16"], "--dtype", "'fp16' is none of bf16, fp32"),
+        (["--contexts", "128,many"], "--contexts", "'many' is no number"),
+        (["--contexts", "128,0"], "--contexts", "0 is not at least 1"),
+        (["--contexts", "1k,1024"], "--contexts", "names 1024 twice"),
+        (["--prefill", "1"], "--prefill", "1 is not at least 2"),
+        (["--batch", "-3"], "--batch", "'-3' is no number"),
+        (["--batch-context", "1,2"], "--batch-context", "is not one number"),
+        (["--rounds", "0"], "--rounds", "0 is not at least 1"),
+        (["--new-tokens", "1"], "--new-tokens", "1 is not at least 2"),
+        (["--threads", "0"], "--threads", "0 is not at least 1"),
+        (["--seed", "-1"], "--seed", "does not lie between"),
+        (["--json", "/no/such/folder/x.json"], "--json", "there is no folder /no/such/folder"),
+        (["--plot", "bench.pdf"], "--plot", "does not end in .png"),
+        (["--against", "vllm"], "--against", "is not NAME=PYTHON"),
+        (["--against", "sglang=/bin/sh"], "--against", "'sglang' is none of vllm, llama.cpp"),
+        (["--against", "vllm=/no/python"], "--against", "there is no interpreter /no/python"),
+        (["--against", "vllm=/bin/sh", "--dtype", "fp32"], "--against", "measured in bf16"),
+        (["--converter", "/no/convert.py"], "--converter", "there is no file"),
+        (["no-such-preset"], "CHECKPOINT_OR_PRESET", "neither a preset (bench-2b, moonlight, small) nor a checkpoint"),
+    ],
+)
+def test_bad_input_is_refused_by_name(arguments, option, says):
+    output = refused(*arguments)
+    assert option in output and says in output
+
+
+def test_a_checkpoint_that_cannot_be_measured_is_refused(checkpoint, tmp_path, make_model):
+    assert "cuts presets only" in refused(checkpoint, "--layers", 2)
+    assert "max_position_embeddings" in refused(checkpoint, "--contexts", "4k")
+    make_model(num_nextn_predict_layers=0).save_pretrained(tmp_path / "no-mtp")
+    assert "has none" in refused(tmp_path / "no-mtp", "--what", "mtp", "--contexts", 8)
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    assert "is a 'llama' checkpoint" in refused(tmp_path / "llama")
+
+
+def test_plot_without_matplotlib_is_refused_before_compute(checkpoint, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    output = refused(checkpoint, "--plot", tmp_path / "bench.png", "--json", tmp_path / "bench.json")
+    assert "--plot" in output and "pip install 'transformers-dsv3[plot]'" in output
+    assert not (tmp_path / "bench.json").exists()
+
+
+def test_plot(checkpoint, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "bench.png"
+    result = bench(checkpoint, "--contexts", "4,8", "--prefill", 6, "--rounds", 1, "--dtype", "fp32", "--plot", path)
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interruption_leaves_the_rounds_that_were_complete(checkpoint, tmp_path, monkeypatch):
+    turns = []
+    measure = ModelContender.measure
+
+    def interrupted(self, *arguments):
+        turns.append(self.name)
+        if len(turns) == 2 + 2 * 3 + 2 + 3:  # two warm-ups and three rounds, two warm-ups, then in the second round
+            raise KeyboardInterrupt
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(ModelContender, "measure", interrupted)
+    path = tmp_path / "bench.json"
+    result = bench(
+        checkpoint, "--what", "decode", "--contexts", "4,8", "--rounds", 3, "--dtype", "fp32", "--json", path
+    )
+    assert result.exit_code == 130
+    assert "Stopped" in result.output and "decode, 4 cached" in result.output
+    results = json.loads(path.read_text())
+    assert not results["finished"]
+    rounds = [len(entry["contenders"]["plugin"]["seconds"]) for entry in results["workloads"]]
+    assert rounds == [3, 1]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_contender_that_fails_is_in_the_table_with_its_reason(checkpoint, tmp_path, monkeypatch):
+    measure = ModelContender.measure
+
+    def failing(self, workload, *arguments):
+        if self.name == "transformers":
+            raise RuntimeError("asks for 35 GB")
+        return measure(self, workload, *arguments)
+
+    monkeypatch.setattr(ModelContender, "measure", failing)
+    path = tmp_path / "bench.json"
+    result = bench(checkpoint, "--what", "decode", "--contexts", 4, "--rounds", 2, "--dtype", "fp32", "--json", path)
+    assert result.exit_code == 0, result.output
+    assert "asks for 35 GB" in result.output
+    entry = json.loads(path.read_text())["workloads"][0]
+    assert entry["failed"] == {"transformers": "asks for 35 GB"} and list(entry["contenders"]) == ["plugin"]
+
+
+def test_a_busy_machine_is_told_and_recorded(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "load_average", lambda: 50.0)
+    path = tmp_path / "bench.json"
+    result = bench(checkpoint, "--what", "decode", "--contexts", 4, "--rounds", 1, "--dtype", "fp32", "--json", path)
+    assert "The load average is 50.00" in result.output
+    results = json.loads(path.read_text())
+    assert results["machine"]["load_average"] == 50.0 and "other programs" in results["warnings"][0]
+    assert record.busy_warning(0.3, 2) is None and record.busy_warning(None, 2) is None
+
+
+def test_slow_contenders_decode_fewer_tokens(make_model, checkpoint, monkeypatch):
+    asked = []
+    measure = ModelContender.measure
+
+    def noted(self, workload, inputs, new_tokens):
+        asked.append(new_tokens)
+        return measure(self, workload, inputs, new_tokens)
+
+    monkeypatch.setattr(ModelContender, "measure", noted)
+
+    class Silent:
+        def say(self, message): ...
+        def plan(self, turns): ...
+        def turn(self, workload, contender): ...
+
+    common = {"source": checkpoint, "what": ("decode",), "contexts": (4,), "dtypes": ("fp32",), "rounds": 1}
+    for seconds, tokens in ((1e-9, 2), (1e9, 5)):
+        asked.clear()
+        settings = BenchSettings(**common, new_tokens=5, turn_seconds=seconds)
+        benchmark.Benchmark(settings, Silent()).run()
+        assert asked == [2, 2, tokens, tokens]
+
+
+def test_variants_that_do_not_exist_are_refused(checkpoint):
+    with pytest.raises(BenchError, match="none of plain") as error:
+        benchmark.Benchmark(BenchSettings(source=checkpoint, contexts=(4,), weights=("int3",)), None)
+    assert error.value.option == "--weights"
+    assert transformers_dsv3.is_registered()
