@@ -17,14 +17,26 @@ ALLOWED = {
     "training": {"models", "generation", "data"},
     "data": {"models", "generation", "training"},
     "compression": {"models", "generation", "training", "data"},
-    "evaluation": {"models", "generation", "training", "data", "compression"},
+    "evaluation": {"models", "kernels", "generation", "training", "data", "compression"},
     "hub": {"evaluation"},
     "cli": {"training", "data", "compression", "evaluation", "generation", "hub"},
     "registration": {"models", "kernels", "compression"},
     "__init__": {"models", "kernels", "registration"},
 }
 # Optional dependencies: imported where they are used, never at the top of a module.
-OPTIONAL = {"trl", "peft", "datasets", "triton", "datatrove", "lm_eval", "matplotlib", "gguf", "llama_cpp", "fastapi"}
+OPTIONAL = {
+    "trl",
+    "peft",
+    "datasets",
+    "triton",
+    "datatrove",
+    "lm_eval",
+    "matplotlib",
+    "gguf",
+    "llama_cpp",
+    "vllm",
+    "fastapi",
+}
 # Verbs import these inside their functions; server.py is imported by its verb alone.
 HEAVY = {"torch", "transformers", "transformers_dsv3"}
 
