@@ -8,13 +8,21 @@ from transformers import DynamicCache
 from transformers_dsv3 import Dsv3ForCausalLM
 from transformers_dsv3.evaluation.speed import ceilings
 from transformers_dsv3.evaluation.speed.contenders import ModelContender, agreement, plain_generation, share_weights
-from transformers_dsv3.evaluation.speed.floors import ExpertsUsed, Work, count_weights, floor_seconds, work_of
+from transformers_dsv3.evaluation.speed.floors import (
+    ExpertsUsed,
+    Work,
+    count_weights,
+    expected_experts,
+    floor_seconds,
+    work_of,
+)
 from transformers_dsv3.evaluation.speed.prefill_profile import kind_of, time_by_kind
 from transformers_dsv3.evaluation.speed.presets import PRESETS, parameter_count, preset_config
 from transformers_dsv3.evaluation.speed.settings import BenchError, BenchSettings
 from transformers_dsv3.evaluation.speed.workloads import (
     Clock,
     Workload,
+    continue_text,
     decode,
     filled_cache,
     make_inputs,
@@ -95,7 +103,7 @@ def test_floor_is_the_longer_of_reading_and_computing():
 
 
 def test_experts_are_counted_as_the_routers_choose(make_model):
-    model = make_model()
+    model = share_weights(make_model())
     with ExpertsUsed(model) as used, torch.inference_mode():
         model(input_ids=torch.tensor([[5]]), use_cache=False)
         assert used.counts == [3]
@@ -104,6 +112,24 @@ def test_experts_are_counted_as_the_routers_choose(make_model):
     assert used.mean() == sum(used.counts) / 2
     model(input_ids=torch.tensor([[5]]), use_cache=False)
     assert len(used.counts) == 2
+
+
+def test_experts_expected_of_a_batch(make_model):
+    config = make_model().config
+    assert expected_experts(config, Workload("decode", 99, 1, "fp32")) == pytest.approx(3)
+    assert expected_experts(config, Workload("batched", 99, 2, "fp32")) == pytest.approx(3 + 3 * 5 / 8)
+    assert expected_experts(config, Workload("prefill", 500, 1, "fp32")) == pytest.approx(8)
+
+
+def test_text_is_continued_from_the_models_own_latents(make_model):
+    model = make_model()
+    inputs = make_inputs(Workload("mtp", 9, 1, "fp32"), model.config, torch.float32, seed=0)
+    continued = continue_text(model, inputs, torch.tensor([5, 6, 7]))
+    assert continued.ids.tolist() == [[5, 6, 7, 5, 6, 7, 5, 6, 7, 5]]
+    with torch.inference_mode():
+        whole = model(input_ids=continued.ids, use_cache=False).logits[0, -1]
+        one = model(input_ids=continued.ids[:, -1:], past_key_values=filled_cache(model, continued.latents))
+    assert torch.allclose(one.logits[0, -1], whole, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])

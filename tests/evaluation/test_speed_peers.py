@@ -39,6 +39,7 @@ def start():
             os._exit(4)
         return {{"seconds": request["tokens"] / 1000, "units": request["new_tokens"]}}
 
+    handle.version = "9.9"
     return handle
 
 worker_lines.serve(start)
@@ -65,6 +66,7 @@ def make_peer(tmp_path):
 
 def test_a_worker_answers_whatever_its_libraries_print(make_peer):
     peer = make_peer()
+    assert peer.version == "9.9"
     assert peer.measure(Workload("decode", 128, 1, "bf16"), NOTHING, 8) == Turn(0.128, 8)
     with pytest.raises(PeerError, match="^RuntimeError: one row at a time$"):
         peer.measure(Workload("batched", 128, 4, "bf16"), NOTHING, 8)
@@ -93,7 +95,7 @@ def test_workers_end_when_the_one_who_asks_is_gone(tmp_path):
     script.write_text(WORKER.format(workers=str(peers.WORKERS), mode=""))
     done = subprocess.run([sys.executable, script], input="", capture_output=True, text=True, timeout=30)
     assert done.returncode == 0
-    assert json.loads(done.stdout) == {"ready": True}
+    assert json.loads(done.stdout) == {"version": "9.9"}
 
 
 def interpreter(folder, name):

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from ...training.quickstart_run import write_json
 from . import record
 from .ceilings import Ceilings
 from .contenders import NATIVE, PLUGIN, VARIANTS, ModelContender, agreement, describe, share_weights, variant_name
-from .floors import ExpertsUsed, Work, floor_seconds, work_of
+from .floors import ExpertsUsed, Work, expected_experts, floor_seconds, work_of
 from .peer_files import COPIES, check_disk, start_peers
 from .peers import find_converter
 from .prefill_profile import time_by_kind
@@ -25,7 +26,7 @@ from .presets import PRESETS, parameter_count, preset_config, random_model
 from .rounds import Turn, interleave, ratio, reason_of, spread
 from .settings import DTYPES, BenchError, BenchSettings
 from .training_memory import measure_apart
-from .workloads import Inputs, Workload, make_inputs, workloads
+from .workloads import Inputs, Workload, continue_text, make_inputs, workloads
 
 
 MTP = f"{PLUGIN} MTP"
@@ -115,6 +116,7 @@ class Benchmark:
         parameters = parameter_count(self.config)
         check_disk(settings, 2 * parameters)
         self.results: dict[str, Any] = {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": record.machine(),
             "settings": {
                 **{
@@ -169,19 +171,19 @@ class Benchmark:
         model = self._plugin_model(dtype)
         contenders = self._contenders(model, name, dtype)
         ceilings = Ceilings(sorted({each.linear_dtype for each in contenders} | {dtype}, key=str))
-        text = self._text()
         others: list[Any] = []
         if name == "bf16" and self.settings.peers:
             others, failed = start_peers(
                 self.settings, model, torch.get_num_threads(), self.converter, stack, self.watcher.say
             )
             self.results["failed"].update(failed)
+            self.results["contenders"].update({peer.name: {"version": peer.version} for peer in others})
         groups = [(workload, self._entrants(workload, contenders, others)) for workload in listed]
         self.watcher.plan(sum(len(entrants) for _, entrants in groups) * (self.settings.rounds + 1))
         for workload, entrants in groups:
-            inputs = make_inputs(
-                workload, self.config, dtype, self.settings.seed, text if workload.what == "mtp" else None
-            )
+            inputs = make_inputs(workload, self.config, dtype, self.settings.seed)
+            if workload.what == "mtp":
+                inputs = continue_text(model, inputs, self._text())
             self._run_workload(workload, inputs, entrants, ceilings)
 
     def _plugin_model(self, dtype: torch.dtype) -> Dsv3ForCausalLM:
@@ -233,11 +235,12 @@ class Benchmark:
         by_name = {each.name: each for each in entrants}
         tokens: dict[str, int] = {}
         failed: dict[str, str] = {}
-        experts_used = 0.0
+        experts_used = expected_experts(self.config, workload)
         for name, contender in by_name.items():
             self.watcher.turn(workload.title, f"{name}, warming up")
             try:
-                if name == PLUGIN and contender.weights is not None:
+                if name == NATIVE and contender.weights is not None:
+                    # Counted on native, whose routers are modules that are called whatever serves the experts
                     with ExpertsUsed(contender.weights) as used:
                         first = contender.measure(workload, inputs, WARM_UP_TOKENS)
                     experts_used = used.mean()

@@ -128,6 +128,13 @@ def floor_seconds(work: Work, bandwidth: float, linear_rate: float, attention_ra
     return max(work.bytes_read / bandwidth, computing) + work.optimizer_bytes / bandwidth
 
 
+def expected_experts(config: Any, workload: Workload) -> float:
+    """Distinct experts of a layer that a unit of work chooses, if all are equally likely and tokens independent."""
+    tokens = workload.batch * (1 if workload.decodes else workload.tokens)
+    missed = (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
+    return config.n_routed_experts * (1 - missed)
+
+
 class ExpertsUsed:
     """Counts the distinct experts that each call of a model's routers chooses, within a `with` block."""
 

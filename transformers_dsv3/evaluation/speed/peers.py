@@ -70,7 +70,7 @@ class Peer:
                 start_new_session=True,
             )
         try:
-            self._answer()
+            self.version = self._answer()["version"]
         except BaseException:
             self.close()
             raise

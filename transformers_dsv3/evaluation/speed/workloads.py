@@ -79,22 +79,15 @@ class Inputs:
     latents: list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def make_inputs(
-    workload: Workload, config: Any, dtype: torch.dtype, seed: int, text: torch.Tensor | None = None
-) -> Inputs:
+def make_inputs(workload: Workload, config: Any, dtype: torch.dtype, seed: int) -> Inputs:
     """Random tokens, and random latents where a context is cached, of the deviation that RMS norm gives them.
 
     Filling the cache so costs nothing, where a prefill of 32k tokens would take minutes; what the cache holds does not
     change how long attention over it takes.
-
-    Args:
-        text: token ids `(n,)` to use in place of random ones.
     """
     generator = torch.Generator().manual_seed(seed)
     length = workload.tokens + int(workload.decodes)
     ids = torch.randint(2, config.vocab_size, (workload.batch, length), generator=generator)
-    if text is not None:
-        ids[:, :] = text.repeat(length // text.numel() + 1)[:length]
     latents = []
     if workload.decodes:
         for _ in range(config.num_hidden_layers):
@@ -104,6 +97,21 @@ def make_inputs(
             )
             latents.append((latent, rope))
     return Inputs(ids, latents)
+
+
+@torch.inference_mode()
+def continue_text(model: PreTrainedModel, inputs: Inputs, text: torch.Tensor | None) -> Inputs:
+    """The same with latents that the model itself computes, where what it then writes matters: MTP drafts do.
+
+    Args:
+        text: token ids `(n,)` to use, repeated, in place of random ones.
+    """
+    ids = inputs.ids
+    if text is not None:
+        ids = text.repeat(ids.shape[1] // text.numel() + 1)[: ids.shape[1]].expand_as(ids)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Inputs(ids, [(layer.keys, layer.values) for layer in cache.layers])
 
 
 def filled_cache(model: PreTrainedModel, latents: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:

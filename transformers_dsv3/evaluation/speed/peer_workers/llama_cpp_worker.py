@@ -37,9 +37,10 @@ class Timings:
     """A loaded model, which remembers the context that it has in its cache."""
 
     def __init__(self, arguments):
-        from llama_cpp import Llama
+        import llama_cpp
 
-        self.model = Llama(
+        self.version = f"llama-cpp-python {llama_cpp.__version__}"
+        self.model = llama_cpp.Llama(
             arguments.gguf,
             n_ctx=arguments.positions,
             n_batch=2048,

@@ -11,11 +11,12 @@ class Timings:
     """An engine in this process. With its prefix cache on, a context is computed once and then found again."""
 
     def __init__(self, arguments):
-        from vllm import LLM, SamplingParams
+        import vllm
         from vllm.inputs import TokensPrompt
 
-        self.sampling, self.prompt = SamplingParams, TokensPrompt
-        self.engine = LLM(
+        self.version = f"vllm {vllm.__version__}"
+        self.sampling, self.prompt = vllm.SamplingParams, TokensPrompt
+        self.engine = vllm.LLM(
             arguments.checkpoint,
             dtype="bfloat16",
             skip_tokenizer_init=True,

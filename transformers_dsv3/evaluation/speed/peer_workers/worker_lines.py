@@ -13,7 +13,8 @@ def serve(start):
     """Answers requests until stdin ends, asleep in between so that others have the machine to themselves.
 
     Args:
-        start: makes the function from a request (a dict) to an answer (a dict). The first line out tells how it went.
+        start: makes the function from a request (a dict) to an answer (a dict), which has the program's `version`. The
+            first line out tells how it went.
     """
     # What libraries print must not get between the answers
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -34,7 +35,7 @@ def serve(start):
     handle = attempt(start)
     if handle is None:
         return
-    answer({"ready": True})
+    answer({"version": handle.version})
     for line in sys.stdin:
         result = attempt(handle, json.loads(line))
         if result is not None:
