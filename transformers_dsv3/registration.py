@@ -15,7 +15,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .compression.quantizer_fp8 import register_fp8
-from .kernels import experts_grouped
+from .kernels import experts_auto, experts_grouped
 from .models.dsv3 import (
     Dsv3Config,
     Dsv3ForCausalLM,
@@ -49,6 +49,7 @@ def register() -> None:
     register_checkpoint_conversion_mapping(MODEL_TYPE, deepseek_v3_conversion_mapping(), overwrite=True)
     register_fp8()
     experts_grouped.register()
+    experts_auto.register()
 
 
 def unregister() -> None:

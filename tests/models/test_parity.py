@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
 from transformers_dsv3 import Dsv3ForCausalLM
+from transformers_dsv3.kernels import mla_cpu
 from transformers_dsv3.models.dsv3 import attention_dsv3
 
 
@@ -102,7 +103,6 @@ def check(measured):
 def paths(monkeypatch):
     """Counts the calls of each way through attention."""
     counts = {"absorbed": 0, "expanded": 0}
-    absorbed, expand = attention_dsv3.absorbed_attention, attention_dsv3.Dsv3Attention._expand
 
     def count(name, function):
         def counted(*args, **kwargs):
@@ -111,8 +111,13 @@ def paths(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(attention_dsv3, "absorbed_attention", count("absorbed", absorbed))
-    monkeypatch.setattr(attention_dsv3.Dsv3Attention, "_expand", count("expanded", expand))
+    for owner, function, name in (
+        (attention_dsv3, "absorbed_attention", "absorbed"),
+        (attention_dsv3.Dsv3Attention, "_expand", "expanded"),
+        (mla_cpu, "absorbed_attention", "absorbed"),
+        (mla_cpu, "expanded_attention", "expanded"),
+    ):
+        monkeypatch.setattr(owner, function, count(name, getattr(owner, function)))
     return counts
 
 

@@ -53,10 +53,15 @@ def why_not(module: nn.Module) -> str | None:
         return "has no biases"
     if not getattr(module, "is_concatenated", True):
         return "takes gates above ups, not in turns"
-    silu = getattr(module, "act_fn", None)
-    if not isinstance(silu, nn.SiLU) and type(silu).__name__ != "SiLUActivation" and silu is not F.silu:
-        return f"its derivative is of SiLU, the activation is {type(silu).__name__}"
+    activation = getattr(module, "act_fn", None)
+    if not is_silu(activation):
+        return f"its derivative is of SiLU, the activation is {type(activation).__name__}"
     return None
+
+
+def is_silu(activation: object) -> bool:
+    """Whether an activation function is SiLU."""
+    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation" or activation is F.silu
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

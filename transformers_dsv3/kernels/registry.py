@@ -18,7 +18,9 @@ from transformers.utils import (
     is_torch_flex_attn_available,
 )
 
-from . import experts_grouped
+from . import experts_auto, experts_cpu, experts_grouped
+from .experts_auto import grouped_mm_refusal
+from .selection import cpu_refusal
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,6 @@ def _flex(module: nn.Module) -> str | None:
     return None if is_torch_flex_attn_available() else "this torch has no flex attention"
 
 
-def _grouped_mm(module: nn.Module) -> str | None:
-    weight = _weight(module)
-    if not hasattr(torch.nn.functional, "grouped_mm"):
-        return "this torch has no grouped_mm"
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes fp32, bf16 and fp16 weights, not {weight.dtype}"
-    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
-        return "needs compute capability 8.0 or newer"
-    return None
-
-
 def _hub_kernel(module: nn.Module) -> str | None:
     if _weight(module).device.type != "cuda":
         return "needs a GPU"
@@ -78,6 +69,29 @@ def _hub_kernel(module: nn.Module) -> str | None:
 
 def _absorbed(module: nn.Module) -> str | None:
     return module.why_not_absorbed()
+
+
+def _compiled(operation: str, module: nn.Module) -> str | None:
+    """Why the compiled CPU backend serves no call of a module, be it without gradients; None if it serves some."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    with torch.no_grad():
+        return cpu_refusal(operation, _weight(module) if weight is None else weight)
+
+
+def _compiled_attention(module: nn.Module) -> str | None:
+    return _compiled("attention", module)
+
+
+def _compiled_absorbed(module: nn.Module) -> str | None:
+    return _absorbed(module) or _compiled_attention(module)
+
+
+def _compiled_experts(module: nn.Module) -> str | None:
+    return experts_cpu.experts_refusal(module) or _compiled("experts", module)
+
+
+def _compiled_linear(module: nn.Module) -> str | None:
+    return _compiled("linear", module)
 
 
 # Order is that of the printed page
@@ -97,9 +111,17 @@ BACKENDS = [
         "FlashAttention 3",
         _gpu_package(is_flash_attn_3_available(), "flash-attn 3"),
     ),
+    Backend("attention, expanded", "cpu", "compiled, where sdpa is asked for", _compiled_attention),
+    Backend("attention, absorbed", "cpu", "compiled: reads each latent once for all heads", _compiled_absorbed),
     Backend("attention, absorbed", "torch", "matrix products on the cached latents", _absorbed),
+    Backend(
+        "experts", experts_auto.NAME, "the fastest that takes a call: cpu, grouped_cpu, grouped_mm, eager", _always
+    ),
+    Backend(
+        "experts", experts_cpu.NAME, "compiled: one pass, reads the chosen experts' weights once", _compiled_experts
+    ),
     Backend("experts", "eager", "one expert after another", _always),
-    Backend("experts", "grouped_mm", "one grouped product over tokens sorted by expert", _grouped_mm),
+    Backend("experts", "grouped_mm", "one grouped product over tokens sorted by expert", grouped_mm_refusal),
     Backend(
         "experts",
         experts_grouped.NAME,
@@ -109,6 +131,7 @@ BACKENDS = [
     Backend("experts", "batched_mm", "copies the weights of each token's experts, for few tokens on a GPU", _always),
     Backend("experts", "deepgemm", "DeepGEMM from the Hub", _hub_kernel),
     Backend("experts", "sonicmoe", "SonicMoE from the Hub", _hub_kernel),
+    Backend("linear layers", "cpu", "compiled: reads the weights once for a few rows", _compiled_linear),
     Backend("linear layers", "torch", "PyTorch's own", _always),
 ]
 
@@ -138,12 +161,19 @@ def explain(model: PreTrainedModel) -> str:
     experts = [module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "num_experts")]
     parameter = next(model.parameters())
     config = model.config
-    in_use = {
-        "attention, expanded": config._attn_implementation,
-        "attention, absorbed": "torch" if _absorbed(attention[0]) is None else None,
-        "experts": config._experts_implementation or "eager",
-        "linear layers": "torch",
+    compiled, else_torch = "in use without gradients", "in use otherwise"
+    in_use: dict[str, dict[str, str]] = {
+        "attention, expanded": {config._attn_implementation: "in use"},
+        "attention, absorbed": {"torch": "in use"} if _absorbed(attention[0]) is None else {},
+        "experts": {config._experts_implementation or "eager": "in use"},
+        "linear layers": {"torch": "in use"},
     }
+    if config._attn_implementation == "sdpa" and _compiled_attention(attention[0]) is None:
+        in_use["attention, expanded"] = {"cpu": compiled, "sdpa": else_torch}
+    if config._attn_implementation != "eager" and _compiled_absorbed(attention[0]) is None:
+        in_use["attention, absorbed"] = {"cpu": compiled, "torch": else_torch}
+    if _compiled_linear(model) is None:
+        in_use["linear layers"] = {"cpu": compiled + ", for a few rows", "torch": else_torch}
     switches = {"attention, expanded": "attn_implementation", "experts": "experts_implementation"}
     serves = {
         "attention, expanded": "prefill and training",
@@ -152,7 +182,7 @@ def explain(model: PreTrainedModel) -> str:
         "linear layers": "all projections",
     }
     lines = [f"{type(model).__name__} on {parameter.device}, {str(parameter.dtype).removeprefix('torch.')}"]
-    for operation, used in in_use.items():
+    for operation, notes in in_use.items():
         lines.append(f"{operation} ({serves[operation]})")
         listed = [backend for backend in BACKENDS if backend.operation == operation]
         modules = {"experts": experts, "linear layers": [model]}.get(operation, attention)
@@ -160,14 +190,16 @@ def explain(model: PreTrainedModel) -> str:
             continue
         for backend in listed:
             reason = backend.why_not(modules[0])
-            mark = " "
-            if backend.name == used:
-                mark, note = "*", "in use"
+            mark = "*" if backend.name in notes else " "
+            if mark == "*":
+                note = notes[backend.name]
             elif reason is not None:
                 note = f"no: {reason}"
-            else:
+            elif operation in switches and (operation, backend.name) != ("attention, expanded", "cpu"):
                 note = f'can be chosen: {switches[operation]}="{backend.name}"'
+            else:
+                note = "not in use with what was chosen"
             lines.append(f"  {mark} {backend.name:<18} {backend.does}; {note}")
-        if used is not None and used not in [backend.name for backend in listed]:
+        for used in notes.keys() - {backend.name for backend in listed}:
             lines.append(f"  * {used:<18} registered outside this package; in use")
     return "\n".join(lines)

@@ -24,7 +24,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from ...kernels import mla_cpu
 from .configuration_dsv3 import Dsv3Config
+from .linear_dsv3 import Dsv3Linear
 
 
 logger = logging.get_logger(__name__)
@@ -189,21 +191,21 @@ class Dsv3Attention(nn.Module):
 
         hidden_size, bias = config.hidden_size, config.attention_bias
         if self.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden_size, self.num_heads * self.qk_head_dim, bias=False)
+            self.q_proj = Dsv3Linear(hidden_size, self.num_heads * self.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden_size, self.q_lora_rank, bias=bias)
+            self.q_a_proj = Dsv3Linear(hidden_size, self.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepseekV3RMSNorm(self.q_lora_rank)
-            self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
+            self.q_b_proj = Dsv3Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = Dsv3Linear(hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = DeepseekV3RMSNorm(self.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(
+        self.kv_b_proj = Dsv3Linear(
             self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
         )
-        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, hidden_size, bias=bias)
+        self.o_proj = Dsv3Linear(self.num_heads * self.v_head_dim, hidden_size, bias=bias)
 
     def why_not_absorbed(self, past_key_values: Cache | None = None) -> str | None:
         """The reason why the absorbed path cannot serve this module and cache, or None where it can."""
-        if type(self.kv_b_proj) is not nn.Linear:
+        if type(self.kv_b_proj) not in (nn.Linear, Dsv3Linear):
             kind = type(self.kv_b_proj)
             return f"kv_b_proj is a {kind.__module__}.{kind.__name__}, whose weight cannot be folded"
         if type(self.kv_b_proj.weight) not in (nn.Parameter, torch.Tensor):
@@ -279,7 +281,7 @@ class Dsv3Attention(nn.Module):
                 logger.warning_once(f"Every step expands the whole context, slow where it is long: {reason}.")
         if absorb:
             first_query = kv_len - q_len if "flash" in (self.config._attn_implementation or "eager") else 0
-            output, weights = absorbed_attention(
+            arguments = (
                 q_nope,
                 q_rope,
                 latent.squeeze(1),
@@ -288,7 +290,21 @@ class Dsv3Attention(nn.Module):
                 dense_mask(attention_mask, q_len, kv_len, hidden_states.device, first_query),
                 self.scaling,
             )
-            weights = weights if self.config._attn_implementation == "eager" else None
+            if self.config._attn_implementation == "eager":
+                output, weights = absorbed_attention(*arguments)
+            elif mla_cpu.absorbed_refusal(q_nope, latent, k_rope, self.kv_b_proj.weight) is None:
+                output, weights = mla_cpu.absorbed_attention(*arguments), None
+            else:
+                output, weights = absorbed_attention(*arguments)[0], None
+        elif self.config._attn_implementation == "sdpa" and (
+            mla_cpu.expanded_refusal(
+                q_nope, latent, k_rope, attention_mask, self.attention_dropout if self.training else 0.0
+            )
+            is None
+        ):
+            kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+            weights = None
+            output = mla_cpu.expanded_attention(q_nope, q_rope, kv, k_rope.squeeze(1), attention_mask, self.scaling)
         else:
             key, value = self._expand(latent, k_rope)
             # PyTorch's fused CPU attention takes equal widths only; without it a prefill of 2,048 tokens takes three

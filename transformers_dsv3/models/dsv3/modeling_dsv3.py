@@ -16,12 +16,14 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ...kernels.selection import chosen
 from .attention_dsv3 import Dsv3Attention
 from .checkpoint_dsv3 import Dsv3CheckpointMixin
 from .configuration_dsv3 import Dsv3Config
 from .decoder_dsv3 import Dsv3DecoderLayer
 from .generation_dsv3 import Dsv3GenerationMixin
 from .inputs_dsv3 import check_inputs
+from .linear_dsv3 import Dsv3Linear
 from .moe_dsv3 import Dsv3Experts, Dsv3TopkRouter
 from .mtp_dsv3 import Dsv3MtpLayer, mtp_labels, shift_left
 
@@ -96,6 +98,10 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # Transformers looks for a decorator in the source of this file, but the experts live in moe_dsv3.py
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """`"auto"` where nothing was asked for, or what the environment asks for; see `kernels/selection.py`."""
+        return super().get_correct_experts_implementation(requested_experts or chosen["experts"])
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -218,7 +224,7 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
         super().__init__(config)
         self.model = Dsv3Model(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Dsv3Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         self._freeze_idle_mtp_layers()
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP
 
+from ...kernels.experts_cpu import may_serve, mixture, mixture_refusal, route_refusal
 from .configuration_dsv3 import Dsv3Config
+from .linear_dsv3 import Dsv3MLP
 
 
 class Dsv3TopkRouter(nn.Module):
@@ -71,6 +72,17 @@ class Dsv3TopkRouter(nn.Module):
             raise RuntimeError(
                 f"e_score_correction_bias is {self.e_score_correction_bias.dtype}, its fp32 values are lost. FSDP's "
                 "MixedPrecision(buffer_dtype=...) casts buffers: leave buffer_dtype unset, or use FSDP2."
+            )
+        if route_refusal(hidden_states, self.weight) is None:
+            return torch.ops.transformers_dsv3.route(
+                hidden_states.reshape(-1, hidden_states.shape[-1]),
+                self.weight,
+                self.e_score_correction_bias,
+                self.n_group,
+                self.topk_group,
+                self.top_k,
+                self.norm_topk_prob,
+                self.routed_scaling_factor,
             )
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
@@ -175,12 +187,18 @@ class Dsv3MoE(nn.Module):
         self.experts = Dsv3Experts(config)
         self.gate = Dsv3TopkRouter(config)
         # Several shared experts are one wider network. Of width 0 it is kept, since the official layout has it.
-        self.shared_experts = DeepseekV3MLP(config, config.moe_intermediate_size * config.n_shared_experts)
+        self.shared_experts = Dsv3MLP(config, config.moe_intermediate_size * config.n_shared_experts)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(B, S, D)` to `(B, S, D)`."""
         _, weights, indices = self.gate(hidden_states)
+        shared = self.shared_experts if self.shared_experts.intermediate_size > 0 else None
+        if (
+            shared is not None
+            and may_serve(self.experts.config._experts_implementation)
+            and mixture_refusal(hidden_states, self.experts, shared) is None
+        ):
+            flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+            return mixture(flat, self.experts, indices, weights, shared).view(hidden_states.shape)
         routed = self.experts(hidden_states.flatten(0, 1), indices, weights).view_as(hidden_states)
-        if self.shared_experts.intermediate_size == 0:
-            return routed
-        return routed + self.shared_experts(hidden_states)
+        return routed if shared is None else routed + shared(hidden_states)

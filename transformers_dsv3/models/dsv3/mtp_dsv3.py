@@ -14,6 +14,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 
 from .configuration_dsv3 import Dsv3Config
 from .decoder_dsv3 import Dsv3DecoderLayer
+from .linear_dsv3 import Dsv3Linear
 
 
 class Dsv3MtpHead(nn.Module):
@@ -34,7 +35,7 @@ class Dsv3MtpLayer(Dsv3DecoderLayer):
         super().__init__(config, layer_idx=config.num_hidden_layers + depth, cache_idx=depth)
         self.enorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Dsv3Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = Dsv3MtpHead(config)
         self.frozen_as_idle = False  # see `Dsv3PreTrainedModel._freeze_idle_mtp_layers`
 

@@ -1,0 +1,132 @@
+"""The compiled library for CPUs: loading it, and what can be asked of it as a whole.
+
+It is plain C without Python or torch inside (sources in `csrc/`), built when the package is installed if there is a C
+compiler, and called through ctypes, so that one binary serves every version of Python and torch. The threads it works
+with are those of torch's own OpenMP pool.
+"""
+
+import ctypes
+import time
+from pathlib import Path
+
+import torch
+
+
+FOLDER = Path(__file__).parent
+# The build writes into this file why there is no library; see setup.py
+BUILD_FAILURE = "_cpu_build_failure.txt"
+VERSION = 1  # dsv3_version() of csrc/library.c
+
+pointer, integer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+SIGNATURES = {
+    # x, x_type, ldx, w, w_type, ldw, w_scale, bias, y, ldy, M, N, K, int8_activations, threads
+    "dsv3_linear": [pointer, whole, integer, pointer, whole, integer, *[pointer] * 3, *[integer] * 4, whole, whole],
+    # x, type, T, D, w_type, gate_up, its scale, down, its scale, E, I, expert, weight, K, shared gate, up and down
+    # each with its scale, S, out, int8_activations, threads
+    "dsv3_mixture": [
+        *[pointer, whole, integer, integer, whole, *[pointer] * 4, integer, integer, pointer, pointer, integer],
+        *[*[pointer] * 6, integer, pointer, whole, whole],
+    ],
+    # q_nope, q_rope, latent, k_rope each with strides, w, type, mask, mask_is_bytes, mask strides, first_query, scale,
+    # out, B, H, Q, S, N, P, R, V, threads
+    "dsv3_attention_absorbed": [
+        *[*[pointer] * 9, whole, pointer, whole, pointer, integer, real, pointer, *[integer] * 8, whole],
+    ],
+    # the same with kv in place of latent, without w and R
+    "dsv3_attention_expanded": [
+        *[*[pointer] * 8, whole, pointer, whole, pointer, integer, real, pointer, *[integer] * 7, whole],
+    ],
+    # x, w, type, bias, T, D, E, groups, top_groups, K, normalize, factor, logits, weight, expert, threads
+    "dsv3_route": [
+        *[pointer, pointer, whole, pointer, *[integer] * 6, whole, real, pointer, pointer, pointer, whole],
+    ],
+    "dsv3_use_isa": [ctypes.c_char_p],
+    "dsv3_use_pool": [pointer, pointer],
+    "dsv3_read": [pointer, integer, whole],
+}
+
+
+class NotAvailable(Exception):
+    """There is no compiled library, or it does not run here; the message says why."""
+
+
+def load(folder: Path) -> ctypes.CDLL:
+    """The library in a folder, sharing torch's threads and using the best instruction set this processor has.
+
+    Raises:
+        NotAvailable: with the reason.
+    """
+    files = sorted(folder.glob("_cpu*.so"))
+    if not files:
+        reason = "was not built when the package was installed"
+        failure = folder / BUILD_FAILURE
+        raise NotAvailable(f"{reason}: {failure.read_text(encoding='utf-8').strip()}" if failure.exists() else reason)
+    try:
+        library = ctypes.CDLL(str(files[0]))
+        version = library.dsv3_version()
+        for name, arguments in SIGNATURES.items():
+            getattr(library, name).argtypes = arguments
+    except (OSError, AttributeError) as error:
+        raise NotAvailable(f"{files[0].name} does not load: {error}") from error
+    if version != VERSION:
+        raise NotAvailable(f"{files[0].name} was built from another version of this package: install it again")
+    library.dsv3_use_isa.restype = ctypes.c_char_p
+    _share_threads(library)
+    library.dsv3_use_isa(None)
+    return library
+
+
+def _share_threads(library: ctypes.CDLL) -> None:
+    """Hands the library the entry points of the OpenMP that torch has loaded; without them it uses one thread."""
+    loaded = ctypes.CDLL(None)
+    try:
+        parallel, team_size = loaded.GOMP_parallel, loaded.omp_get_num_threads
+    except AttributeError:
+        return
+    library.dsv3_use_pool(ctypes.cast(parallel, pointer), ctypes.cast(team_size, pointer))
+
+
+_library: ctypes.CDLL | None = None
+# Why there is no library here, None where there is
+unavailable: str | None = None
+try:
+    _library = load(FOLDER)
+except NotAvailable as reason:
+    unavailable = str(reason)
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        NotAvailable: with the reason.
+    """
+    if _library is None:
+        raise NotAvailable(f"the compiled CPU backend {unavailable}")
+    return _library
+
+
+def instruction_set(name: str | None = None) -> str:
+    """Chooses the instruction set, by default the best one this processor has.
+
+    Args:
+        name: "avx512" (with BF16 and VNNI), "avx2" or "portable".
+
+    Returns:
+        The name of the one in use from now on.
+
+    Raises:
+        ValueError: if this processor does not run it.
+    """
+    used = library().dsv3_use_isa(name and name.encode())
+    if used is None:
+        raise ValueError(f"this processor does not run {name!r} code; choose avx512, avx2 or portable")
+    return used.decode()
+
+
+def read_seconds(buffer: torch.Tensor) -> float:
+    """Seconds that reading a contiguous CPU tensor from memory takes, with torch's number of threads."""
+    words = buffer.numel() * buffer.element_size() // 8
+    started = time.perf_counter()
+    library().dsv3_read(buffer.data_ptr(), words, torch.get_num_threads())
+    return time.perf_counter() - started

@@ -1,0 +1,373 @@
+"""The compiled library's functions as torch operators, `torch.ops.transformers_dsv3.*`.
+
+Each has a fake kernel, so torch.compile and torch.export trace through it, and checks shapes and types before any
+memory is touched. None has a gradient: `registry` leaves calls that need one to PyTorch.
+
+INT8 weights are whole numbers times an fp32 scale for each output channel. Activations then meet them as 16-bit whole
+numbers with a scale for each row, which lose less than bf16 does, or, for many rows at once, as 8-bit ones
+(`int8_activations`), which are about twice as fast.
+"""
+
+import ctypes
+
+import torch
+
+from .cpu_library import library
+
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+LONGEST_HEAD = 2048  # K_BLOCK of csrc/inner_loops.h
+
+_definitions = torch.library.Library("transformers_dsv3", "DEF")
+_definitions.define("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool int8_activations) -> Tensor")
+_definitions.define(
+    "mixture(Tensor x, Tensor? gate_up, Tensor? gate_up_scale, Tensor? down, Tensor? down_scale, Tensor? expert, "
+    "Tensor? weight, Tensor? shared_gate, Tensor? shared_gate_scale, Tensor? shared_up, Tensor? shared_up_scale, "
+    "Tensor? shared_down, Tensor? shared_down_scale, bool int8_activations) -> Tensor"
+)
+_definitions.define(
+    "attention_absorbed(Tensor q_nope, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor kv_b_weight, Tensor? mask, "
+    "float scaling) -> Tensor"
+)
+_definitions.define(
+    "attention_expanded(Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope, Tensor? mask, int first_query, "
+    "float scaling) -> Tensor"
+)
+_definitions.define(
+    "route(Tensor x, Tensor weight, Tensor bias, int groups, int top_groups, int top_k, bool normalize, float factor) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check_activations(name: str, x: torch.Tensor) -> None:
+    _require(x.dtype in (torch.float32, torch.bfloat16), f"{name} is {x.dtype}, not fp32 or bf16")
+
+
+def _check_weight(name: str, weight: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor, shape: tuple) -> None:
+    """`weight` of `shape` in x's dtype, or INT8 with fp32 scales for its rows."""
+    _require(tuple(weight.shape) == shape, f"{name} is of shape {tuple(weight.shape)}, not {shape}")
+    _require(weight.is_contiguous(), f"{name} is not contiguous")
+    if weight.dtype == torch.int8:
+        _require(scale is not None, f"{name} is INT8 without a scale")
+        assert scale is not None
+        _require(
+            scale.dtype == torch.float32 and tuple(scale.shape) == shape[:-1] and scale.is_contiguous(),
+            f"the scale of {name} is {scale.dtype} of shape {tuple(scale.shape)}, not contiguous fp32 of {shape[:-1]}",
+        )
+    else:
+        _require(weight.dtype == x.dtype, f"{name} is {weight.dtype}, the activations are {x.dtype}")
+        _require(scale is None, f"{name} has a scale, but is not INT8")
+
+
+def _done(status: int) -> None:
+    if status:
+        raise MemoryError("the compiled CPU backend found no memory for its intermediate results")
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    int8_activations: bool,
+) -> torch.Tensor:
+    _check_activations("x", x)
+    N, K = weight.shape
+    _require(x.shape[-1] == K, f"x has rows of {x.shape[-1]}, weight of {K}")
+    _check_weight("weight", weight, scale, x, (N, K))
+    if bias is not None:
+        _require(
+            bias.dtype == x.dtype and tuple(bias.shape) == (N,) and bias.is_contiguous(),
+            f"bias is {bias.dtype} of shape {tuple(bias.shape)}, not contiguous {x.dtype} of ({N},)",
+        )
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], N)
+    if y.numel():
+        status = library().dsv3_linear(
+            x.data_ptr(),
+            TYPES[x.dtype],
+            K,
+            weight.data_ptr(),
+            TYPES[weight.dtype],
+            K,
+            _address(scale),
+            _address(bias),
+            y.data_ptr(),
+            N,
+            y.numel() // N,
+            N,
+            K,
+            int8_activations,
+            torch.get_num_threads(),
+        )
+        _done(status)
+    return y
+
+
+def _mixture(
+    x: torch.Tensor,
+    gate_up: torch.Tensor | None,
+    gate_up_scale: torch.Tensor | None,
+    down: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
+    expert: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    shared_gate: torch.Tensor | None,
+    shared_gate_scale: torch.Tensor | None,
+    shared_up: torch.Tensor | None,
+    shared_up_scale: torch.Tensor | None,
+    shared_down: torch.Tensor | None,
+    shared_down_scale: torch.Tensor | None,
+    int8_activations: bool,
+) -> torch.Tensor:
+    _check_activations("x", x)
+    _require(x.dim() == 2, f"x has {x.dim()} dimensions, not 2")
+    T, D = x.shape
+    E = inner = K = S = 0
+    weights = []
+    if gate_up is not None:
+        assert down is not None and expert is not None and weight is not None
+        E, inner = gate_up.shape[0], gate_up.shape[1] // 2
+        K = expert.shape[1]
+        _check_weight("gate_up", gate_up, gate_up_scale, x, (E, 2 * inner, D))
+        _check_weight("down", down, down_scale, x, (E, D, inner))
+        weights += [gate_up, down]
+        expert, weight = expert.contiguous(), weight.float().contiguous()
+        _require(expert.dtype == torch.int64 and tuple(expert.shape) == (T, K), "expert is not int64 of (T, K)")
+        _require(tuple(weight.shape) == (T, K), f"weight is of shape {tuple(weight.shape)}, not {(T, K)}")
+    if shared_gate is not None:
+        assert shared_up is not None and shared_down is not None
+        S = shared_gate.shape[0]
+        _check_weight("shared_gate", shared_gate, shared_gate_scale, x, (S, D))
+        _check_weight("shared_up", shared_up, shared_up_scale, x, (S, D))
+        _check_weight("shared_down", shared_down, shared_down_scale, x, (D, S))
+        weights += [shared_gate, shared_up, shared_down]
+    _require(len({w.dtype for w in weights}) == 1, "the weights are of several dtypes, or there are none")
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if out.numel():
+        status = library().dsv3_mixture(
+            x.data_ptr(),
+            TYPES[x.dtype],
+            T,
+            D,
+            TYPES[weights[0].dtype],
+            _address(gate_up),
+            _address(gate_up_scale),
+            _address(down),
+            _address(down_scale),
+            E,
+            inner,
+            _address(expert),
+            _address(weight),
+            K,
+            _address(shared_gate),
+            _address(shared_gate_scale),
+            _address(shared_up),
+            _address(shared_up_scale),
+            _address(shared_down),
+            _address(shared_down_scale),
+            S,
+            out.data_ptr(),
+            int8_activations,
+            torch.get_num_threads(),
+        )
+        _done(status)
+    return out
+
+
+def _dense_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors, copied where their last dimension is not dense in memory."""
+    return [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
+
+
+def _strides(tensor: torch.Tensor) -> ctypes.Array:
+    """Strides of all dimensions but the last."""
+    strides = tensor.stride()
+    return (ctypes.c_int64 * (len(strides) - 1))(*strides[:-1])
+
+
+def _mask_arguments(mask: torch.Tensor | None, shape: tuple[int, int, int]) -> tuple:
+    """`(mask kept alive, address, is_bytes, strides)` of a mask broadcastable to `(B, 1, Q, S)`."""
+    if mask is None:
+        return None, None, 0, None
+    B, Q, S = shape
+    _require(mask.dim() == 4 and mask.shape[1] == 1, f"the mask is of shape {tuple(mask.shape)}, not (B, 1, Q, S)")
+    if mask.dtype != torch.bool:
+        mask = mask.float()
+    mask = mask.expand(B, 1, Q, S)
+    if mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    strides = (ctypes.c_int64 * 2)(mask.stride(0), mask.stride(2))
+    return mask, mask.data_ptr(), mask.dtype == torch.bool, strides
+
+
+def _attention_absorbed(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    kv_b_weight: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    B, H, Q, N = q_nope.shape
+    S, R = latent.shape[1:]
+    P, V = q_rope.shape[-1], kv_b_weight.shape[0] // H - N
+    _check_activations("q_nope", q_nope)
+    _require(tuple(q_rope.shape) == (B, H, Q, P), f"q_rope is of shape {tuple(q_rope.shape)}, not {(B, H, Q, P)}")
+    _require(tuple(latent.shape) == (B, S, R), f"latent is of shape {tuple(latent.shape)}, not {(B, S, R)}")
+    _require(tuple(k_rope.shape) == (B, S, P), f"k_rope is of shape {tuple(k_rope.shape)}, not {(B, S, P)}")
+    _check_weight("kv_b_weight", kv_b_weight, None, q_nope, (H * (N + V), R))
+    _require(len({t.dtype for t in (q_nope, q_rope, latent, k_rope)}) == 1, "the dtypes of queries and cache differ")
+    _require(max(R, P) <= LONGEST_HEAD, f"latents or rotary parts are longer than {LONGEST_HEAD}")
+    out = q_nope.new_empty(B, Q, H, V)
+    q_nope, q_rope, latent, k_rope = _dense_rows(q_nope, q_rope, latent, k_rope)
+    mask, mask_address, is_bytes, mask_strides = _mask_arguments(mask, (B, Q, S))
+    status = library().dsv3_attention_absorbed(
+        q_nope.data_ptr(),
+        _strides(q_nope),
+        q_rope.data_ptr(),
+        _strides(q_rope),
+        latent.data_ptr(),
+        _strides(latent),
+        k_rope.data_ptr(),
+        _strides(k_rope),
+        kv_b_weight.data_ptr(),
+        TYPES[q_nope.dtype],
+        mask_address,
+        is_bytes,
+        mask_strides,
+        -1,
+        scaling,
+        out.data_ptr(),
+        *(B, H, Q, S, N, P, R, V),
+        torch.get_num_threads(),
+    )
+    _done(status)
+    return out
+
+
+def _attention_expanded(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    kv: torch.Tensor,
+    k_rope: torch.Tensor,
+    mask: torch.Tensor | None,
+    first_query: int,
+    scaling: float,
+) -> torch.Tensor:
+    B, H, Q, N = q_nope.shape
+    S, V, P = kv.shape[1], kv.shape[3] - N, q_rope.shape[-1]
+    _check_activations("q_nope", q_nope)
+    _require(tuple(q_rope.shape) == (B, H, Q, P), f"q_rope is of shape {tuple(q_rope.shape)}, not {(B, H, Q, P)}")
+    _require(tuple(kv.shape) == (B, S, H, N + V), f"kv is of shape {tuple(kv.shape)}, not {(B, S, H, N + V)}")
+    _require(tuple(k_rope.shape) == (B, S, P), f"k_rope is of shape {tuple(k_rope.shape)}, not {(B, S, P)}")
+    _require(len({t.dtype for t in (q_nope, q_rope, kv, k_rope)}) == 1, "the dtypes of queries and keys differ")
+    _require(max(N, P) <= LONGEST_HEAD, f"keys are longer than {LONGEST_HEAD}")
+    out = q_nope.new_empty(B, Q, H, V)
+    q_nope, q_rope, kv, k_rope = _dense_rows(q_nope, q_rope, kv, k_rope)
+    mask, mask_address, is_bytes, mask_strides = _mask_arguments(mask, (B, Q, S))
+    status = library().dsv3_attention_expanded(
+        q_nope.data_ptr(),
+        _strides(q_nope),
+        q_rope.data_ptr(),
+        _strides(q_rope),
+        kv.data_ptr(),
+        _strides(kv),
+        k_rope.data_ptr(),
+        _strides(k_rope),
+        TYPES[q_nope.dtype],
+        mask_address,
+        is_bytes,
+        mask_strides,
+        first_query,
+        scaling,
+        out.data_ptr(),
+        *(B, H, Q, S, N, P, V),
+        torch.get_num_threads(),
+    )
+    _done(status)
+    return out
+
+
+def _route(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    top_groups: int,
+    top_k: int,
+    normalize: bool,
+    factor: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_activations("x", x)
+    T, D = x.shape
+    E = weight.shape[0]
+    _check_weight("weight", weight, None, x, (E, D))
+    _require(bias.dtype == torch.float32 and tuple(bias.shape) == (E,), f"bias is not fp32 of ({E},)")
+    _require(E % groups == 0 and top_groups <= groups and top_k <= top_groups * (E // groups), "groups do not fit")
+    x, bias = x.contiguous(), bias.contiguous()
+    logits, chosen_weight, expert = _fake_route(x, weight, bias, groups, top_groups, top_k, normalize, factor)
+    status = library().dsv3_route(
+        x.data_ptr(),
+        weight.data_ptr(),
+        TYPES[x.dtype],
+        bias.data_ptr(),
+        *(T, D, E, groups, top_groups, top_k),
+        normalize,
+        factor,
+        logits.data_ptr(),
+        chosen_weight.data_ptr(),
+        expert.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _done(status)
+    return logits, chosen_weight, expert
+
+
+def _fake_linear(x, weight, scale, bias, int8_activations):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_mixture(x, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_attention_absorbed(q_nope, q_rope, latent, k_rope, kv_b_weight, mask, scaling):  # type: ignore[no-untyped-def]
+    B, H, Q, N = q_nope.shape
+    return q_nope.new_empty(B, Q, H, kv_b_weight.shape[0] // H - N)
+
+
+def _fake_attention_expanded(q_nope, q_rope, kv, k_rope, mask, first_query, scaling):  # type: ignore[no-untyped-def]
+    B, H, Q, N = q_nope.shape
+    return q_nope.new_empty(B, Q, H, kv.shape[3] - N)
+
+
+def _fake_route(x, weight, bias, groups, top_groups, top_k, normalize, factor):  # type: ignore[no-untyped-def]
+    shapes = (x.shape[0], weight.shape[0]), (x.shape[0], top_k)
+    return (
+        x.new_empty(shapes[0], dtype=torch.float32),
+        x.new_empty(shapes[1], dtype=torch.float32),
+        x.new_empty(shapes[1], dtype=torch.int64),
+    )
+
+
+for _name, _kernel, _fake in (
+    ("linear", _linear, _fake_linear),
+    ("mixture", _mixture, _fake_mixture),
+    ("attention_absorbed", _attention_absorbed, _fake_attention_absorbed),
+    ("attention_expanded", _attention_expanded, _fake_attention_expanded),
+    ("route", _route, _fake_route),
+):
+    _definitions.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"transformers_dsv3::{_name}", _fake, lib=_definitions)

@@ -1,0 +1,71 @@
+/* The inner loops that differ from one instruction set to another, and the types that all files share.
+ *
+ * Every matrix here is row-major with the summed dimension contiguous, as torch.nn.Linear stores weights, so products
+ * are dot products of rows: nothing is repacked, and the weights in memory are the only copy.
+ *
+ * A dot product is summed in the same order whatever the number of rows beside it and of threads, so a result does
+ * not depend on the batch it was computed in.
+ */
+#ifndef DSV3_INNER_LOOPS_H
+#define DSV3_INNER_LOOPS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef uint16_t bf16; /* the upper half of an IEEE float */
+
+/* Longest piece of a dot product done at a time: rows of the tile in use stay in the first-level cache, and integer
+ * sums cannot overflow: 2048 products of 15 and 7 bits over 8 lanes or more need 30 bits. */
+enum { K_BLOCK = 2048 };
+/* Most rows of values that `mix_*` takes at a time */
+enum { MIX_BLOCK = 128 };
+
+/* c[i * ldc + j] (+)= sum over k of a[i][k0 + k] * w[j * ldw + k], for i < M, j < N, k < K <= K_BLOCK */
+#define DOT_ARGUMENTS(A_T, W_T) \
+    const A_T *const *a, int64_t M, int64_t k0, const W_T *w, ptrdiff_t ldw, int64_t N, int64_t K, float *c, \
+        ptrdiff_t ldc, int accumulate
+/* acc[i * ldacc + r] += sum over s of p[i * ldp + s] * v[s * ldv + r], for i < M, s < S <= MIX_BLOCK, r < R */
+#define MIX_ARGUMENTS(V_T) \
+    const float *p, ptrdiff_t ldp, int64_t M, const V_T *v, ptrdiff_t ldv, int64_t S, int64_t R, float *acc, \
+        ptrdiff_t ldacc
+
+typedef struct {
+    const char *name;
+    void (*dot_bf16)(DOT_ARGUMENTS(bf16, bf16));
+    void (*dot_f32)(DOT_ARGUMENTS(float, float));
+    void (*dot_s16s8)(DOT_ARGUMENTS(int16_t, int8_t)); /* |a| <= 32767, exact but for the last rounding */
+    void (*dot_u8s8)(DOT_ARGUMENTS(uint8_t, int8_t));  /* a is 128 too large: the sum is of (a - 128) * w */
+    void (*mix_bf16)(MIX_ARGUMENTS(bf16));
+    void (*mix_f32)(MIX_ARGUMENTS(float));
+    void (*bf16_to_f32)(const bf16 *x, float *y, int64_t n);
+    void (*f32_to_bf16)(const float *x, bf16 *y, int64_t n); /* to nearest even, NaN stays NaN */
+    /* h[i] = gate[i] / (1 + exp(-gate[i])) * up[i] */
+    void (*swiglu)(const float *gate, const float *up, float *h, int64_t n);
+    /* y[i] += factor * x[i] */
+    void (*add_scaled)(float *y, const float *x, float factor, int64_t n);
+    /* x[i] *= factor */
+    void (*scale)(float *x, float factor, int64_t n);
+    float (*abs_max)(const float *x, int64_t n);
+    /* y[i] = x[i] * factor to the nearest whole number, in s16 as it is, in u8 plus 128 */
+    void (*f32_to_s16)(const float *x, int16_t *y, float factor, int64_t n);
+    void (*f32_to_u8)(const float *x, uint8_t *y, float factor, int64_t n);
+    /* A step of online softmax (arXiv 1805.02867) over x[0..n): x becomes exp(scale * x - max), where max is the larger
+     * of the row's own and *max, which it replaces; *sum is rescaled and grows. Returns the factor for what was summed
+     * before. Entries of -infinity count nothing. */
+    float (*softmax_step)(float *x, int64_t n, float scale, float *max, float *sum);
+    uint64_t (*xor_of)(const uint64_t *x, int64_t n);
+} inner_loops;
+
+extern const inner_loops loops_portable;
+#if defined(__x86_64__)
+extern const inner_loops loops_avx2, loops_avx512;
+#endif
+
+/* The set that this processor runs, or the one that `dsv3_use_isa` named */
+extern const inner_loops *loops;
+
+static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#endif

@@ -1,0 +1,333 @@
+/* AVX-512 with BF16 and VNNI: Intel from Cooper Lake and Ice Lake's successors on, AMD from Zen 4 on. */
+#if defined(__x86_64__)
+#include "inner_loops.h"
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
+#endif
+
+#include <immintrin.h>
+
+#include "elementwise.h"
+
+static inline __mmask32 first32(int64_t n) { return (__mmask32)((1ull << n) - 1); }
+static inline __mmask16 first16(int64_t n) { return (__mmask16)((1u << n) - 1); }
+
+/* The sums of four accumulators. One accumulator alone goes the same way, four times over, so that its additions are
+ * in the same order. */
+static inline __m128 sums_of_four(__m512 a, __m512 b, __m512 c, __m512 d)
+{
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512 abcd = _mm512_add_ps(
+        _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+        _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+static inline __attribute__((always_inline)) void store_sums(float *c, const __m512 *acc, const int n, const int add)
+{
+    if (n == 1) {
+        float sum = _mm_cvtss_f32(sums_of_four(acc[0], acc[0], acc[0], acc[0]));
+        *c = add ? *c + sum : sum;
+        return;
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < n; j += 4) {
+        __m128 sums = sums_of_four(acc[j], acc[j + 1], acc[j + 2], acc[j + 3]);
+        _mm_storeu_ps(c + j, add ? _mm_add_ps(_mm_loadu_ps(c + j), sums) : sums);
+    }
+}
+
+static inline __attribute__((always_inline)) void store_integer_sums(
+    float *c, const __m512i *acc, const int n, const int add)
+{
+    __m512 lanes[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < n; j++)
+        lanes[j] = _mm512_cvtepi32_ps(acc[j]);
+    store_sums(c, lanes, n, add);
+}
+
+/* GCC 12 keeps a copy of every accumulator of these two on the stack, at half the speed, unless told that the
+ * instruction works in place. */
+static inline __attribute__((always_inline)) __m512i add_products_s16(__m512i acc, __m512i a, __m512i w)
+{
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(w));
+    return acc;
+}
+
+static inline __attribute__((always_inline)) __m512i add_products_u8s8(__m512i acc, __m512i a, __m512i w)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(w));
+    return acc;
+}
+
+#define DOT dot_bf16
+#define A_T bf16
+#define W_T bf16
+#define MR 3
+#define NR 8
+#define STEP 32
+#define ACC __m512
+#define ZERO _mm512_setzero_ps()
+#define A_VEC __m512bh
+#define W_VEC __m512bh
+#define LOAD_A(p) (__m512bh) _mm512_loadu_si512(p)
+#define LOAD_W LOAD_A
+#define LOAD_A_TAIL(p, n) (__m512bh) _mm512_maskz_loadu_epi16(first32(n), p)
+#define LOAD_W_TAIL LOAD_A_TAIL
+#define MAC(acc, a, w) _mm512_dpbf16_ps(acc, a, w)
+#define STORE(c, acc, n) store_sums(c, acc, n, 0)
+#define STORE_ADD(c, acc, n) store_sums(c, acc, n, 1)
+#include "dot_rows.h"
+
+#define DOT dot_f32
+#define A_T float
+#define W_T float
+#define MR 3
+#define NR 8
+#define STEP 16
+#define ACC __m512
+#define ZERO _mm512_setzero_ps()
+#define A_VEC __m512
+#define W_VEC __m512
+#define LOAD_A(p) _mm512_loadu_ps(p)
+#define LOAD_W LOAD_A
+#define LOAD_A_TAIL(p, n) _mm512_maskz_loadu_ps(first16(n), p)
+#define LOAD_W_TAIL LOAD_A_TAIL
+#define MAC(acc, a, w) _mm512_fmadd_ps(a, w, acc)
+#define STORE(c, acc, n) store_sums(c, acc, n, 0)
+#define STORE_ADD(c, acc, n) store_sums(c, acc, n, 1)
+#include "dot_rows.h"
+
+#define DOT dot_s16s8
+#define A_T int16_t
+#define W_T int8_t
+#define MR 3
+#define NR 8
+#define STEP 32
+#define ACC __m512i
+#define ZERO _mm512_setzero_si512()
+#define A_VEC __m512i
+#define W_VEC __m512i
+#define LOAD_A(p) _mm512_loadu_si512(p)
+#define LOAD_W(p) _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(p)))
+#define LOAD_A_TAIL(p, n) _mm512_maskz_loadu_epi16(first32(n), p)
+#define LOAD_W_TAIL(p, n) _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(first32(n), p))
+#define MAC(acc, a, w) add_products_s16(acc, a, w)
+#define STORE(c, acc, n) store_integer_sums(c, acc, n, 0)
+#define STORE_ADD(c, acc, n) store_integer_sums(c, acc, n, 1)
+#include "dot_rows.h"
+
+/* VNNI multiplies unsigned by signed bytes, so the a side is 128 too large; 128 * w is taken off again at the start of
+ * each sum. The sum of a row of w costs as much as one row of a, and is done once for all rows of a. */
+static inline __m512i bytes_tail(const void *p, int n)
+{
+    return _mm512_maskz_loadu_epi8(n == 64 ? ~0ull : (1ull << n) - 1, p);
+}
+
+static inline __attribute__((always_inline)) void dot_u8s8_tile(
+    const uint8_t *const *a, int64_t k0, const int8_t *w, ptrdiff_t ldw, int64_t K, const __m512i *start, float *c,
+    ptrdiff_t ldc, int accumulate, const int mr, const int nr)
+{
+    __m512i acc[3][8], av[3];
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nr; j++)
+            acc[i][j] = start[j];
+    int64_t k = 0;
+    for (; k + 64 <= K; k += 64) {
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++)
+            av[i] = _mm512_loadu_si512(a[i] + k0 + k);
+#pragma GCC unroll 8
+        for (int j = 0; j < nr; j++) {
+            __m512i wv = _mm512_loadu_si512(w + j * ldw + k);
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++)
+                acc[i][j] = add_products_u8s8(acc[i][j], av[i], wv);
+        }
+    }
+    if (k < K) {
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++)
+            av[i] = bytes_tail(a[i] + k0 + k, (int)(K - k));
+#pragma GCC unroll 8
+        for (int j = 0; j < nr; j++) {
+            __m512i wv = bytes_tail(w + j * ldw + k, (int)(K - k));
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++)
+                acc[i][j] = add_products_u8s8(acc[i][j], av[i], wv);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+        store_integer_sums(c + i * ldc, acc[i], nr, accumulate);
+}
+
+static void dot_u8s8(DOT_ARGUMENTS(uint8_t, int8_t))
+{
+    const __m512i offset = _mm512_set1_epi8((char)128);
+    for (int64_t j = 0; j < N; j += 8) {
+        const int8_t *tile = w + j * ldw;
+        int64_t rows = min_i64(8, N - j);
+        __m512i start[8];
+        for (int64_t r = 0; r < rows; r++) {
+            __m512i sums = _mm512_setzero_si512();
+            for (int64_t k = 0; k < K; k += 64)
+                sums = _mm512_dpbusd_epi32(sums, offset, bytes_tail(tile + r * ldw + k, (int)min_i64(64, K - k)));
+            start[r] = _mm512_sub_epi32(_mm512_setzero_si512(), sums);
+        }
+        for (int64_t i = 0; i < M; i += 3) {
+            float *out = c + i * ldc + j;
+            int64_t mr = min_i64(3, M - i);
+            if (rows < 8) {
+                for (int64_t r = 0; r < rows; r++)
+                    for (int64_t q = 0; q < mr; q++)
+                        dot_u8s8_tile(a + i + q, k0, tile + r * ldw, ldw, K, start + r, out + q * ldc + r, ldc,
+                                      accumulate, 1, 1);
+            } else if (mr == 3)
+                dot_u8s8_tile(a + i, k0, tile, ldw, K, start, out, ldc, accumulate, 3, 8);
+            else if (mr == 2)
+                dot_u8s8_tile(a + i, k0, tile, ldw, K, start, out, ldc, accumulate, 2, 8);
+            else
+                dot_u8s8_tile(a + i, k0, tile, ldw, K, start, out, ldc, accumulate, 1, 8);
+        }
+    }
+}
+
+/* Two rows of v are interleaved on the way, for the instruction that multiplies pairs; the accumulators' columns are
+ * in the order that interleaving within 128 bits leaves them in, and put right when they are added to memory. */
+static inline __attribute__((always_inline)) void mix_bf16_tile(
+    const bf16 *p16, const bf16 *v, ptrdiff_t ldv, int64_t S, float *acc, ptrdiff_t ldacc, int64_t columns, const int mr,
+    const int blocks)
+{
+    __m512 sums[6][4];
+    __mmask32 mask = columns >= 32 ? ~0u : first32(columns);
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 4
+        for (int b = 0; b < 2 * blocks; b++)
+            sums[i][b] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < S; s += 2) {
+#pragma GCC unroll 2
+        for (int b = 0; b < blocks; b++) {
+            const bf16 *row = v + s * ldv + 32 * b;
+            __m512i first = _mm512_maskz_loadu_epi16(mask, row);
+            __m512i second = _mm512_maskz_loadu_epi16(s + 1 < S ? mask : 0, row + ldv);
+            __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second);
+            __m512bh high = (__m512bh)_mm512_unpackhi_epi16(first, second);
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++) {
+                int32_t pair;
+                memcpy(&pair, p16 + i * MIX_BLOCK + s, 4);
+                __m512bh pv = (__m512bh)_mm512_set1_epi32(pair);
+                sums[i][2 * b] = _mm512_dpbf16_ps(sums[i][2 * b], low, pv);
+                sums[i][2 * b + 1] = _mm512_dpbf16_ps(sums[i][2 * b + 1], high, pv);
+            }
+        }
+    }
+    const __m512i order0 = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i order1 = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 2
+        for (int b = 0; b < blocks; b++) {
+            __m512 left = _mm512_permutex2var_ps(sums[i][2 * b], order0, sums[i][2 * b + 1]);
+            __m512 right = _mm512_permutex2var_ps(sums[i][2 * b], order1, sums[i][2 * b + 1]);
+            float *out = acc + i * ldacc + 32 * b;
+            __mmask16 m0 = (__mmask16)mask, m1 = (__mmask16)(mask >> 16);
+            _mm512_mask_storeu_ps(out, m0, _mm512_add_ps(_mm512_maskz_loadu_ps(m0, out), left));
+            _mm512_mask_storeu_ps(out + 16, m1, _mm512_add_ps(_mm512_maskz_loadu_ps(m1, out + 16), right));
+        }
+}
+
+static void mix_bf16(MIX_ARGUMENTS(bf16))
+{
+    bf16 p16[6 * MIX_BLOCK];
+    for (int64_t i = 0; i < M; i += 6) {
+        int64_t mr = min_i64(6, M - i);
+        for (int64_t q = 0; q < mr; q++) {
+            f32_to_bf16(p + (i + q) * ldp, p16 + q * MIX_BLOCK, S);
+            if (S & 1)
+                p16[q * MIX_BLOCK + S] = 0;
+        }
+        for (int64_t r = 0; r < R;) {
+            int64_t columns = R - r;
+            const bf16 *from = v + r;
+            float *to = acc + i * ldacc + r;
+#define TILE(mr) \
+    case mr: \
+        if (columns >= 64) \
+            mix_bf16_tile(p16, from, ldv, S, to, ldacc, 32, mr, 2); \
+        else \
+            mix_bf16_tile(p16, from, ldv, S, to, ldacc, columns, mr, 1); \
+        break;
+            switch (mr) {
+                TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+            }
+#undef TILE
+            r += columns >= 64 ? 64 : 32;
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void mix_f32_tile(
+    const float *p, ptrdiff_t ldp, const float *v, ptrdiff_t ldv, int64_t S, float *acc, ptrdiff_t ldacc,
+    int64_t columns, const int mr)
+{
+    __m512 sums[6][2];
+    __mmask16 m0 = columns >= 16 ? (__mmask16)~0 : first16(columns);
+    __mmask16 m1 = columns >= 32 ? (__mmask16)~0 : columns > 16 ? first16(columns - 16) : 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+        sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < S; s++) {
+        __m512 left = _mm512_maskz_loadu_ps(m0, v + s * ldv), right = _mm512_maskz_loadu_ps(m1, v + s * ldv + 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++) {
+            __m512 pv = _mm512_set1_ps(p[i * ldp + s]);
+            sums[i][0] = _mm512_fmadd_ps(pv, left, sums[i][0]);
+            sums[i][1] = _mm512_fmadd_ps(pv, right, sums[i][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+        float *out = acc + i * ldacc;
+        _mm512_mask_storeu_ps(out, m0, _mm512_add_ps(_mm512_maskz_loadu_ps(m0, out), sums[i][0]));
+        _mm512_mask_storeu_ps(out + 16, m1, _mm512_add_ps(_mm512_maskz_loadu_ps(m1, out + 16), sums[i][1]));
+    }
+}
+
+static void mix_f32(MIX_ARGUMENTS(float))
+{
+    for (int64_t i = 0; i < M; i += 6)
+        for (int64_t r = 0; r < R; r += 32) {
+            const float *rows = p + i * ldp;
+            float *to = acc + i * ldacc + r;
+            switch (min_i64(6, M - i)) {
+            case 1: mix_f32_tile(rows, ldp, v + r, ldv, S, to, ldacc, R - r, 1); break;
+            case 2: mix_f32_tile(rows, ldp, v + r, ldv, S, to, ldacc, R - r, 2); break;
+            case 3: mix_f32_tile(rows, ldp, v + r, ldv, S, to, ldacc, R - r, 3); break;
+            case 4: mix_f32_tile(rows, ldp, v + r, ldv, S, to, ldacc, R - r, 4); break;
+            case 5: mix_f32_tile(rows, ldp, v + r, ldv, S, to, ldacc, R - r, 5); break;
+            default: mix_f32_tile(rows, ldp, v + r, ldv, S, to, ldacc, R - r, 6);
+            }
+        }
+}
+
+const inner_loops loops_avx512 = {
+    "avx512", dot_bf16, dot_f32, dot_s16s8, dot_u8s8, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, add_scaled,
+    scale, abs_max, f32_to_s16, f32_to_u8, softmax_step, xor_of,
+};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,67 @@
+/* What is asked of the library as a whole. */
+#include "inner_loops.h"
+#include "threads.h"
+
+#include <string.h>
+
+/* Grows with every change of an exported function: a library that was built from other sources is not used */
+int dsv3_version(void) { return 1; }
+
+const inner_loops *loops = &loops_portable;
+
+static int runs_here(const char *name)
+{
+    if (!strcmp(name, "portable"))
+        return 1;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!strcmp(name, "avx2"))
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!strcmp(name, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+#endif
+    return 0;
+}
+
+/* Uses the instruction set of that name, or the best one for NULL. Returns the name of the one in use, or NULL, with
+ * nothing changed, where this processor does not run it. */
+const char *dsv3_use_isa(const char *name)
+{
+    const inner_loops *best_first[] = {
+#if defined(__x86_64__)
+        &loops_avx512, &loops_avx2,
+#endif
+        &loops_portable,
+    };
+    for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++)
+        if ((!name || !strcmp(name, best_first[i]->name)) && runs_here(best_first[i]->name)) {
+            loops = best_first[i];
+            return loops->name;
+        }
+    return NULL;
+}
+
+typedef struct {
+    const uint64_t *words;
+    int64_t n;
+    atomic_ullong all;
+} reading;
+
+static void read_part(void *context, team *t)
+{
+    reading *r = context;
+    enum { WORDS = 1 << 15 };
+    int64_t task;
+    while ((task = take_task(t, 0, ceil_div(r->n, WORDS))) >= 0)
+        atomic_fetch_xor(&r->all, loops->xor_of(r->words + task * WORDS, min_i64(WORDS, r->n - task * WORDS)));
+}
+
+/* Reads n 64-bit words, for the rate at which memory can be read */
+uint64_t dsv3_read(const uint64_t *words, int64_t n, int threads)
+{
+    reading r = {.words = words, .n = n};
+    run_team(read_part, &r, threads);
+    return atomic_load(&r.all);
+}

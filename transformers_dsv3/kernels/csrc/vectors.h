@@ -1,0 +1,196 @@
+/* The inner loops on vectors of eight floats in the compiler's own notation (GCC and Clang): compiled once for any
+ * processor, which gives SSE2 or NEON, and once for AVX2. The file that includes it defines LOOPS and its NAME. */
+#include "elementwise.h"
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t s32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef int16_t s16x8 __attribute__((vector_size(16)));
+typedef int8_t s8x8 __attribute__((vector_size(8)));
+typedef uint8_t u8x8 __attribute__((vector_size(8)));
+
+#define LOAD_AS(name, type, element) \
+    static inline type name(const element *p) \
+    { \
+        type x; \
+        memcpy(&x, p, sizeof x); \
+        return x; \
+    } \
+    static inline type name##_tail(const element *p, int n) \
+    { \
+        type x; \
+        memset(&x, 0, sizeof x); \
+        memcpy(&x, p, (size_t)n * sizeof(element)); \
+        return x; \
+    }
+LOAD_AS(load_f32, f32x8, float)
+LOAD_AS(load_bits, u16x8, bf16)
+LOAD_AS(load_s16, s16x8, int16_t)
+LOAD_AS(load_s8, s8x8, int8_t)
+LOAD_AS(load_u8, u8x8, uint8_t)
+
+static inline f32x8 widen(u16x8 x)
+{
+    u32x8 bits = __builtin_convertvector(x, u32x8) << 16;
+    f32x8 y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
+static inline float sum_of_lanes(f32x8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+static inline __attribute__((always_inline)) void store_sums(float *c, const f32x8 *acc, const int n, const int add)
+{
+    for (int j = 0; j < n; j++)
+        c[j] = add ? c[j] + sum_of_lanes(acc[j]) : sum_of_lanes(acc[j]);
+}
+
+static inline __attribute__((always_inline)) void store_integer_sums(
+    float *c, const s32x8 *acc, const int n, const int add)
+{
+    f32x8 lanes[4];
+    for (int j = 0; j < n; j++)
+        lanes[j] = __builtin_convertvector(acc[j], f32x8);
+    store_sums(c, lanes, n, add);
+}
+
+#define DOT dot_bf16
+#define A_T bf16
+#define W_T bf16
+#define MR 2
+#define NR 4
+#define STEP 8
+#define ACC f32x8
+#define ZERO (f32x8){0}
+#define A_VEC f32x8
+#define W_VEC f32x8
+#define LOAD_A(p) widen(load_bits(p))
+#define LOAD_W LOAD_A
+#define LOAD_A_TAIL(p, n) widen(load_bits_tail(p, n))
+#define LOAD_W_TAIL LOAD_A_TAIL
+#define MAC(acc, a, w) ((acc) + (a) * (w))
+#define STORE(c, acc, n) store_sums(c, acc, n, 0)
+#define STORE_ADD(c, acc, n) store_sums(c, acc, n, 1)
+#include "dot_rows.h"
+
+#define DOT dot_f32
+#define A_T float
+#define W_T float
+#define MR 2
+#define NR 4
+#define STEP 8
+#define ACC f32x8
+#define ZERO (f32x8){0}
+#define A_VEC f32x8
+#define W_VEC f32x8
+#define LOAD_A(p) load_f32(p)
+#define LOAD_W LOAD_A
+#define LOAD_A_TAIL(p, n) load_f32_tail(p, n)
+#define LOAD_W_TAIL LOAD_A_TAIL
+#define MAC(acc, a, w) ((acc) + (a) * (w))
+#define STORE(c, acc, n) store_sums(c, acc, n, 0)
+#define STORE_ADD(c, acc, n) store_sums(c, acc, n, 1)
+#include "dot_rows.h"
+
+#define DOT dot_s16s8
+#define A_T int16_t
+#define W_T int8_t
+#define MR 2
+#define NR 4
+#if defined(MAC_S16)
+/* Sixteen products a step, added in pairs */
+#define STEP 16
+#define A_VEC s16x16
+#define W_VEC s16x16
+#define LOAD_A(p) load_s16x16(p)
+#define LOAD_W(p) __builtin_convertvector(load_s8x16(p), s16x16)
+#define LOAD_A_TAIL(p, n) load_s16x16_tail(p, n)
+#define LOAD_W_TAIL(p, n) __builtin_convertvector(load_s8x16_tail(p, n), s16x16)
+#define MAC(acc, a, w) MAC_S16(acc, a, w)
+#else
+#define STEP 8
+#define A_VEC s32x8
+#define W_VEC s32x8
+#define LOAD_A(p) __builtin_convertvector(load_s16(p), s32x8)
+#define LOAD_W(p) __builtin_convertvector(load_s8(p), s32x8)
+#define LOAD_A_TAIL(p, n) __builtin_convertvector(load_s16_tail(p, n), s32x8)
+#define LOAD_W_TAIL(p, n) __builtin_convertvector(load_s8_tail(p, n), s32x8)
+#define MAC(acc, a, w) ((acc) + (a) * (w))
+#endif
+#define ACC s32x8
+#define ZERO (s32x8){0}
+#define STORE(c, acc, n) store_integer_sums(c, acc, n, 0)
+#define STORE_ADD(c, acc, n) store_integer_sums(c, acc, n, 1)
+#include "dot_rows.h"
+
+#define DOT dot_u8s8
+#define A_T uint8_t
+#define W_T int8_t
+#define MR 2
+#define NR 4
+#if defined(MAC_S16)
+#define STEP 16
+#define A_VEC s16x16
+#define W_VEC s16x16
+#define LOAD_A(p) (__builtin_convertvector(load_u8x16(p), s16x16) - 128)
+#define LOAD_W(p) __builtin_convertvector(load_s8x16(p), s16x16)
+/* Bytes past the end are 0 - 128 on this side and 0 on the other */
+#define LOAD_A_TAIL(p, n) (__builtin_convertvector(load_u8x16_tail(p, n), s16x16) - 128)
+#define LOAD_W_TAIL(p, n) __builtin_convertvector(load_s8x16_tail(p, n), s16x16)
+#define MAC(acc, a, w) MAC_S16(acc, a, w)
+#else
+#define STEP 8
+#define A_VEC s32x8
+#define W_VEC s32x8
+#define LOAD_A(p) (__builtin_convertvector(load_u8(p), s32x8) - 128)
+#define LOAD_W(p) __builtin_convertvector(load_s8(p), s32x8)
+#define LOAD_A_TAIL(p, n) (__builtin_convertvector(load_u8_tail(p, n), s32x8) - 128)
+#define LOAD_W_TAIL(p, n) __builtin_convertvector(load_s8_tail(p, n), s32x8)
+#define MAC(acc, a, w) ((acc) + (a) * (w))
+#endif
+#define ACC s32x8
+#define ZERO (s32x8){0}
+#define STORE(c, acc, n) store_integer_sums(c, acc, n, 0)
+#define STORE_ADD(c, acc, n) store_integer_sums(c, acc, n, 1)
+#include "dot_rows.h"
+
+/* Four rows of p at a time, over sixteen columns of v */
+#define MIX(NAME, V_T, LOAD, LOAD_TAIL) \
+    static inline __attribute__((always_inline)) void NAME##_tile( \
+        const float *p, ptrdiff_t ldp, const V_T *v, ptrdiff_t ldv, int64_t S, float *acc, ptrdiff_t ldacc, int columns, \
+        const int mr) \
+    { \
+        f32x8 sums[4]; \
+        for (int i = 0; i < mr; i++) \
+            sums[i] = (f32x8){0}; \
+        for (int64_t s = 0; s < S; s++) { \
+            f32x8 row = columns == 8 ? LOAD(v + s * ldv) : LOAD_TAIL(v + s * ldv, columns); \
+            for (int i = 0; i < mr; i++) \
+                sums[i] = sums[i] + p[i * ldp + s] * row; \
+        } \
+        for (int i = 0; i < mr; i++) \
+            for (int r = 0; r < columns; r++) \
+                acc[i * ldacc + r] += sums[i][r]; \
+    } \
+    static void NAME(MIX_ARGUMENTS(V_T)) \
+    { \
+        for (int64_t i = 0; i < M; i += 4) \
+            for (int64_t r = 0; r < R; r += 8) { \
+                int columns = R - r < 8 ? (int)(R - r) : 8; \
+                if (M - i >= 4) \
+                    NAME##_tile(p + i * ldp, ldp, v + r, ldv, S, acc + i * ldacc + r, ldacc, columns, 4); \
+                else \
+                    for (int64_t q = i; q < M; q++) \
+                        NAME##_tile(p + q * ldp, ldp, v + r, ldv, S, acc + q * ldacc + r, ldacc, columns, 1); \
+            } \
+    }
+#define WIDEN(p) widen(load_bits(p))
+#define WIDEN_TAIL(p, n) widen(load_bits_tail(p, n))
+MIX(mix_f32, float, load_f32, load_f32_tail)
+MIX(mix_bf16, bf16, WIDEN, WIDEN_TAIL)
+
+const inner_loops LOOPS = {
+    NAME, dot_bf16, dot_f32, dot_s16s8, dot_u8s8, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, add_scaled,
+    scale, abs_max, f32_to_s16, f32_to_u8, softmax_step, xor_of,
+};

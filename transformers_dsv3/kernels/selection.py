@@ -1,0 +1,108 @@
+"""Which implementation may serve an operation: the caller's choice, the environment's, or the best one that can.
+
+`experts_implementation="auto"`, the default, chooses for each call. The environment variable
+`TRANSFORMERS_DSV3_BACKENDS` replaces the default where the caller chose nothing, as in
+
+    TRANSFORMERS_DSV3_BACKENDS=experts=eager,linear=torch,attention=torch,isa=avx2
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.utils import logging
+
+from . import cpu_library
+
+
+logger = logging.get_logger(__name__)
+
+VARIABLE = "TRANSFORMERS_DSV3_BACKENDS"
+# For "experts" any name that Transformers knows is a choice, and is checked when a model is made.
+CHOICES = {
+    "linear": ("auto", "torch", "cpu"),
+    "attention": ("auto", "torch", "cpu"),
+    "isa": ("avx512", "avx2", "portable"),
+}
+
+
+def parse(text: str) -> dict[str, str]:
+    """The choices that the environment variable states.
+
+    Raises:
+        ValueError: for an unknown operation or backend, naming the variable.
+    """
+    choices = {"experts": "auto", "linear": "auto", "attention": "auto"}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        operation, equals, name = (part.strip() for part in item.partition("="))
+        if not equals or operation not in ("experts", *CHOICES):
+            raise ValueError(f"{VARIABLE}: {item!r} is not one of experts=..., linear=..., attention=..., isa=...")
+        if operation in CHOICES and name not in CHOICES[operation]:
+            raise ValueError(f"{VARIABLE}: {operation} is one of {', '.join(CHOICES[operation])}, not {name!r}")
+        choices[operation] = name
+    return choices
+
+
+chosen = parse(os.environ.get(VARIABLE, ""))
+if "isa" in chosen and cpu_library.unavailable is None:
+    cpu_library.instruction_set(chosen["isa"])
+
+
+@contextlib.contextmanager
+def use(**choices: str) -> Iterator[None]:
+    """Replaces choices within a block, as `use(linear="torch", attention="torch")`; for comparisons.
+
+    Raises:
+        ValueError: for an unknown operation or backend.
+    """
+    for operation, name in choices.items():
+        if operation not in ("linear", "attention") or name not in CHOICES[operation]:
+            raise ValueError(f"{operation}={name!r} is not a choice: linear and attention are auto, torch or cpu")
+    before = dict(chosen)
+    chosen.update(choices)
+    try:
+        yield
+    finally:
+        chosen.update(before)
+
+
+def cpu_refusal(operation: str, x: torch.Tensor, *weights: torch.Tensor) -> str | None:
+    """The reason why the compiled CPU backend does not take a call, or None where it does.
+
+    Where it was chosen by name, the reason is also given as a warning, once.
+
+    Args:
+        operation: "linear", "attention" or "experts".
+        x: activations. weights: of their dtype, or INT8; a cache's tensors count as weights.
+    """
+    choice = chosen[operation]
+    if choice not in ("auto", "cpu"):
+        return f"{operation} is served by {choice!r}, as chosen"
+    reason = _cpu_refusal(x, *weights)
+    if reason is not None and choice == "cpu" and not torch.compiler.is_compiling():
+        logger.warning_once(f"The compiled CPU backend does not serve {operation}: it {reason}.")
+    return reason
+
+
+def _cpu_refusal(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
+    if cpu_library.unavailable is not None:
+        return cpu_library.unavailable
+    if x.device.type != "cpu":
+        return f"is for CPUs, not {x.device.type}"
+    if x.dtype is not torch.bfloat16 and x.dtype is not torch.float32:
+        return f"takes bf16 and fp32, not {x.dtype}"
+    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
+        return "has no gradients"
+    if torch.is_autocast_enabled("cpu"):
+        return "does not follow autocast"
+    for tensor in (x, *weights):
+        if is_traceable_wrapper_subclass(tensor):
+            return f"takes plain tensors, not {type(tensor).__name__}"
+    for weight in weights:
+        if weight.dtype is not x.dtype and weight.dtype is not torch.int8:
+            return f"takes weights and caches of the activations' dtype ({x.dtype}), not {weight.dtype}"
+        if weight.device.type != "cpu":
+            return f"needs weights in the CPU's memory, not on {weight.device.type}"
+    return None
