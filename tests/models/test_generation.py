@@ -404,3 +404,18 @@ def test_static_cache_with_room_behind_a_short_prompt(make_model):
         expected = model(tokens).logits
         cache = StaticCache(config=model.config, max_cache_len=64)
         torch.testing.assert_close(model(tokens, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("use_mtp", [False, True])
+def test_cached_text_given_again_counts_once_against_the_limit(make_model, with_mask, use_mtp):
+    """A conversation goes on with its whole text and the cache of it, past half of the positions there are."""
+    model = make_model(max_position_embeddings=32)
+    text = torch.randint(3, 90, (1, 21), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_mtp": use_mtp}
+    expected = model.generate(text, attention_mask=torch.ones_like(text), **settings)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(text[:, :20], past_key_values=cache)
+    mask = {"attention_mask": torch.ones_like(text)} if with_mask else {}
+    assert model.generate(text, past_key_values=cache, **mask, **settings).tolist() == expected.tolist()

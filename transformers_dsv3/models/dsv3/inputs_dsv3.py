@@ -78,6 +78,10 @@ def check_inputs(
     longest = None
     if position_ids is None:
         longest = tokens.shape[1] + past_length if isinstance(past_length, int) else tokens.shape[1]
+        if wait_for_device:  # the whole text again, of which the mask tells how long it is
+            longest = tokens.shape[1]
+            if attention_mask is not None and attention_mask.dim() == 2:
+                longest = attention_mask.shape[1]
     elif readable(position_ids):
         first, last = (int(value) for value in position_ids.aminmax())
         if first < 0:
