@@ -237,6 +237,17 @@ def test_slow_contenders_decode_fewer_tokens(make_model, checkpoint, monkeypatch
         assert asked == [2, 2, tokens, tokens]
 
 
+def test_a_model_that_native_does_not_know_is_measured_alone(make_model, tmp_path):
+    make_model(moe_layer_freq=2, num_hidden_layers=3).save_pretrained(tmp_path / "model")
+    path = tmp_path / "bench.json"
+    result = bench(
+        *(tmp_path / "model", "--what", "decode", "--contexts", 4, "--rounds", 1, "--dtype", "fp32", "--json", path)
+    )
+    assert result.exit_code == 0, result.output
+    assert "transformers was left out: DeepseekV3ForCausalLM has weights of its own" in result.output
+    assert list(json.loads(path.read_text())["workloads"][0]["contenders"]) == ["plugin"]
+
+
 def test_variants_that_do_not_exist_are_refused(checkpoint):
     with pytest.raises(BenchError, match="none of plain") as error:
         benchmark.Benchmark(BenchSettings(source=checkpoint, contexts=(4,), weights=("int3",)), None)

@@ -257,6 +257,19 @@ def test_ceilings_are_medians_since_the_start(monkeypatch):
     assert set(measured.record()["gemm_operations_per_second"]) == {"float32", "int8"}
 
 
+def test_bandwidth_is_of_the_fastest_way_to_read(monkeypatch):
+    monkeypatch.setattr(ceilings, "READ_BYTES", 2**20)
+    monkeypatch.setattr(ceilings, "GEMM_SIZE", 64)
+    monkeypatch.setattr(ceilings, "ways_to_read", lambda: {"slow": lambda buffer: 2.0, "fast": lambda buffer: 0.5})
+    measured = ceilings.Ceilings([torch.float32])
+    measured.measure()
+    assert measured.record()["read_by"] == "fast"
+    assert measured.bandwidth() == 2**21
+    monkeypatch.undo()
+    buffer = torch.ones(2**18)
+    assert all(0 < read(buffer) < 1 for read in ceilings.ways_to_read().values())
+
+
 def test_profile_by_kind(make_model):
     assert kind_of(["aten::mm", "aten::linear"]) == "linear"
     assert kind_of(["aten::bmm", "aten::scaled_dot_product_attention"]) == "attention"

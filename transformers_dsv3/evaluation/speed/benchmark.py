@@ -196,10 +196,13 @@ class Benchmark:
 
     def _contenders(self, model: Dsv3ForCausalLM, dtype_name: str, dtype: torch.dtype) -> list[ModelContender]:
         found = []
-        for variant in self.settings.weights:
-            found.append(ModelContender(variant_name(variant), VARIANTS[variant](model), dtype))
-        native = share_weights(model)
-        found.append(ModelContender(NATIVE, native, dtype))
+        for name in self.settings.weights:
+            variant = VARIANTS[name]
+            found.append(ModelContender(variant_name(name), variant.build(model), variant.linear_dtype or dtype))
+        try:
+            found.append(ModelContender(NATIVE, share_weights(model), dtype))
+        except (RuntimeError, ValueError) as error:  # a configuration that only the plugin knows
+            self.results["failed"][NATIVE] = reason_of(error)
         if "mtp" in self.settings.what:
             found.insert(1, ModelContender(MTP, model, dtype, use_mtp=True))
         for contender in found:

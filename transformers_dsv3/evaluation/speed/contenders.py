@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +16,20 @@ from .rounds import Turn
 from .workloads import Inputs, Workload, decode, make_optimizer, prefill, training_step
 
 
-# Forms of the weights that the plugin runs with: from the model as it is to the one that is timed
-VARIANTS: dict[str, Callable[[Dsv3ForCausalLM], Dsv3ForCausalLM]] = {
-    "plain": lambda model: model,
-}
+@dataclass(frozen=True)
+class Variant:
+    """A form of the weights that the plugin runs with.
+
+    Args:
+        build: from the model as it is to the one that is timed.
+        linear_dtype: what its linear layers multiply in, None for the model's own dtype.
+    """
+
+    build: Callable[[Dsv3ForCausalLM], Dsv3ForCausalLM]
+    linear_dtype: torch.dtype | None = None
+
+
+VARIANTS = {"plain": Variant(lambda model: model)}
 NATIVE = "transformers"
 PLUGIN = "plugin"
 

@@ -68,6 +68,13 @@ class Timings:
             raise ValueError("only single sequences are timed with llama.cpp")
         return self.decode(request["tokens"], request["new_tokens"])
 
+    def best(self):
+        """The token with the largest logit. `eval` leaves the logits where the library has them."""
+        from llama_cpp import llama_get_logits_ith
+        from numpy.ctypeslib import as_array
+
+        return int(as_array(llama_get_logits_ith(self.model.ctx, -1), shape=(self.vocab,)).argmax())
+
     def decode(self, context, new_tokens):
         # A context that is there already, or the beginning of one, is not computed again
         self.model.n_tokens = min(self.cached, context)
@@ -77,7 +84,7 @@ class Timings:
         times, token = [], 2
         for _ in range(new_tokens + 1):
             self.model.eval([token])
-            token = int(self.model.scores[self.model.n_tokens - 1 if self.model._logits_all else 0].argmax())
+            token = self.best()
             times.append(time.perf_counter())
         return {"seconds": (times[-1] - times[0]) / new_tokens, "units": new_tokens}
 
