@@ -111,9 +111,12 @@ def start_peers(
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte. The converter wants a tokenizer, whatever it is: every contender is given token ids."""
+    """One token a byte. llama.cpp wants a tokenizer, whatever it is: every contender is given token ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    # It loads no BPE without a merge
+    merge = (alphabet[0], alphabet[1])
+    vocab = {token: number for number, token in enumerate([*alphabet, "".join(merge)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[merge]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[0], eos_token=alphabet[1])
