@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformers_dsv3.kernels import linear_onednn, matmul_cpu
+from transformers_dsv3.kernels import linear_onednn, matmul_cpu, selection
 from transformers_dsv3.kernels.linear_onednn import linear, linear_refusal
 
 
@@ -67,19 +67,19 @@ def test_backward_under_autocast():
 def test_reasons(library, request):
     x, weight = torch.randn(20, 8), torch.nn.Parameter(torch.randn(6, 8))
     faster = matmul_cpu._onednn_is_faster()
-    assert linear_refusal(x, weight) == (
-        None if faster else "is not faster than torch's own product on this processor"
-    )
+    assert linear_refusal(x, weight) == (None if faster else "is not faster than torch's own on this processor")
     assert linear_refusal(x.bfloat16(), weight) == "is for fp32 on CPUs, not torch.bfloat16 on cpu"
-    assert linear_refusal(x, weight.to("meta")) == "is for fp32 on CPUs, not torch.float32 on meta"
     with torch.autocast("cpu", torch.bfloat16):
         assert linear_refusal(x, weight) == "does not follow autocast"
+    with selection.use(linear="torch"):
+        assert linear_refusal(x, weight) == "linear is served by 'torch', as chosen"
     if faster:
+        assert linear_refusal(x, weight.to("meta")) == "is for fp32 on CPUs, not torch.float32 on meta"
         assert linear_refusal(x[:15], weight) == "pays from 16 rows on"
         assert linear_refusal(x[0], weight) == "pays from 16 rows on"
 
     class Wrapped(torch.Tensor):
         pass
 
-    assert linear_refusal(x, weight.detach().as_subclass(Wrapped)) == "takes plain tensors, not Wrapped"
+    assert not faster or linear_refusal(x, weight.detach().as_subclass(Wrapped)) == "takes plain tensors, not Wrapped"
     assert "opaque" in torch.compile(lambda x: linear_onednn.linear_refusal(x, weight), backend="eager")(x)

@@ -6,7 +6,7 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 import transformers_dsv3
-from transformers_dsv3.kernels import cpu_library, mla_cpu
+from transformers_dsv3.kernels import cpu_library, mla_cpu, mla_training
 from transformers_dsv3.kernels.registry import BACKENDS
 from transformers_dsv3.models.dsv3 import attention_dsv3
 
@@ -28,8 +28,11 @@ def test_marked_backends_are_those_that_run(make_model, implementation, monkeypa
     model = make_model(attn_implementation=implementation)
     text = transformers_dsv3.explain(model)
     compiled = ["cpu"] if cpu_library.unavailable is None and implementation == "sdpa" else []
+    training = (
+        ["cpu_training"] if implementation == "sdpa" and mla_training.why_not(model.lm_head.weight) is None else []
+    )
     used = {name for name, (used, _) in block(text, "attention, expanded").items() if used}
-    assert used == {implementation, *compiled}
+    assert used == {implementation, *compiled, *training}
     assert [name for name, (used, _) in block(text, "experts").items() if used] == ["auto"]
     assert [name for name, (used, _) in block(text, "attention, absorbed").items() if used] == [*compiled, "torch"]
 

@@ -8,10 +8,20 @@ from typing import Any
 import torch
 
 from .matmul_cpu import matmul, uses_onednn
+from .selection import chosen
 
 
 # With fewer rows reading the weights takes longer than multiplying
 FEWEST_ROWS = 16
+
+
+def why_not(tensor: torch.Tensor) -> str | None:
+    """The reason why `linear` takes no call in a tensor's dtype and on its device, or None."""
+    if chosen["linear"] == "torch":
+        return "linear is served by 'torch', as chosen"
+    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        return f"is for fp32 on CPUs, not {tensor.dtype} on {tensor.device.type}"
+    return None if uses_onednn(tensor) else "is not faster than torch's own on this processor"
 
 
 def linear_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
@@ -23,13 +33,9 @@ def linear_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     for tensor, types in ((x, (torch.Tensor,)), (weight, (torch.nn.Parameter, torch.Tensor))):
         if type(tensor) not in types:
             return f"takes plain tensors, not {type(tensor).__name__}"
-        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-            return f"is for fp32 on CPUs, not {tensor.dtype} on {tensor.device.type}"
-    if not uses_onednn(weight):
-        return "is not faster than torch's own product on this processor"
-    if x.numel() < FEWEST_ROWS * x.shape[-1]:
-        return f"pays from {FEWEST_ROWS} rows on"
-    return None
+        if (reason := why_not(tensor)) is not None:
+            return reason
+    return f"pays from {FEWEST_ROWS} rows on" if x.numel() < FEWEST_ROWS * x.shape[-1] else None
 
 
 class _Linear(torch.autograd.Function):

@@ -18,7 +18,7 @@ from transformers.utils import (
     is_torch_flex_attn_available,
 )
 
-from . import experts_auto, experts_cpu, experts_grouped
+from . import experts_auto, experts_cpu, experts_grouped, linear_onednn, mla_training
 from .experts_auto import grouped_mm_refusal
 from .selection import cpu_refusal
 
@@ -94,6 +94,14 @@ def _compiled_linear(module: nn.Module) -> str | None:
     return _compiled("linear", module)
 
 
+def _training_attention(module: nn.Module) -> str | None:
+    return mla_training.why_not(_weight(module))
+
+
+def _onednn_linear(module: nn.Module) -> str | None:
+    return linear_onednn.why_not(_weight(module))
+
+
 # Order is that of the printed page
 BACKENDS = [
     Backend("attention, expanded", "eager", "plain matrix products, gives attention weights", _always),
@@ -112,6 +120,7 @@ BACKENDS = [
         _gpu_package(is_flash_attn_3_available(), "flash-attn 3"),
     ),
     Backend("attention, expanded", "cpu", "compiled, where sdpa is asked for", _compiled_attention),
+    Backend("attention, expanded", "cpu_training", "gradients in place, where sdpa is asked for", _training_attention),
     Backend("attention, absorbed", "cpu", "compiled: reads each latent once for all heads", _compiled_absorbed),
     Backend("attention, absorbed", "torch", "matrix products on the cached latents", _absorbed),
     Backend(
@@ -132,6 +141,7 @@ BACKENDS = [
     Backend("experts", "deepgemm", "DeepGEMM from the Hub", _hub_kernel),
     Backend("experts", "sonicmoe", "SonicMoE from the Hub", _hub_kernel),
     Backend("linear layers", "cpu", "compiled: reads the weights once for a few rows", _compiled_linear),
+    Backend("linear layers", "onednn", "fp32 products with gradients by oneDNN instead of MKL", _onednn_linear),
     Backend("linear layers", "torch", "PyTorch's own", _always),
 ]
 
@@ -161,19 +171,30 @@ def explain(model: PreTrainedModel) -> str:
     experts = [module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "num_experts")]
     parameter = next(model.parameters())
     config = model.config
-    compiled, else_torch = "in use without gradients", "in use otherwise"
+    compiled, training, else_torch = "in use without gradients", "in use for training", "in use otherwise"
     in_use: dict[str, dict[str, str]] = {
         "attention, expanded": {config._attn_implementation: "in use"},
         "attention, absorbed": {"torch": "in use"} if _absorbed(attention[0]) is None else {},
         "experts": {config._experts_implementation or "eager": "in use"},
         "linear layers": {"torch": "in use"},
     }
-    if config._attn_implementation == "sdpa" and _compiled_attention(attention[0]) is None:
-        in_use["attention, expanded"] = {"cpu": compiled, "sdpa": else_torch}
+    if config._attn_implementation == "sdpa":
+        expanded = {}
+        if _compiled_attention(attention[0]) is None:
+            expanded["cpu"] = compiled
+        if _training_attention(attention[0]) is None:
+            expanded["cpu_training"] = training
+        if expanded:
+            in_use["attention, expanded"] = {**expanded, "sdpa": else_torch}
     if config._attn_implementation != "eager" and _compiled_absorbed(attention[0]) is None:
         in_use["attention, absorbed"] = {"cpu": compiled, "torch": else_torch}
+    linear = {}
     if _compiled_linear(model) is None:
-        in_use["linear layers"] = {"cpu": compiled + ", for a few rows", "torch": else_torch}
+        linear["cpu"] = compiled + ", for a few rows"
+    if _onednn_linear(model) is None:
+        linear["onednn"] = training
+    if linear:
+        in_use["linear layers"] = {**linear, "torch": else_torch}
     switches = {"attention, expanded": "attn_implementation", "experts": "experts_implementation"}
     serves = {
         "attention, expanded": "prefill and training",
@@ -195,7 +216,9 @@ def explain(model: PreTrainedModel) -> str:
                 note = notes[backend.name]
             elif reason is not None:
                 note = f"no: {reason}"
-            elif operation in switches and (operation, backend.name) != ("attention, expanded", "cpu"):
+            elif operation in switches and not (
+                operation == "attention, expanded" and backend.name in ("cpu", "cpu_training")
+            ):
                 note = f'can be chosen: {switches[operation]}="{backend.name}"'
             else:
                 note = "not in use with what was chosen"

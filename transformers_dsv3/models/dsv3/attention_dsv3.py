@@ -24,7 +24,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ...kernels import mla_cpu
+from ...kernels import mla_cpu, mla_training
 from .configuration_dsv3 import Dsv3Config
 from .linear_dsv3 import Dsv3Linear
 
@@ -230,11 +230,44 @@ class Dsv3Attention(nn.Module):
         absorbed = q_len * R * (N + V) + q_len * kv_len * (2 * R + P)
         return absorbed < expanded
 
-    def _expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `(B, 1, S, R)`, shared keys `(B, 1, S, P)` to keys `(B, H, S, N + P)`, values `(B, H, S, V)`."""
-        kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+    def _fused_expanded(
+        self, q_nope: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor, attention_mask: Any
+    ) -> Callable | None:
+        """What computes attention from the parts of keys and values on a CPU, or None where nothing takes the call."""
+        if self.config._attn_implementation != "sdpa":
+            return None
+        dropout = self.attention_dropout if self.training else 0.0
+        for backend in (mla_cpu, mla_training):
+            if backend.expanded_refusal(q_nope, kv, k_rope, attention_mask, dropout) is None:
+                return backend.expanded_attention
+        return None
+
+    def _expand(self, kv: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, S, H, N + V)`, shared keys `(B, 1, S, P)` to keys `(B, H, S, N + P)`, values `(B, H, S, V)`."""
         k_nope, value = kv.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1), value
+
+    def _expanded_attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention by the implementation of Transformers that was chosen: `(B, Q, H, V)`, and weights or None."""
+        # PyTorch's fused CPU attention takes equal widths only; without it a prefill of 2,048 tokens takes three
+        # times as long. FlashAttention 2 refuses unequal widths altogether.
+        implementation = self.config._attn_implementation or "eager"
+        pad = self.qk_head_dim - self.v_head_dim
+        padded = pad > 0 and ("flash" in implementation or (implementation == "sdpa" and value.device.type == "cpu"))
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            F.pad(value, [0, pad]) if padded else value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return output[..., : self.v_head_dim] if padded else output, weights
 
     def forward(
         self,
@@ -296,37 +329,13 @@ class Dsv3Attention(nn.Module):
                 output, weights = mla_cpu.absorbed_attention(*arguments), None
             else:
                 output, weights = absorbed_attention(*arguments)[0], None
-        elif self.config._attn_implementation == "sdpa" and (
-            mla_cpu.expanded_refusal(
-                q_nope, latent, k_rope, attention_mask, self.attention_dropout if self.training else 0.0
-            )
-            is None
-        ):
-            kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
-            weights = None
-            output = mla_cpu.expanded_attention(q_nope, q_rope, kv, k_rope.squeeze(1), attention_mask, self.scaling)
         else:
-            key, value = self._expand(latent, k_rope)
-            # PyTorch's fused CPU attention takes equal widths only; without it a prefill of 2,048 tokens takes three
-            # times as long. FlashAttention 2 refuses unequal widths altogether.
-            implementation = self.config._attn_implementation or "eager"
-            pad = self.qk_head_dim - self.v_head_dim
-            padded = pad > 0 and (
-                "flash" in implementation or (implementation == "sdpa" and value.device.type == "cpu")
-            )
-            if padded:
-                value = F.pad(value, [0, pad])
-            attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-            output, weights = attention(
-                self,
-                torch.cat([q_nope, q_rope], dim=-1),
-                key,
-                value,
-                attention_mask,
-                dropout=self.attention_dropout if self.training else 0.0,
-                scaling=self.scaling,
-                **kwargs,
-            )
-            if padded:
-                output = output[..., : self.v_head_dim]
+            kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+            fused = self._fused_expanded(q_nope, kv, k_rope, attention_mask)
+            if fused is not None:
+                output, weights = fused(q_nope, q_rope, kv, k_rope.squeeze(1), attention_mask, self.scaling), None
+            else:
+                output, weights = self._expanded_attention(
+                    torch.cat([q_nope, q_rope], dim=-1), *self._expand(kv, k_rope), attention_mask, **kwargs
+                )
         return self.o_proj(output.reshape(batch_size, q_len, -1)), weights
