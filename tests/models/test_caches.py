@@ -36,7 +36,7 @@ def test_bytes_a_token(dtype, kv_lora_rank, rope, make_model):
         cache = model(prompt(batch=2, length=11), use_cache=True).past_key_values
         model(prompt(batch=2, length=1), past_key_values=cache)
     stored = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in stored)
+    measured = sum(tensor.nbytes for tensor in stored)
     assert cache.get_seq_length() == 12
     assert measured / (2 * 12) == 3 * (kv_lora_rank + rope) * dtype.itemsize
 

@@ -76,11 +76,6 @@ def cache_bytes_per_token(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of storage behind all tensors of a cache's layers; tensors that share storage count once."""
-    storages = {}
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    """Bytes of all tensors of a cache's layers, without the room kept behind them; a tensor held twice counts once."""
+    tensors = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

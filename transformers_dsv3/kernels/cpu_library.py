@@ -6,6 +6,7 @@ with are those of torch's own OpenMP pool.
 """
 
 import ctypes
+import os
 import time
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import torch
 
 
 FOLDER = Path(__file__).parent
+# Names a folder with another build of the library, such as one with a sanitizer
+FOLDER_VARIABLE = "TRANSFORMERS_DSV3_CPU_LIBRARY"
 # The build writes into this file why there is no library; see setup.py
 BUILD_FAILURE = "_cpu_build_failure.txt"
-VERSION = 1  # dsv3_version() of csrc/library.c
+VERSION = 2  # dsv3_version() of csrc/library.c
 
 pointer, integer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
@@ -40,6 +43,10 @@ SIGNATURES = {
     "dsv3_route": [
         *[pointer, pointer, whole, pointer, *[integer] * 6, whole, real, pointer, pointer, pointer, whole],
     ],
+    # x, type, ldx, weight, eps, y, rows, n, threads
+    "dsv3_rms_norm": [pointer, whole, integer, pointer, real, pointer, integer, integer, whole],
+    # x and strides, cos, sin and strides, type, interleave, y, B, H, Q, P, threads
+    "dsv3_rotate": [*[pointer] * 5, whole, whole, pointer, *[integer] * 4, whole],
     "dsv3_use_isa": [ctypes.c_char_p],
     "dsv3_use_pool": [pointer, pointer],
     "dsv3_read": [pointer, integer, whole],
@@ -90,7 +97,7 @@ _library: ctypes.CDLL | None = None
 # Why there is no library here, None where there is
 unavailable: str | None = None
 try:
-    _library = load(FOLDER)
+    _library = load(Path(os.environ.get(FOLDER_VARIABLE, FOLDER)))
 except NotAvailable as reason:
     unavailable = str(reason)
 

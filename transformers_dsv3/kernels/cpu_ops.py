@@ -1,7 +1,7 @@
 """The compiled library's functions as torch operators, `torch.ops.transformers_dsv3.*`.
 
 Each has a fake kernel, so torch.compile and torch.export trace through it, and checks shapes and types before any
-memory is touched. None has a gradient: `registry` leaves calls that need one to PyTorch.
+memory is touched. None has a gradient: `selection` leaves calls that need one to PyTorch.
 
 INT8 weights are whole numbers times an fp32 scale for each output channel. Activations then meet them as 16-bit whole
 numbers with a scale for each row, which lose less than bf16 does, or, for many rows at once, as 8-bit ones
@@ -17,6 +17,7 @@ from .cpu_library import library
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 LONGEST_HEAD = 2048  # K_BLOCK of csrc/inner_loops.h
+MOST_ROTATED = 1024  # of csrc/rows.c
 
 _definitions = torch.library.Library("transformers_dsv3", "DEF")
 _definitions.define("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool int8_activations) -> Tensor")
@@ -37,11 +38,8 @@ _definitions.define(
     "route(Tensor x, Tensor weight, Tensor bias, int groups, int top_groups, int top_k, bool normalize, float factor) "
     "-> (Tensor, Tensor, Tensor)"
 )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+_definitions.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+_definitions.define("rotate(Tensor x, Tensor cos, Tensor sin, bool interleave) -> Tensor")
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
@@ -49,23 +47,28 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def _check_activations(name: str, x: torch.Tensor) -> None:
-    _require(x.dtype in (torch.float32, torch.bfloat16), f"{name} is {x.dtype}, not fp32 or bf16")
+    if not (x.dtype in (torch.float32, torch.bfloat16)):
+        raise ValueError(f"{name} is {x.dtype}, not fp32 or bf16")
 
 
 def _check_weight(name: str, weight: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor, shape: tuple) -> None:
     """`weight` of `shape` in x's dtype, or INT8 with fp32 scales for its rows."""
-    _require(tuple(weight.shape) == shape, f"{name} is of shape {tuple(weight.shape)}, not {shape}")
-    _require(weight.is_contiguous(), f"{name} is not contiguous")
+    if weight.shape != shape:
+        raise ValueError(f"{name} is of shape {tuple(weight.shape)}, not {shape}")
+    if not weight.is_contiguous():
+        raise ValueError(f"{name} is not contiguous")
     if weight.dtype == torch.int8:
-        _require(scale is not None, f"{name} is INT8 without a scale")
-        assert scale is not None
-        _require(
-            scale.dtype == torch.float32 and tuple(scale.shape) == shape[:-1] and scale.is_contiguous(),
-            f"the scale of {name} is {scale.dtype} of shape {tuple(scale.shape)}, not contiguous fp32 of {shape[:-1]}",
-        )
+        if scale is None:
+            raise ValueError(f"{name} is INT8 without a scale")
+        if scale.dtype != torch.float32 or scale.shape != shape[:-1] or not scale.is_contiguous():
+            raise ValueError(
+                f"the scale of {name} is {scale.dtype} of shape {tuple(scale.shape)}, not contiguous fp32 of {shape[:-1]}"
+            )
     else:
-        _require(weight.dtype == x.dtype, f"{name} is {weight.dtype}, the activations are {x.dtype}")
-        _require(scale is None, f"{name} has a scale, but is not INT8")
+        if weight.dtype != x.dtype:
+            raise ValueError(f"{name} is {weight.dtype}, the activations are {x.dtype}")
+        if scale is not None:
+            raise ValueError(f"{name} has a scale, but is not INT8")
 
 
 def _done(status: int) -> None:
@@ -82,13 +85,11 @@ def _linear(
 ) -> torch.Tensor:
     _check_activations("x", x)
     N, K = weight.shape
-    _require(x.shape[-1] == K, f"x has rows of {x.shape[-1]}, weight of {K}")
+    if x.shape[-1] != K:
+        raise ValueError(f"x has rows of {x.shape[-1]}, weight of {K}")
     _check_weight("weight", weight, scale, x, (N, K))
-    if bias is not None:
-        _require(
-            bias.dtype == x.dtype and tuple(bias.shape) == (N,) and bias.is_contiguous(),
-            f"bias is {bias.dtype} of shape {tuple(bias.shape)}, not contiguous {x.dtype} of ({N},)",
-        )
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (N,) or not bias.is_contiguous()):
+        raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}, not contiguous {x.dtype} of ({N},)")
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], N)
     if y.numel():
@@ -130,28 +131,34 @@ def _mixture(
     int8_activations: bool,
 ) -> torch.Tensor:
     _check_activations("x", x)
-    _require(x.dim() == 2, f"x has {x.dim()} dimensions, not 2")
+    if x.dim() != 2:
+        raise ValueError(f"x has {x.dim()} dimensions, not 2")
     T, D = x.shape
     E = inner = K = S = 0
     weights = []
     if gate_up is not None:
-        assert down is not None and expert is not None and weight is not None
+        if down is None or expert is None or weight is None:
+            raise ValueError("gate_up is given without down, expert or weight")
         E, inner = gate_up.shape[0], gate_up.shape[1] // 2
         K = expert.shape[1]
         _check_weight("gate_up", gate_up, gate_up_scale, x, (E, 2 * inner, D))
         _check_weight("down", down, down_scale, x, (E, D, inner))
         weights += [gate_up, down]
         expert, weight = expert.contiguous(), weight.float().contiguous()
-        _require(expert.dtype == torch.int64 and tuple(expert.shape) == (T, K), "expert is not int64 of (T, K)")
-        _require(tuple(weight.shape) == (T, K), f"weight is of shape {tuple(weight.shape)}, not {(T, K)}")
+        if not (expert.dtype == torch.int64 and tuple(expert.shape) == (T, K)):
+            raise ValueError("expert is not int64 of (T, K)")
+        if weight.shape != (T, K):
+            raise ValueError(f"weight is of shape {tuple(weight.shape)}, not {(T, K)}")
     if shared_gate is not None:
-        assert shared_up is not None and shared_down is not None
+        if shared_up is None or shared_down is None:
+            raise ValueError("shared_gate is given without shared_up or shared_down")
         S = shared_gate.shape[0]
         _check_weight("shared_gate", shared_gate, shared_gate_scale, x, (S, D))
         _check_weight("shared_up", shared_up, shared_up_scale, x, (S, D))
         _check_weight("shared_down", shared_down, shared_down_scale, x, (D, S))
         weights += [shared_gate, shared_up, shared_down]
-    _require(len({w.dtype for w in weights}) == 1, "the weights are of several dtypes, or there are none")
+    if not (len({w.dtype for w in weights}) == 1):
+        raise ValueError("the weights are of several dtypes, or there are none")
     x = x.contiguous()
     out = torch.empty_like(x)
     if out.numel():
@@ -201,7 +208,8 @@ def _mask_arguments(mask: torch.Tensor | None, shape: tuple[int, int, int]) -> t
     if mask is None:
         return None, None, 0, None
     B, Q, S = shape
-    _require(mask.dim() == 4 and mask.shape[1] == 1, f"the mask is of shape {tuple(mask.shape)}, not (B, 1, Q, S)")
+    if mask.dim() != 4 or any(n not in (1, size) for n, size in zip(mask.shape, (B, 1, Q, S))):
+        raise ValueError(f"the mask is of shape {tuple(mask.shape)}, not {(B, 1, Q, S)}")
     if mask.dtype != torch.bool:
         mask = mask.float()
     mask = mask.expand(B, 1, Q, S)
@@ -224,12 +232,17 @@ def _attention_absorbed(
     S, R = latent.shape[1:]
     P, V = q_rope.shape[-1], kv_b_weight.shape[0] // H - N
     _check_activations("q_nope", q_nope)
-    _require(tuple(q_rope.shape) == (B, H, Q, P), f"q_rope is of shape {tuple(q_rope.shape)}, not {(B, H, Q, P)}")
-    _require(tuple(latent.shape) == (B, S, R), f"latent is of shape {tuple(latent.shape)}, not {(B, S, R)}")
-    _require(tuple(k_rope.shape) == (B, S, P), f"k_rope is of shape {tuple(k_rope.shape)}, not {(B, S, P)}")
+    if q_rope.shape != (B, H, Q, P):
+        raise ValueError(f"q_rope is of shape {tuple(q_rope.shape)}, not {(B, H, Q, P)}")
+    if latent.shape != (B, S, R):
+        raise ValueError(f"latent is of shape {tuple(latent.shape)}, not {(B, S, R)}")
+    if k_rope.shape != (B, S, P):
+        raise ValueError(f"k_rope is of shape {tuple(k_rope.shape)}, not {(B, S, P)}")
     _check_weight("kv_b_weight", kv_b_weight, None, q_nope, (H * (N + V), R))
-    _require(len({t.dtype for t in (q_nope, q_rope, latent, k_rope)}) == 1, "the dtypes of queries and cache differ")
-    _require(max(R, P) <= LONGEST_HEAD, f"latents or rotary parts are longer than {LONGEST_HEAD}")
+    if not (len({t.dtype for t in (q_nope, q_rope, latent, k_rope)}) == 1):
+        raise ValueError("the dtypes of queries and cache differ")
+    if not (max(R, P) <= LONGEST_HEAD):
+        raise ValueError(f"latents or rotary parts are longer than {LONGEST_HEAD}")
     out = q_nope.new_empty(B, Q, H, V)
     q_nope, q_rope, latent, k_rope = _dense_rows(q_nope, q_rope, latent, k_rope)
     mask, mask_address, is_bytes, mask_strides = _mask_arguments(mask, (B, Q, S))
@@ -269,11 +282,16 @@ def _attention_expanded(
     B, H, Q, N = q_nope.shape
     S, V, P = kv.shape[1], kv.shape[3] - N, q_rope.shape[-1]
     _check_activations("q_nope", q_nope)
-    _require(tuple(q_rope.shape) == (B, H, Q, P), f"q_rope is of shape {tuple(q_rope.shape)}, not {(B, H, Q, P)}")
-    _require(tuple(kv.shape) == (B, S, H, N + V), f"kv is of shape {tuple(kv.shape)}, not {(B, S, H, N + V)}")
-    _require(tuple(k_rope.shape) == (B, S, P), f"k_rope is of shape {tuple(k_rope.shape)}, not {(B, S, P)}")
-    _require(len({t.dtype for t in (q_nope, q_rope, kv, k_rope)}) == 1, "the dtypes of queries and keys differ")
-    _require(max(N, P) <= LONGEST_HEAD, f"keys are longer than {LONGEST_HEAD}")
+    if q_rope.shape != (B, H, Q, P):
+        raise ValueError(f"q_rope is of shape {tuple(q_rope.shape)}, not {(B, H, Q, P)}")
+    if kv.shape != (B, S, H, N + V):
+        raise ValueError(f"kv is of shape {tuple(kv.shape)}, not {(B, S, H, N + V)}")
+    if k_rope.shape != (B, S, P):
+        raise ValueError(f"k_rope is of shape {tuple(k_rope.shape)}, not {(B, S, P)}")
+    if not (len({t.dtype for t in (q_nope, q_rope, kv, k_rope)}) == 1):
+        raise ValueError("the dtypes of queries and keys differ")
+    if not (max(N, P) <= LONGEST_HEAD):
+        raise ValueError(f"keys are longer than {LONGEST_HEAD}")
     out = q_nope.new_empty(B, Q, H, V)
     q_nope, q_rope, kv, k_rope = _dense_rows(q_nope, q_rope, kv, k_rope)
     mask, mask_address, is_bytes, mask_strides = _mask_arguments(mask, (B, Q, S))
@@ -314,8 +332,10 @@ def _route(
     T, D = x.shape
     E = weight.shape[0]
     _check_weight("weight", weight, None, x, (E, D))
-    _require(bias.dtype == torch.float32 and tuple(bias.shape) == (E,), f"bias is not fp32 of ({E},)")
-    _require(E % groups == 0 and top_groups <= groups and top_k <= top_groups * (E // groups), "groups do not fit")
+    if not (bias.dtype == torch.float32 and tuple(bias.shape) == (E,)):
+        raise ValueError(f"bias is not fp32 of ({E},)")
+    if not (E % groups == 0 and top_groups <= groups and top_k <= top_groups * (E // groups)):
+        raise ValueError("groups do not fit")
     x, bias = x.contiguous(), bias.contiguous()
     logits, chosen_weight, expert = _fake_route(x, weight, bias, groups, top_groups, top_k, normalize, factor)
     status = library().dsv3_route(
@@ -335,12 +355,60 @@ def _route(
     return logits, chosen_weight, expert
 
 
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    _check_activations("x", x)
+    n = x.shape[-1]
+    _check_weight("weight", weight, None, x, (n,))
+    if x.dim() == 3 and x.shape[0] == 1 and x.stride(2) == 1:
+        row = x.stride(1)  # a part of wider rows, as the latents are of their projection
+    else:
+        x, row = x.contiguous(), n
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel():
+        rows = y.numel() // n
+        status = library().dsv3_rms_norm(
+            x.data_ptr(),
+            TYPES[x.dtype],
+            row,
+            weight.data_ptr(),
+            eps,
+            y.data_ptr(),
+            rows,
+            n,
+            torch.get_num_threads(),
+        )
+        _done(status)
+    return y
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
+    _check_activations("x", x)
+    B, H, Q, P = x.shape
+    if P > MOST_ROTATED or P % 2:
+        raise ValueError(f"x has {P} dimensions to rotate, not an even number up to {MOST_ROTATED}")
+    for name, angles in (("cos", cos), ("sin", sin)):
+        if angles.shape not in ((B, Q, P), (1, Q, P)) or angles.dtype != x.dtype:
+            raise ValueError(f"{name} is {angles.dtype} of shape {tuple(angles.shape)}, not {x.dtype} of {(B, Q, P)}")
+    (x,) = _dense_rows(x)
+    cos, sin = (angles.contiguous().expand(B, Q, P) for angles in (cos, sin))
+    y = x.new_empty(B, H, Q, P)
+    library().dsv3_rotate(
+        x.data_ptr(),
+        _strides(x),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        _strides(cos),
+        TYPES[x.dtype],
+        interleave,
+        y.data_ptr(),
+        *(B, H, Q, P),
+        torch.get_num_threads(),
+    )
+    return y
+
+
 def _fake_linear(x, weight, scale, bias, int8_activations):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _fake_mixture(x, *rest):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_attention_absorbed(q_nope, q_rope, latent, k_rope, kv_b_weight, mask, scaling):  # type: ignore[no-untyped-def]
@@ -362,12 +430,18 @@ def _fake_route(x, weight, bias, groups, top_groups, top_k, normalize, factor): 
     )
 
 
+def _fake_like(x, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 for _name, _kernel, _fake in (
     ("linear", _linear, _fake_linear),
-    ("mixture", _mixture, _fake_mixture),
+    ("mixture", _mixture, _fake_like),
     ("attention_absorbed", _attention_absorbed, _fake_attention_absorbed),
     ("attention_expanded", _attention_expanded, _fake_attention_expanded),
     ("route", _route, _fake_route),
+    ("rms_norm", _rms_norm, _fake_like),
+    ("rotate", _rotate, _fake_like),
 ):
     _definitions.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"transformers_dsv3::{_name}", _fake, lib=_definitions)

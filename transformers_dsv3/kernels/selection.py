@@ -86,23 +86,32 @@ def cpu_refusal(operation: str, x: torch.Tensor, *weights: torch.Tensor) -> str 
     return reason
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def _cpu_refusal(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
+    # Every call of every layer comes through here: in decoding, microseconds count
     if cpu_library.unavailable is not None:
         return cpu_library.unavailable
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"is for CPUs, not {x.device.type}"
-    if x.dtype is not torch.bfloat16 and x.dtype is not torch.float32:
-        return f"takes bf16 and fp32, not {x.dtype}"
-    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
-        return "has no gradients"
+    dtype = x.dtype
+    if dtype is not torch.bfloat16 and dtype is not torch.float32:
+        return f"takes bf16 and fp32, not {dtype}"
     if torch.is_autocast_enabled("cpu"):
         return "does not follow autocast"
-    for tensor in (x, *weights):
-        if is_traceable_wrapper_subclass(tensor):
-            return f"takes plain tensors, not {type(tensor).__name__}"
+    with_gradients = torch.is_grad_enabled()
+    if with_gradients and x.requires_grad:
+        return "has no gradients"
+    if type(x) not in PLAIN and is_traceable_wrapper_subclass(x):
+        return f"takes plain tensors, not {type(x).__name__}"
     for weight in weights:
-        if weight.dtype is not x.dtype and weight.dtype is not torch.int8:
-            return f"takes weights and caches of the activations' dtype ({x.dtype}), not {weight.dtype}"
-        if weight.device.type != "cpu":
+        if with_gradients and weight.requires_grad:
+            return "has no gradients"
+        if type(weight) not in PLAIN and is_traceable_wrapper_subclass(weight):
+            return f"takes plain tensors, not {type(weight).__name__}"
+        if weight.dtype is not dtype and weight.dtype is not torch.int8:
+            return f"takes weights and caches of the activations' dtype ({dtype}), not {weight.dtype}"
+        if not weight.is_cpu:
             return f"needs weights in the CPU's memory, not on {weight.device.type}"
     return None

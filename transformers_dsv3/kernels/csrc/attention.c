@@ -78,11 +78,11 @@ static void attend(const keys *k, const void *const *q1, const void *const *q2, 
         const void *v = at(k->v, s * k->ldv, size);
         /* The second part adds to the first's sums: both are shorter than K_BLOCK */
         if (kind == ROWS_F32) {
-            loops->dot_f32((const float *const *)q1, M, 0, k1, k->ld1, n, k->n1, scores, BLOCK, 0);
-            loops->dot_f32((const float *const *)q2, M, 0, k2, k->ld2, n, k->n2, scores, BLOCK, 1);
+            loops->dot_f32((const float *const *)q1, M, 0, k1, k->ld1, n, k->n1, scores, BLOCK, 0, NULL);
+            loops->dot_f32((const float *const *)q2, M, 0, k2, k->ld2, n, k->n2, scores, BLOCK, 1, NULL);
         } else {
-            loops->dot_bf16((const bf16 *const *)q1, M, 0, k1, k->ld1, n, k->n1, scores, BLOCK, 0);
-            loops->dot_bf16((const bf16 *const *)q2, M, 0, k2, k->ld2, n, k->n2, scores, BLOCK, 1);
+            loops->dot_bf16((const bf16 *const *)q1, M, 0, k1, k->ld1, n, k->n1, scores, BLOCK, 0, NULL);
+            loops->dot_bf16((const bf16 *const *)q2, M, 0, k2, k->ld2, n, k->n2, scores, BLOCK, 1, NULL);
         }
         for (int64_t i = 0; i < M; i++) {
             float *row = scores + i * BLOCK;
@@ -201,7 +201,7 @@ static void latents_to_outputs(absorbed *a, int64_t h, float *buffer, const void
         store_as(sums, (void *)row[i], a->type, a->R);
     }
     const void *w = at(a->w, (h * (a->N + a->V) + a->N) * a->R, size);
-    product(a->type == F32 ? ROWS_F32 : ROWS_BF16, row, rows, w, a->R, a->V, a->R, outputs, a->V);
+    product(a->type == F32 ? ROWS_F32 : ROWS_BF16, row, rows, w, a->R, a->V, a->R, outputs, a->V, NULL);
     for (int64_t i = 0; i < rows; i++)
         store_as(outputs + i * a->V, (char *)a->out + (size_t)((i * a->H + h) * a->V) * size, a->type, a->V);
 }

@@ -13,7 +13,7 @@
 
 static inline __attribute__((always_inline)) void JOIN(DOT, _tile)(
     const A_T *const *a, int64_t k0, const W_T *w, ptrdiff_t ldw, int64_t K, float *c, ptrdiff_t ldc, int accumulate,
-    const int mr, const int nr, const int prefetch)
+    const W_T *next, const int mr, const int nr, const int prefetch)
 {
     ACC acc[MR][NR];
     A_VEC av[MR];
@@ -31,7 +31,7 @@ static inline __attribute__((always_inline)) void JOIN(DOT, _tile)(
         for (int j = 0; j < nr; j++) {
             W_VEC wv = LOAD_W(w + j * ldw + k);
             if (prefetch)
-                __builtin_prefetch(w + (NR + j) * ldw + k, 0, 2);
+                __builtin_prefetch(next + j * ldw + k, 0, 2);
 #pragma GCC unroll 8
             for (int i = 0; i < mr; i++)
                 acc[i][j] = MAC(acc[i][j], av[i], wv);
@@ -59,28 +59,27 @@ static inline __attribute__((always_inline)) void JOIN(DOT, _tile)(
     }
 }
 
-/* One row of a against many of w is bound by memory: the next tile is asked for while this one is computed, since the
- * processor's own prefetching starts anew at each page, which is about a row. */
 static void DOT(DOT_ARGUMENTS(A_T, W_T))
 {
     for (int64_t j = 0; j < N; j += NR) {
-        const W_T *tile = w + j * ldw;
+        const W_T *tile = w + j * ldw, *ahead = j + 2 * NR <= N ? tile + NR * ldw : next ? next : tile;
         int whole = j + NR <= N;
         for (int64_t i = 0; i < M; i += MR) {
             float *out = c + i * ldc + j;
             int64_t mr = M - i < MR ? M - i : MR;
-            if (whole) {
-                if (mr == 1)
-                    JOIN(DOT, _tile)(a + i, k0, tile, ldw, K, out, ldc, accumulate, 1, NR, 1);
-                else if (mr < MR)
-                    JOIN(DOT, _tile)(a + i, k0, tile, ldw, K, out, ldc, accumulate, 2, NR, 0);
-                else
-                    JOIN(DOT, _tile)(a + i, k0, tile, ldw, K, out, ldc, accumulate, MR, NR, 0);
-            } else {
+            if (!whole) {
                 for (int64_t r = 0; r < N - j; r++)
                     for (int64_t q = 0; q < mr; q++)
-                        JOIN(DOT, _tile)(a + i + q, k0, tile + r * ldw, ldw, K, out + q * ldc + r, ldc, accumulate, 1, 1, 0);
-            }
+                        JOIN(DOT, _tile)(a + i + q, k0, tile + r * ldw, ldw, K, out + q * ldc + r, ldc, accumulate,
+                                         NULL, 1, 1, 0);
+            } else if (mr == 1)
+                JOIN(DOT, _tile)(a + i, k0, tile, ldw, K, out, ldc, accumulate, ahead, 1, NR, 1);
+            else if (mr < MR)
+                JOIN(DOT, _tile)(a + i, k0, tile, ldw, K, out, ldc, accumulate, ahead, 2, NR, 1);
+            else if (i == 0)
+                JOIN(DOT, _tile)(a + i, k0, tile, ldw, K, out, ldc, accumulate, ahead, MR, NR, 1);
+            else
+                JOIN(DOT, _tile)(a + i, k0, tile, ldw, K, out, ldc, accumulate, NULL, MR, NR, 0);
         }
     }
 }

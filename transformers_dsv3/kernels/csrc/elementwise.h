@@ -70,18 +70,49 @@ static void scale(float *x, float factor, int64_t n)
 /* Sums and maxima are kept in lanes of their own, as a vector does: the compiler may not reorder additions by itself */
 enum { LANES = 32 };
 
+/* NaN if any element is: as bits, without the sign, NaN is larger than all */
 static float abs_max(const float *x, int64_t n)
 {
-    float lane[LANES] = {0}, max = 0;
+    int32_t lane[LANES] = {0}, max = 0;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) {
+            int32_t bits;
+            memcpy(&bits, x + i + j, 4);
+            bits &= 0x7fffffff;
+            lane[j] = bits > lane[j] ? bits : lane[j];
+        }
+    for (int j = 0; i < n; i++, j++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        lane[j] = bits > lane[j] ? bits : lane[j];
+    }
+    for (int j = 0; j < LANES; j++)
+        max = lane[j] > max ? lane[j] : max;
+    float largest;
+    memcpy(&largest, &max, 4);
+    return largest;
+}
+
+static float sum_of_squares(const float *x, int64_t n)
+{
+    float lane[LANES] = {0}, total = 0;
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int j = 0; j < LANES; j++)
-            lane[j] = fabsf(x[i + j]) > lane[j] ? fabsf(x[i + j]) : lane[j];
+            lane[j] += x[i + j] * x[i + j];
     for (int j = 0; i < n; i++, j++)
-        lane[j] = fabsf(x[i]) > lane[j] ? fabsf(x[i]) : lane[j];
+        lane[j] += x[i] * x[i];
     for (int j = 0; j < LANES; j++)
-        max = lane[j] > max ? lane[j] : max;
-    return max;
+        total += lane[j];
+    return total;
+}
+
+static void scaled_product(const float *x, const float *w, float factor, float *restrict y, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        y[i] = x[i] * factor * w[i];
 }
 
 static void f32_to_s16(const float *restrict x, int16_t *restrict y, float factor, int64_t n)

@@ -20,10 +20,12 @@ enum { K_BLOCK = 2048 };
 /* Most rows of values that `mix_*` takes at a time */
 enum { MIX_BLOCK = 128 };
 
-/* c[i * ldc + j] (+)= sum over k of a[i][k0 + k] * w[j * ldw + k], for i < M, j < N, k < K <= K_BLOCK */
+/* c[i * ldc + j] (+)= sum over k of a[i][k0 + k] * w[j * ldw + k], for i < M, j < N, k < K <= K_BLOCK. `next` is where
+ * the rows of w begin that this thread is to multiply after these, or NULL: reading them is begun ahead. The processor's
+ * own prefetching starts anew at each page, which is about a row. */
 #define DOT_ARGUMENTS(A_T, W_T) \
     const A_T *const *a, int64_t M, int64_t k0, const W_T *w, ptrdiff_t ldw, int64_t N, int64_t K, float *c, \
-        ptrdiff_t ldc, int accumulate
+        ptrdiff_t ldc, int accumulate, const W_T *next
 /* acc[i * ldacc + r] += sum over s of p[i * ldp + s] * v[s * ldv + r], for i < M, s < S <= MIX_BLOCK, r < R */
 #define MIX_ARGUMENTS(V_T) \
     const float *p, ptrdiff_t ldp, int64_t M, const V_T *v, ptrdiff_t ldv, int64_t S, int64_t R, float *acc, \
@@ -45,6 +47,9 @@ typedef struct {
     void (*add_scaled)(float *y, const float *x, float factor, int64_t n);
     /* x[i] *= factor */
     void (*scale)(float *x, float factor, int64_t n);
+    float (*sum_of_squares)(const float *x, int64_t n);
+    /* y[i] = x[i] * factor * w[i] */
+    void (*scaled_product)(const float *x, const float *w, float factor, float *y, int64_t n);
     float (*abs_max)(const float *x, int64_t n);
     /* y[i] = x[i] * factor to the nearest whole number, in s16 as it is, in u8 plus 128 */
     void (*f32_to_s16)(const float *x, int16_t *y, float factor, int64_t n);

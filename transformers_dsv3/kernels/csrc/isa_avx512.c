@@ -173,6 +173,7 @@ static inline __attribute__((always_inline)) void dot_u8s8_tile(
 
 static void dot_u8s8(DOT_ARGUMENTS(uint8_t, int8_t))
 {
+    (void)next; /* for many rows, where memory is not the limit */
     const __m512i offset = _mm512_set1_epi8((char)128);
     for (int64_t j = 0; j < N; j += 8) {
         const int8_t *tile = w + j * ldw;
@@ -324,7 +325,7 @@ static void mix_f32(MIX_ARGUMENTS(float))
 
 const inner_loops loops_avx512 = {
     "avx512", dot_bf16, dot_f32, dot_s16s8, dot_u8s8, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, add_scaled,
-    scale, abs_max, f32_to_s16, f32_to_u8, softmax_step, xor_of,
+    scale, sum_of_squares, scaled_product, abs_max, f32_to_s16, f32_to_u8, softmax_step, xor_of,
 };
 
 #if defined(__clang__)

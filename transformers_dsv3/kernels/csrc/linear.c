@@ -34,13 +34,16 @@ static void work(void *context, team *t)
         wait_for_team(t);
     }
     float c[M_BLOCK * N_BLOCK], bias[N_BLOCK];
-    while ((task = take_task(t, 1, ceil_div(l->N, l->n_block))) >= 0) {
+    int64_t tasks = ceil_div(l->N, l->n_block), following;
+    for (task = take_task(t, 1, tasks); task >= 0; task = following) {
         int64_t j = task * l->n_block, n = min_i64(l->n_block, l->N - j);
+        following = take_task(t, 1, tasks);
+        const void *next = following < 0 ? NULL : at(l->w, following * l->n_block * l->ldw, weight_size(l->w_type));
         const float *b = l->bias ? as_f32(at(l->bias, j, float_size(l->x_type)), l->x_type, n, bias) : NULL;
         for (int64_t i = 0; i < l->M; i += M_BLOCK) {
             int64_t m = min_i64(M_BLOCK, l->M - i);
             product(l->rows.kind, l->rows.row + i, m, at(l->w, j * l->ldw, weight_size(l->w_type)), l->ldw, n, l->K, c,
-                    N_BLOCK);
+                    N_BLOCK, next);
             for (int64_t r = 0; r < m; r++) {
                 float *row = c + r * N_BLOCK;
                 if (l->w_scale)

@@ -38,14 +38,32 @@ typedef struct {
 
 static size_t quantized_size(row_kind kind) { return kind == ROWS_S16 ? 2 : 1; }
 
-static void gate_and_up(const mixture *m, const network *n, int64_t j, int64_t columns, float *gate, float *up)
+/* The network that a task of phase 1 belongs to */
+static const network *network_of(const mixture *m, int64_t task)
+{
+    const network *n = m->networks + m->n_networks - 1;
+    while (n->first_task > task)
+        n--;
+    return n;
+}
+
+/* Where the gate's rows of a task of phase 1 begin */
+static const void *gate_rows(const mixture *m, int64_t task)
+{
+    const network *n = network_of(m, task);
+    return at(n->gate, (task - n->first_task) * m->n_block * m->D, weight_size(m->w_type));
+}
+
+/* `next`: the gate rows of the thread's next task, or NULL */
+static void gate_and_up(const mixture *m, const network *n, int64_t j, int64_t columns, const void *next, float *gate,
+                        float *up)
 {
     size_t size = weight_size(m->w_type);
     const void *w_gate = at(n->gate, j * m->D, size), *w_up = at(n->up, j * m->D, size);
     for (int64_t i = 0; i < n->count; i += M_BLOCK) {
         int64_t block = min_i64(M_BLOCK, n->count - i), pair = n->first + i;
-        product(m->kind, m->x_row + pair, block, w_gate, m->D, columns, m->D, gate, N_BLOCK);
-        product(m->kind, m->x_row + pair, block, w_up, m->D, columns, m->D, up, N_BLOCK);
+        product(m->kind, m->x_row + pair, block, w_gate, m->D, columns, m->D, gate, N_BLOCK, w_up);
+        product(m->kind, m->x_row + pair, block, w_up, m->D, columns, m->D, up, N_BLOCK, next);
         for (int64_t r = 0; r < block; r++) {
             float *g = gate + r * N_BLOCK, *u = up + r * N_BLOCK;
             if (n->gate_scale) {
@@ -66,10 +84,12 @@ static void down_and_sum(const mixture *m, int64_t j, int64_t columns, float *c,
 {
     memset(sums, 0, (size_t)(m->T * N_BLOCK) * 4);
     for (const network *n = m->networks; n < m->networks + m->n_networks; n++) {
-        const void *w = at(n->down, j * n->width, weight_size(m->w_type));
+        const void *w = at(n->down, j * n->width, weight_size(m->w_type)), *next = NULL;
+        if (n + 1 < m->networks + m->n_networks && n[1].width == n->width)
+            next = at(n[1].down, j * n->width, weight_size(m->w_type));
         for (int64_t i = 0; i < n->count; i += M_BLOCK) {
             int64_t block = min_i64(M_BLOCK, n->count - i), pair = n->first + i;
-            product(m->kind, m->h_row + pair, block, w, n->width, columns, n->width, c, N_BLOCK);
+            product(m->kind, m->h_row + pair, block, w, n->width, columns, n->width, c, N_BLOCK, next);
             for (int64_t r = 0; r < block; r++) {
                 float *row = c + r * N_BLOCK, weight = m->weight[pair + r];
                 if (n->down_scale) {
@@ -105,12 +125,13 @@ static void work(void *context, team *t)
         }
         wait_for_team(t);
     }
-    while (c && (task = take_task(t, 1, m->phase1_tasks)) >= 0) {
-        const network *n = m->networks + m->n_networks - 1;
-        while (n->first_task > task)
-            n--;
+    int64_t following = -1;
+    for (task = c ? take_task(t, 1, m->phase1_tasks) : -1; task >= 0; task = following) {
+        following = take_task(t, 1, m->phase1_tasks);
+        const network *n = network_of(m, task);
         int64_t j = (task - n->first_task) * m->n_block;
-        gate_and_up(m, n, j, min_i64(m->n_block, n->width - j), c, second);
+        gate_and_up(m, n, j, min_i64(m->n_block, n->width - j), following < 0 ? NULL : gate_rows(m, following), c,
+                    second);
     }
     wait_for_team(t);
     if (m->h_quantized) {

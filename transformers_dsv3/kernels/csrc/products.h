@@ -32,9 +32,10 @@ static inline const void *at(const void *p, int64_t elements, size_t size)
     return (const char *)p + elements * (ptrdiff_t)size;
 }
 
-/* c[i * ldc + j] = sum over k < K of a[first + i][k] * w[j * ldw + k], before any scales */
+/* c[i * ldc + j] = sum over k < K of a[i][k] * w[j * ldw + k], before any scales. `next`: where the thread's next rows
+ * of weights of this length begin, NULL where there are none. */
 void product(row_kind kind, const void *const *a, int64_t M, const void *w, ptrdiff_t ldw, int64_t N, int64_t K,
-             float *c, ptrdiff_t ldc);
+             float *c, ptrdiff_t ldc, const void *next);
 
 /* One row x of n elements to fp32 */
 const float *as_f32(const void *x, int type, int64_t n, float *buffer);

@@ -77,7 +77,8 @@ static void work(void *context, team *t)
         int64_t first = task * ROWS, n = min_i64(ROWS, r->T - first);
         for (int64_t i = 0; i < n; i++)
             row[i] = at(r->x, (first + i) * r->D, float_size(r->type));
-        product(r->type == F32 ? ROWS_F32 : ROWS_BF16, row, n, r->w, r->D, r->E, r->D, r->logits + first * r->E, r->E);
+        product(r->type == F32 ? ROWS_F32 : ROWS_BF16, row, n, r->w, r->D, r->E, r->D, r->logits + first * r->E, r->E,
+                NULL);
         for (int64_t i = 0; i < n; i++)
             choose(r, first + i, score, score + r->E, score + 2 * r->E, (char *)(score + 2 * r->E + r->groups));
     }

@@ -192,5 +192,5 @@ MIX(mix_bf16, bf16, WIDEN, WIDEN_TAIL)
 
 const inner_loops LOOPS = {
     NAME, dot_bf16, dot_f32, dot_s16s8, dot_u8s8, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, add_scaled,
-    scale, abs_max, f32_to_s16, f32_to_u8, softmax_step, xor_of,
+    scale, sum_of_squares, scaled_product, abs_max, f32_to_s16, f32_to_u8, softmax_step, xor_of,
 };

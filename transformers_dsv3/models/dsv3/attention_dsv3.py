@@ -20,13 +20,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...kernels import mla_cpu, mla_training
+from ...kernels.rows_cpu import rotate_refusal
+from .cache_dsv3 import extend
 from .configuration_dsv3 import Dsv3Config
 from .linear_dsv3 import Dsv3Linear
+from .norm_dsv3 import Dsv3RMSNorm
 
 
 logger = logging.get_logger(__name__)
@@ -44,6 +46,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bo
         `(B, H, S, P)` with pairs as halves in both cases: queries and keys are permuted alike, so their products, the
         only use made of them, are unchanged.
     """
+    if rotate_refusal(x, cos, sin) is None:
+        return torch.ops.transformers_dsv3.rotate(x, cos, sin, interleave)
     half = x.shape[-1] // 2
     cos, sin = cos[..., :half].unsqueeze(1), sin[..., :half].unsqueeze(1)
     first, second = (x[..., 0::2], x[..., 1::2]) if interleave else (x[..., :half], x[..., half:])
@@ -187,6 +191,7 @@ class Dsv3Attention(nn.Module):
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         self.v_head_dim = config.v_head_dim
+        self.rope_interleave = config.rope_interleave
         self.scaling = softmax_scale(config)
 
         hidden_size, bias = config.hidden_size, config.attention_bias
@@ -194,10 +199,10 @@ class Dsv3Attention(nn.Module):
             self.q_proj = Dsv3Linear(hidden_size, self.num_heads * self.qk_head_dim, bias=False)
         else:
             self.q_a_proj = Dsv3Linear(hidden_size, self.q_lora_rank, bias=bias)
-            self.q_a_layernorm = DeepseekV3RMSNorm(self.q_lora_rank)
+            self.q_a_layernorm = Dsv3RMSNorm(self.q_lora_rank)
             self.q_b_proj = Dsv3Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = Dsv3Linear(hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
-        self.kv_a_layernorm = DeepseekV3RMSNorm(self.kv_lora_rank)
+        self.kv_a_layernorm = Dsv3RMSNorm(self.kv_lora_rank)
         self.kv_b_proj = Dsv3Linear(
             self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
         )
@@ -300,11 +305,11 @@ class Dsv3Attention(nn.Module):
         )
         latent = self.kv_a_layernorm(latent).unsqueeze(1)
         cos, sin = position_embeddings
-        q_rope = rotate(q_rope, cos, sin, self.config.rope_interleave)
-        k_rope = rotate(k_rope.unsqueeze(1), cos, sin, self.config.rope_interleave)
+        q_rope = rotate(q_rope, cos, sin, self.rope_interleave)
+        k_rope = rotate(k_rope.unsqueeze(1), cos, sin, self.rope_interleave)
 
         if past_key_values is not None:
-            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+            latent, k_rope = extend(past_key_values, latent, k_rope, self.layer_idx)
 
         kv_len = latent.shape[2]
         absorb = past_key_values is not None and self._absorbed_is_cheaper(q_len, kv_len)
@@ -312,28 +317,24 @@ class Dsv3Attention(nn.Module):
             absorb = False
             if not is_torchdynamo_compiling():
                 logger.warning_once(f"Every step expands the whole context, slow where it is long: {reason}.")
+        weights = None
         if absorb:
-            first_query = kv_len - q_len if "flash" in (self.config._attn_implementation or "eager") else 0
-            arguments = (
-                q_nope,
-                q_rope,
-                latent.squeeze(1),
-                k_rope.squeeze(1),
-                self.kv_b_proj.weight,
-                dense_mask(attention_mask, q_len, kv_len, hidden_states.device, first_query),
-                self.scaling,
-            )
-            if self.config._attn_implementation == "eager":
+            implementation = self.config._attn_implementation or "eager"
+            first_query = kv_len - q_len if "flash" in implementation else 0
+            latent, k_rope, kv_b_weight = latent.squeeze(1), k_rope.squeeze(1), self.kv_b_proj.weight
+            mask = dense_mask(attention_mask, q_len, kv_len, hidden_states.device, first_query)
+            arguments = (q_nope, q_rope, latent, k_rope, kv_b_weight, mask, self.scaling)
+            if implementation == "eager":
                 output, weights = absorbed_attention(*arguments)
-            elif mla_cpu.absorbed_refusal(q_nope, latent, k_rope, self.kv_b_proj.weight) is None:
-                output, weights = mla_cpu.absorbed_attention(*arguments), None
+            elif mla_cpu.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight) is None:
+                output = mla_cpu.absorbed_attention(*arguments)
             else:
-                output, weights = absorbed_attention(*arguments)[0], None
+                output, _ = absorbed_attention(*arguments)
         else:
             kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
-            fused = self._fused_expanded(q_nope, kv, k_rope, attention_mask)
+            fused = self._fused_expanded(q_nope, kv, k_rope, attention_mask) if "is_causal" not in kwargs else None
             if fused is not None:
-                output, weights = fused(q_nope, q_rope, kv, k_rope.squeeze(1), attention_mask, self.scaling), None
+                output = fused(q_nope, q_rope, kv, k_rope.squeeze(1), attention_mask, self.scaling)
             else:
                 output, weights = self._expanded_attention(
                     torch.cat([q_nope, q_rope], dim=-1), *self._expand(kv, k_rope), attention_mask, **kwargs

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
 from .attention_dsv3 import Dsv3Attention
 from .configuration_dsv3 import Dsv3Config
 from .linear_dsv3 import Dsv3MLP
 from .moe_dsv3 import Dsv3MoE
+from .norm_dsv3 import Dsv3RMSNorm
 
 
 class Dsv3DecoderLayer(GradientCheckpointingLayer):
@@ -27,8 +27,8 @@ class Dsv3DecoderLayer(GradientCheckpointingLayer):
         self.self_attn = Dsv3Attention(config, layer_idx if cache_idx is None else cache_idx)
         is_moe = layer_idx >= config.first_k_dense_replace and layer_idx % config.moe_layer_freq == 0
         self.mlp = Dsv3MoE(config) if is_moe else Dsv3MLP(config)
-        self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """DeepSeek-V3 models (arXiv 2412.19437): backbone, causal language model, classification heads."""
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm, DeepseekV3RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -26,6 +27,7 @@ from .inputs_dsv3 import check_inputs
 from .linear_dsv3 import Dsv3Linear
 from .moe_dsv3 import Dsv3Experts, Dsv3TopkRouter
 from .mtp_dsv3 import Dsv3MtpLayer, mtp_labels, shift_left
+from .norm_dsv3 import Dsv3RMSNorm
 
 
 @dataclass
@@ -130,7 +132,7 @@ class Dsv3Model(Dsv3PreTrainedModel):
             [Dsv3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
             + [Dsv3MtpLayer(config, depth) for depth in range(config.num_nextn_predict_layers)]
         )
-        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -208,7 +210,7 @@ class Dsv3Model(Dsv3PreTrainedModel):
             # Made after the mask, since Transformers looks for packed sequences only where there is no cache
             past_key_values = layer_inputs["past_key_values"] = DynamicCache(config=self.config)
         hidden_states = inputs_embeds
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(hidden_states, **layer_inputs, **kwargs)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
 from .configuration_dsv3 import Dsv3Config
 from .decoder_dsv3 import Dsv3DecoderLayer
 from .linear_dsv3 import Dsv3Linear
+from .norm_dsv3 import Dsv3RMSNorm
 
 
 class Dsv3MtpHead(nn.Module):
@@ -22,7 +22,7 @@ class Dsv3MtpHead(nn.Module):
 
     def __init__(self, config: Dsv3Config):
         super().__init__()
-        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Dsv3MtpLayer(Dsv3DecoderLayer):
@@ -33,8 +33,8 @@ class Dsv3MtpLayer(Dsv3DecoderLayer):
 
     def __init__(self, config: Dsv3Config, depth: int):
         super().__init__(config, layer_idx=config.num_hidden_layers + depth, cache_idx=depth)
-        self.enorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hnorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.enorm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eh_proj = Dsv3Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = Dsv3MtpHead(config)
         self.frozen_as_idle = False  # see `Dsv3PreTrainedModel._freeze_idle_mtp_layers`

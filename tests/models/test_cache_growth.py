@@ -1,0 +1,114 @@
+"""A dynamic cache that grows in place holds what Transformers' own `update` would have put there."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from transformers_dsv3.models.dsv3.cache_dsv3 import SPARE_TOKENS, extend
+
+
+R, P = 5, 3
+
+
+def tokens(n, batch=2):
+    return torch.randn(batch, 1, n, R), torch.randn(batch, 1, n, P)
+
+
+def append(ours, plain, n, batch=2):
+    new = tokens(n, batch)
+    got = extend(ours, *new, 0)
+    expected = plain.update(*new, 0)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    assert all(torch.equal(a, b) for a, b in zip((ours.layers[0].keys, ours.layers[0].values), expected))
+    assert ours.get_seq_length() == plain.get_seq_length()
+
+
+@pytest.fixture
+def caches():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ours, plain = DynamicCache(), DynamicCache()
+        append(ours, plain, 7)
+        yield ours, plain
+
+
+def test_steps_across_several_enlargements(caches):
+    for n in (1, 1, SPARE_TOKENS - 9, 1, 2, 700, 1, 1):
+        append(*caches, n)
+
+
+def test_steps_in_between_copy_nothing(caches):
+    append(*caches, 1)
+    place = caches[0].layers[0].keys.data_ptr()
+    for _ in range(20):
+        append(*caches, 1)
+        assert caches[0].layers[0].keys.data_ptr() == place
+
+
+@pytest.mark.parametrize(
+    "change, batch",
+    [
+        (lambda cache: cache.crop(-1), 2),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), 2),
+        (lambda cache: cache.batch_repeat_interleave(2), 4),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), 1),
+        (lambda cache: cache.reset(), 2),
+    ],
+    ids=["crop", "reorder", "repeat", "select", "reset"],
+)
+def test_after_the_cache_was_changed(caches, change, batch):
+    append(*caches, 1)
+    for cache in caches:
+        change(cache)
+    for n in (1, 3, 1):
+        append(*caches, n, batch=batch)
+
+
+def test_a_copy_goes_its_own_way(caches):
+    append(*caches, 1)
+    ours, plain = copy.deepcopy(caches)
+    append(*caches, 1)
+    append(ours, plain, 2)
+    append(*caches, 1)
+
+
+def test_tensors_of_others_are_not_written_to(caches):
+    """A layer whose keys are a part of somebody's larger tensor."""
+    ours, plain = caches
+    whole = torch.randn(2, 1, 50, R), torch.randn(2, 1, 50, P)
+    before = [tensor.clone() for tensor in whole]
+    for cache in caches:
+        cache.layers[0].keys, cache.layers[0].values = whole[0][:, :, :10], whole[1][:, :, :10]
+    append(ours, plain, 1)
+    append(ours, plain, 1)
+    assert all(torch.equal(a, b) for a, b in zip(whole, before))
+
+
+def test_room_kept_is_bounded(caches):
+    ours, plain = caches
+    append(ours, plain, 5000)
+    append(ours, plain, 1)
+    room = ours.layers[0].spare_room[0].shape[2]
+    assert room <= 5008 * 9 / 8 + SPARE_TOKENS
+
+
+def test_gradients_flow_through_the_cache():
+    ours, plain = DynamicCache(), DynamicCache()
+    for cache, update in ((ours, extend), (plain, DynamicCache.update)):
+        torch.manual_seed(0)
+        pieces = [[x.requires_grad_() for x in tokens(n)] for n in (3, 1, 1)]
+        for piece in pieces:
+            keys, _ = update(cache, *piece, 0)
+        keys.square().sum().backward()
+        assert all(torch.equal(piece[0].grad, 2 * piece[0]) for piece in pieces)
+
+
+def test_other_caches_are_left_to_themselves(make_model):
+    model = make_model()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        model(torch.arange(1, 5)[None], past_key_values=cache)
+        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    assert not hasattr(cache.layers[0], "spare_room") and int(cache.get_seq_length()) == 5

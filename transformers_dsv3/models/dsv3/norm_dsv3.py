@@ -1,0 +1,16 @@
+"""RMSNorm, served by a compiled backend where it takes the call."""
+
+import torch
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+
+from ...kernels.rows_cpu import rms_norm_refusal
+
+
+class Dsv3RMSNorm(DeepseekV3RMSNorm):
+    """Root mean square normalisation (arXiv 1910.07467) in fp32."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., D)` to `(..., D)`."""
+        if rms_norm_refusal(hidden_states, self.weight) is None:
+            return torch.ops.transformers_dsv3.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)
