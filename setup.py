@@ -28,7 +28,8 @@ FAILURE = "_cpu_build_failure.txt"  # read by kernels/cpu_library.py
 # No -march: each instruction set is one file that names it, and the processor's is chosen at run time
 OPTIONS = ["-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 COMPILERS = ("cc", "gcc", "clang")
-ADVICE = "; `pip install` of this package builds it again"
+# Without the two options pip may take the wheel it made the first time
+ADVICE = "`pip install --force-reinstall --no-cache-dir` of this package builds it again"
 
 
 class BuildFailure(Exception):
@@ -44,20 +45,24 @@ def find_compiler() -> list[str]:
     asked = shlex.split(os.environ.get("CC", ""))
     if asked:
         if shutil.which(asked[0]) is None:
-            raise BuildFailure(f"the C compiler that CC names, {asked[0]!r}, was not found{ADVICE}")
+            raise BuildFailure(f"the C compiler that CC names, {asked[0]!r}, was not found")
         return asked
     for name in COMPILERS:
         if shutil.which(name):
             return [name]
-    raise BuildFailure(f"no C compiler was found ({', '.join(COMPILERS)}): install gcc or clang{ADVICE}")
+    raise BuildFailure(f"no C compiler was found ({', '.join(COMPILERS)}): install gcc or clang")
 
 
 def run(command: list[str]) -> None:
+    """
+    Raises:
+        BuildFailure: with the first errors that the command printed.
+    """
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         lines = (done.stderr + done.stdout).strip().splitlines()
         errors = [line for line in lines if "error" in line.lower()] or lines or ["it said nothing"]
-        raise BuildFailure(f"`{command[0]}` failed with status {done.returncode}{ADVICE}\n" + "\n".join(errors[:4]))
+        raise BuildFailure(f"`{command[0]}` failed with status {done.returncode}: {'; '.join(errors[:3])}")
 
 
 def compile_library(sources: Path, library: Path) -> None:
@@ -95,13 +100,14 @@ def build(sources: Path, folder: Path) -> str | None:
     try:
         compile_library(sources, folder / LIBRARY)
     except (BuildFailure, OSError) as error:
-        (folder / FAILURE).write_text(f"{error}\n", encoding="utf-8")
-        return str(error)
+        reason = f"{error}; {ADVICE}"
+        (folder / FAILURE).write_text(reason + "\n", encoding="utf-8")
+        return reason
     return None
 
 
 class BuildLibrary(build_ext):
-    """Builds without Python's own compiler options, and never fails. Editable installations have the result in place."""
+    """Builds without Python's own compiler options, in place for editable installations, and never fails."""
 
     def get_ext_filename(self, fullname: str) -> str:
         # Without the suffix that names a version of Python

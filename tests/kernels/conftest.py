@@ -1,0 +1,87 @@
+"""What the tests of compiled operators share."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import settings
+
+from transformers_dsv3.kernels import cpu_library
+
+
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+# Compilation and page faults make single examples slow on a busy machine
+settings.register_profile("kernels", deadline=None)
+settings.load_profile("kernels")
+
+
+def needs_library():
+    if cpu_library.unavailable is not None:
+        pytest.skip(f"the compiled CPU backend {cpu_library.unavailable}")
+
+
+@pytest.fixture
+def compiled():
+    """Skips where there is no compiled library."""
+    needs_library()
+
+
+@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def isa(request):
+    """Each instruction set that this machine runs. Of a module, since hypothesis runs many examples in one test."""
+    needs_library()
+    best = cpu_library.instruction_set()
+    try:
+        cpu_library.instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    cpu_library.instruction_set(best)
+
+
+@pytest.fixture(scope="module")
+def poisoned():
+    """Memory that PyTorch allocates holds NaN, so that a result which is not written is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(8).isnan().all() and torch.ones(1).new_empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def threads():
+    """Context manager: PyTorch, and with it the library, uses that many threads."""
+
+    @contextlib.contextmanager
+    def use(count):
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    return use
+
+
+def _rms(values):
+    return values.double().square().mean().sqrt().item()
+
+
+@pytest.fixture(scope="session")
+def rms_error():
+    """Function from a result and the exact one to the root of the mean square error."""
+    return lambda result, exact: _rms(result.double() - exact)
+
+
+@pytest.fixture(scope="session")
+def quantize():
+    """Function from `(..., N, K)` to INT8 weights and their scales `(..., N)`."""
+
+    def to_int8(weight):
+        scale = weight.abs().amax(-1).clamp_min(1e-12) / 127
+        return (weight / scale[..., None]).round().to(torch.int8), scale.float()
+
+    return to_int8
