@@ -47,7 +47,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def _check_activations(name: str, x: torch.Tensor) -> None:
-    if not (x.dtype in (torch.float32, torch.bfloat16)):
+    if x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{name} is {x.dtype}, not fp32 or bf16")
 
 
@@ -62,7 +62,7 @@ def _check_weight(name: str, weight: torch.Tensor, scale: torch.Tensor | None, x
             raise ValueError(f"{name} is INT8 without a scale")
         if scale.dtype != torch.float32 or scale.shape != shape[:-1] or not scale.is_contiguous():
             raise ValueError(
-                f"the scale of {name} is {scale.dtype} of shape {tuple(scale.shape)}, not contiguous fp32 of {shape[:-1]}"
+                f"the scale of {name} is {scale.dtype} of {tuple(scale.shape)}, not contiguous fp32 of {shape[:-1]}"
             )
     else:
         if weight.dtype != x.dtype:
@@ -334,7 +334,7 @@ def _route(
     _check_weight("weight", weight, None, x, (E, D))
     if not (bias.dtype == torch.float32 and tuple(bias.shape) == (E,)):
         raise ValueError(f"bias is not fp32 of ({E},)")
-    if not (E % groups == 0 and top_groups <= groups and top_k <= top_groups * (E // groups)):
+    if not (groups > 0 and E % groups == 0 and top_groups <= groups and top_k <= top_groups * (E // groups)):
         raise ValueError("groups do not fit")
     x, bias = x.contiguous(), bias.contiguous()
     logits, chosen_weight, expert = _fake_route(x, weight, bias, groups, top_groups, top_k, normalize, factor)

@@ -16,14 +16,14 @@ typedef struct {
     atomic_int failed;
 } routing;
 
-/* The place of the largest of n values; it is then -infinity, so that the next call gives the next one */
+/* The place of the largest of n values; it is then NaN, so that the next call gives the next one, be it -infinity */
 static int64_t take_largest(float *values, int64_t n)
 {
     int64_t best = 0;
     for (int64_t i = 1; i < n; i++)
-        if (values[i] > values[best])
+        if (values[i] > values[best] || isnan(values[best]))
             best = i;
-    values[best] = -INFINITY;
+    values[best] = NAN;
     return best;
 }
 
