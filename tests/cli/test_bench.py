@@ -19,7 +19,7 @@ from transformers_dsv3.evaluation.speed.settings import BenchError, BenchSetting
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch):
     monkeypatch.setattr(ceilings, "READ_BYTES", 2**20)
-    monkeypatch.setattr(ceilings, "GEMM_SIZE", 64)
+    monkeypatch.setattr(ceilings, "GEMM_SHAPE", (64, 64, 64))
     monkeypatch.setattr(record, "load_average", lambda: 0.0)
 
 

@@ -246,7 +246,7 @@ def test_mtp_layers_come_where_mtp_is_measured():
 
 def test_ceilings_are_medians_since_the_start(monkeypatch):
     monkeypatch.setattr(ceilings, "READ_BYTES", 2**20)
-    monkeypatch.setattr(ceilings, "GEMM_SIZE", 64)
+    monkeypatch.setattr(ceilings, "GEMM_SHAPE", (64, 64, 64))
     measured = ceilings.Ceilings([torch.float32, torch.int8])
     assert measured.read == []
     for _ in range(3):
@@ -259,7 +259,7 @@ def test_ceilings_are_medians_since_the_start(monkeypatch):
 
 def test_bandwidth_is_of_the_fastest_way_to_read(monkeypatch):
     monkeypatch.setattr(ceilings, "READ_BYTES", 2**20)
-    monkeypatch.setattr(ceilings, "GEMM_SIZE", 64)
+    monkeypatch.setattr(ceilings, "GEMM_SHAPE", (64, 64, 64))
     monkeypatch.setattr(ceilings, "ways_to_read", lambda: {"slow": lambda buffer: 2.0, "fast": lambda buffer: 0.5})
     measured = ceilings.Ceilings([torch.float32])
     measured.measure()

@@ -23,7 +23,7 @@ def test_llama_cpp_takes_turns(peer, monkeypatch, tmp_path):
     if not converter.is_file():
         pytest.skip(f"no llama.cpp converter at {converter}: run tests/interop/run.sh")
     monkeypatch.setattr(ceilings, "READ_BYTES", 2**20)
-    monkeypatch.setattr(ceilings, "GEMM_SIZE", 64)
+    monkeypatch.setattr(ceilings, "GEMM_SHAPE", (64, 64, 64))
     fields = {**PRESETS["small"].fields, "vocab_size": 512, "num_hidden_layers": 2, "n_routed_experts": 8}
     monkeypatch.setitem(PRESETS, "small", Preset("tiny", fields))
     path = tmp_path / "bench.json"

@@ -31,6 +31,13 @@ def bench(
     batch: Annotated[str, typer.Option(help="Batch sizes of batched decode.")] = "32",
     batch_context: Annotated[str, typer.Option(help="Cached tokens a row of batched decode.")] = "1k",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or both.")] = "bf16",
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Forms of the plugin's weights, any of plain, int8 (a scale an output channel), int8-activations "
+            "(activations of many rows are rounded to 8 bits as well)."
+        ),
+    ] = "plain",
     rounds: Annotated[int, typer.Option(help="Turns of each contender.")] = 6,
     new_tokens: Annotated[int, typer.Option(help="Tokens timed in a turn of decoding, fewer where slow.")] = 16,
     train_batch: Annotated[int, typer.Option(help="Sequences of a training step.")] = 4,
@@ -79,6 +86,7 @@ def bench(
       transformers-dsv3 bench small
       transformers-dsv3 bench bench-2b --contexts 128,1k,8k,32k --json bench.json --plot bench.png
       transformers-dsv3 bench ./dsv3-quickstart --what decode,mtp --contexts 128
+      transformers-dsv3 bench bench-2b --weights plain,int8 --contexts 128,1k
       transformers-dsv3 bench bench-2b --what batched --batch 8,32
       transformers-dsv3 bench small --what train --dtype fp32
       transformers-dsv3 bench bench-2b --against vllm=~/vllm/bin/python,llama.cpp=~/llama/bin/python
@@ -97,6 +105,7 @@ def bench(
             batches=numbers("--batch", batch),
             batch_context=cached[0],
             dtypes=names(dtype),
+            weights=names(weights),
             rounds=rounds,
             new_tokens=new_tokens,
             train_batch=train_batch,

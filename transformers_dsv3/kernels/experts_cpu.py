@@ -9,13 +9,11 @@ from torch import nn
 
 from . import cpu_ops  # noqa: F401  (defines the operators)
 from .experts_grouped import is_silu
+from .linear_cpu import FEWEST_INT8_ROWS
 from .selection import chosen, cpu_refusal
 
 
 NAME = "cpu"
-# With INT8 weights and 8-bit activations asked for, fewer rows than this meet them with 16 bits all the same: reading
-# the weights is the limit then, and more bits are free.
-FEWEST_INT8_ROWS = 16
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -11,6 +11,9 @@ from .selection import cpu_refusal
 MOST_BF16_ROWS = 64
 # Weights that stay in the processor's second-level cache gain nothing from being streamed, and the call costs more
 FEWEST_BYTES = 2**18
+# Where 8-bit activations are asked for, fewer rows than this have 16 bits all the same: reading the weights is the
+# limit then, and more bits are free.
+FEWEST_INT8_ROWS = 16
 
 
 def linear_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
@@ -36,6 +39,7 @@ def linear(
 
     Args:
         scale: fp32 `(N,)`, for INT8 weights.
-        int8_activations: whether activations are rounded to 8 bits where the weights are INT8.
+        int8_activations: whether many rows of activations are rounded to 8 bits where the weights are INT8.
     """
+    int8_activations = int8_activations and x.numel() >= FEWEST_INT8_ROWS * x.shape[-1]
     return torch.ops.transformers_dsv3.linear(x, weight, scale, bias, int8_activations)

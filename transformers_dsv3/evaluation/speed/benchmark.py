@@ -112,7 +112,9 @@ class Benchmark:
         if settings.peers and "bf16" not in settings.dtypes:
             raise BenchError("--against", "other programs are measured in bf16, which --dtype leaves out")
         self.converter = find_converter(settings)
-        self.config, cut = load_config(settings, copies=1 + sum(COPIES[name] for name, _ in settings.peers))
+        copies = 1 + sum(COPIES[name] for name, _ in settings.peers)
+        copies += sum(VARIANTS[name].copies for name in settings.weights)
+        self.config, cut = load_config(settings, copies=copies)
         parameters = parameter_count(self.config)
         check_disk(settings, 2 * parameters)
         self.results: dict[str, Any] = {

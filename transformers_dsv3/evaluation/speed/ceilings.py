@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 
 from ...kernels import cpu_library
+from ...kernels.linear_cpu import linear
 
 
-GEMM_SIZE = 2048
+# M, N, K. Rows whose distance is a power of two crowd a few places of the caches, so N is none: with 2048 PyTorch may
+# reach half of the rate.
+GEMM_SHAPE = (2048, 2816, 2048)
 READ_BYTES = 2**30
 TRIES = 3
 
@@ -38,9 +42,21 @@ def ways_to_read() -> dict[str, Callable[[torch.Tensor], float]]:
     return ways
 
 
-def gemm_seconds(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Seconds of one product of two matrices; int8 ones multiply to int32."""
-    multiply: Callable[..., Any] = torch._int_mm if a.dtype == torch.int8 else torch.mm
+def ways_to_multiply(dtype: torch.dtype) -> dict[str, Callable[[torch.Tensor, torch.Tensor], Any]]:
+    """What there is here for the product of `(M, K)` and `(N, K)` of one dtype, by name; int8 is summed in int32."""
+    if dtype != torch.int8:
+        return {"linear layers by torch": torch.nn.functional.linear}
+    ways: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+        "integer products by torch": lambda a, b: torch._int_mm(a, b.t())
+    }
+    if cpu_library.unavailable is None:
+        ones = torch.ones(GEMM_SHAPE[1])
+        ways["the compiled library"] = lambda a, b: linear(a.to(torch.bfloat16), b, None, ones, True)
+    return ways
+
+
+def gemm_seconds(multiply: Callable[[torch.Tensor, torch.Tensor], Any], a: torch.Tensor, b: torch.Tensor) -> float:
+    """Seconds of one product."""
     started = time.perf_counter()
     multiply(a, b)
     return time.perf_counter() - started
@@ -58,11 +74,11 @@ class Ceilings:
         generator = torch.Generator().manual_seed(0)
         self.matrices = {}
         for dtype in dtypes:
-            a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, generator=generator) for _ in range(2))
+            a, b = (torch.randn(rows, GEMM_SHAPE[2], generator=generator) for rows in GEMM_SHAPE[:2])
             if dtype == torch.int8:
                 a, b = (x.mul(40).clamp(-127, 127) for x in (a, b))
             self.matrices[dtype] = (a.to(dtype), b.to(dtype))
-        self.operations = 2 * GEMM_SIZE**3
+        self.operations = 2 * math.prod(GEMM_SHAPE)
         # The ceiling is what the fastest of them reaches, tried here once for the run
         ways = ways_to_read()
         for read in ways.values():
@@ -85,7 +101,12 @@ class Ceilings:
         """Adds bytes a second and operations a second to the lists, each the best of a few: ceilings, not averages."""
         self.read.append(self.buffer.nbytes / min(self.read_seconds(self.buffer) for _ in range(TRIES)))
         for dtype, (a, b) in self.matrices.items():
-            self.gemm[dtype].append(self.operations / min(gemm_seconds(a, b) for _ in range(TRIES)))
+            self.gemm[dtype].append(
+                self.operations
+                / min(
+                    gemm_seconds(multiply, a, b) for multiply in ways_to_multiply(dtype).values() for _ in range(TRIES)
+                )
+            )
 
     def bandwidth(self) -> float:
         """Median bytes a second since `start`."""

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, PreTrainedModel
 
+from ...compression.int8_weights import quantize_int8
 from ...models.dsv3 import Dsv3ForCausalLM
 from .rounds import Turn
 from .workloads import Inputs, Workload, decode, make_optimizer, prefill, training_step
@@ -23,13 +24,24 @@ class Variant:
     Args:
         build: from the model as it is to the one that is timed.
         linear_dtype: what its linear layers multiply in, None for the model's own dtype.
+        copies: memory it takes besides the model as it is, in copies of that one in bf16.
     """
 
     build: Callable[[Dsv3ForCausalLM], Dsv3ForCausalLM]
     linear_dtype: torch.dtype | None = None
+    copies: float = 0.0
 
 
-VARIANTS = {"plain": Variant(lambda model: model)}
+def _int8(activations: str) -> Callable[[Dsv3ForCausalLM], Dsv3ForCausalLM]:
+    # A twin on the same weights is rounded, since the model as it is is measured too
+    return lambda model: quantize_int8(share_weights(model, Dsv3ForCausalLM), activations)
+
+
+VARIANTS = {
+    "plain": Variant(lambda model: model),
+    "int8": Variant(_int8("bf16"), copies=0.5),
+    "int8-activations": Variant(_int8("int8"), torch.int8, copies=0.5),
+}
 NATIVE = "transformers"
 PLUGIN = "plugin"
 

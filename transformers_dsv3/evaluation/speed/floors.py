@@ -61,7 +61,9 @@ def count_weights(model: PreTrainedModel, in_bytes: bool) -> Weights:
     every_token = head = embedding = experts = 0
     moe_layers = set()
     for name, tensor in model.state_dict().items():
-        size = tensor.nbytes if in_bytes else (tensor.numel() if tensor.dim() >= 2 else 0)
+        size = (
+            tensor.nbytes if in_bytes else (tensor.numel() if tensor.dim() >= 2 and not name.endswith("_scale") else 0)
+        )
         layer = re.search(r"\blayers\.(\d+)\.", name)
         if layer and int(layer[1]) >= config.num_hidden_layers:
             continue

@@ -14,8 +14,8 @@ def extend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`cache.update(latent, k_rope, layer_idx)`, but a `DynamicCache` grows in place.
 
-    `DynamicLayer` joins old and new at every step: at 32,000 tokens of context that is 38 MB written a layer and token,
-    which takes longer than attention. Here its `keys` and `values` become the first part of larger tensors with room
+    `DynamicLayer` joins old and new at every step: at 32,000 tokens that is 38 MB written a layer and token, which
+    takes longer than attention. Here its `keys` and `values` become the first part of larger tensors with room
     behind; cropping, reordering and copying work on them as before. Where other code put tensors of its own into the
     layer, these are copied once.
 
