@@ -153,7 +153,7 @@ BAD = {
     "weight is not contiguous": (X, torch.ones(8, 4).T, None, None),
     "weight is INT8 without a scale": (X, W.to(torch.int8), None, None),
     "weight has a scale": (X, W, torch.ones(4), None),
-    "scale of weight is torch.float32 of shape (3,)": (X, W.to(torch.int8), torch.ones(3), None),
+    "scale of weight is torch.float32 of (3,)": (X, W.to(torch.int8), torch.ones(3), None),
     "scale of weight is torch.bfloat16": (X, W.to(torch.int8), torch.ones(4).bfloat16(), None),
     "bias is torch.float32 of shape (3,)": (X, W, None, torch.ones(3)),
     "bias is torch.bfloat16": (X, W, None, torch.ones(4).bfloat16()),

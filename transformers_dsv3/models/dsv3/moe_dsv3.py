@@ -195,6 +195,7 @@ class Dsv3MoE(nn.Module):
         shared = self.shared_experts if self.shared_experts.intermediate_size > 0 else None
         if (
             shared is not None
+            and isinstance(self.experts, Dsv3Experts)  # PEFT's adapters of experts are modules around them
             and may_serve(self.experts.config._experts_implementation)
             and mixture_refusal(hidden_states, self.experts, shared) is None
         ):

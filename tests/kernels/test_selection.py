@@ -1,0 +1,294 @@
+"""Who serves a call: the environment's choice, the caller's, and the reasons for which the compiled backend refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from torch.testing._internal.two_tensor import TwoTensor
+
+from transformers_dsv3.kernels import cpu_library, experts_cpu, linear_cpu, mla_cpu, selection
+from transformers_dsv3.kernels.selection import cpu_refusal, parse
+
+
+TOKENS = torch.tensor([[5, 17, 2, 44, 8, 9]])
+
+
+class Spy:
+    """The loaded library, noting which of its functions are called."""
+
+    def __init__(self, library):
+        self.library, self.calls = library, []
+
+    def __getattr__(self, name):
+        self.calls.append(name)
+        return getattr(self.library, name)
+
+
+@pytest.fixture
+def spy(compiled, monkeypatch):
+    spy = Spy(cpu_library.library())
+    monkeypatch.setattr(cpu_library, "_library", spy)
+    # Small models' layers as well
+    monkeypatch.setattr(linear_cpu, "FEWEST_BYTES", 0)
+    return spy
+
+
+def run(model, tokens=TOKENS):
+    """Logits of a prefill and of a step with its cache."""
+    with torch.no_grad():
+        first = model(tokens[:, :-1], use_cache=True)
+        second = model(tokens[:, -1:], past_key_values=first.past_key_values)
+    return torch.cat([first.logits, second.logits], dim=1)
+
+
+def test_the_variable_is_parsed():
+    nothing = {"experts": "auto", "linear": "auto", "attention": "auto"}
+    assert parse("") == parse(" , ") == nothing
+    assert parse(" experts = grouped_mm , isa=avx2,") == {**nothing, "experts": "grouped_mm", "isa": "avx2"}
+    assert parse("linear=torch,attention=cpu") == {**nothing, "linear": "torch", "attention": "cpu"}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("cpu", "'cpu' is not one of"),
+        ("expert=cpu", "'expert=cpu' is not one of"),
+        ("linear=mkl", "linear is one of auto, torch, cpu, not 'mkl'"),
+        ("linear=torch,attention=", "attention is one of auto, torch, cpu, not ''"),
+        ("isa=sse2", "isa is one of avx512, avx2, portable, not 'sse2'"),
+    ],
+)
+def test_what_the_variable_cannot_mean_is_refused(text, message):
+    with pytest.raises(ValueError, match=f"TRANSFORMERS_DSV3_BACKENDS: .*{message}"):
+        parse(text)
+
+
+def test_choices_of_a_block_end_with_it():
+    before = dict(selection.chosen)
+    with pytest.raises(KeyError), selection.use(linear="torch"):
+        assert selection.chosen["linear"] == "torch"
+        with selection.use(linear="cpu", attention="torch"):
+            assert (selection.chosen["linear"], selection.chosen["attention"]) == ("cpu", "torch")
+        assert selection.chosen == {**before, "linear": "torch"}
+        raise KeyError
+    assert selection.chosen == before
+    for choices in ({"linear": "mkl"}, {"experts": "eager"}, {"isa": "avx2"}):
+        with pytest.raises(ValueError, match="is not a choice"), selection.use(**choices):
+            pass
+
+
+def test_calls_that_are_refused_and_why(compiled):
+    x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    assert cpu_refusal("linear", x, weight) is None
+    assert cpu_refusal("linear", x, weight.to(torch.int8)) is None
+    trained = torch.nn.Parameter(weight)
+    assert cpu_refusal("linear", x, trained) == "has no gradients"
+    assert cpu_refusal("linear", x.clone().requires_grad_(), weight) == "has no gradients"
+    with torch.no_grad():
+        assert cpu_refusal("linear", x, trained) is None
+    with torch.inference_mode():
+        assert cpu_refusal("linear", x, trained) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu_refusal("linear", x, weight) == "does not follow autocast"
+    assert "not torch.float64" in cpu_refusal("linear", x.double(), weight.double())
+    assert "not torch.float16" in cpu_refusal("linear", x.half(), weight.half())
+    assert "not torch.bfloat16" in cpu_refusal("linear", x, weight.bfloat16())
+    assert "for CPUs, not meta" in cpu_refusal("linear", x.to("meta"), weight.to("meta"))
+    assert "not on meta" in cpu_refusal("linear", x, weight.to("meta"))
+    assert "not TwoTensor" in cpu_refusal("linear", x, TwoTensor(weight, weight))
+    assert "not TwoTensor" in cpu_refusal("linear", TwoTensor(x, x), weight)
+    with selection.use(linear="torch"):
+        assert "as chosen" in cpu_refusal("linear", x, weight)
+        assert cpu_refusal("attention", x, weight) is None
+    assert "contiguous" in linear_cpu.linear_refusal(x, torch.randn(9000, 8).T.contiguous().T[:, :8])
+    many = torch.randn(linear_cpu.MOST_BF16_ROWS + 1, 512).bfloat16()
+    assert "rows of bf16" in linear_cpu.linear_refusal(many, torch.randn(512, 512).bfloat16())
+    assert linear_cpu.linear_refusal(many[:-1], torch.randn(512, 512).bfloat16()) is None
+
+
+def test_a_sharded_tensor_is_refused(compiled):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(torch.randn(4, 8), init_device_mesh("cpu", (1,)))
+        assert cpu_refusal("linear", torch.randn(2, 8), weight) == "takes plain tensors, not DTensor"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_refusal_of_what_was_chosen_by_name_is_told(compiled, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(selection.logger, "warning_once", warnings.append)
+    x = torch.randn(2, 8)
+    assert cpu_refusal("attention", x.double()) and not warnings
+    with selection.use(attention="cpu"):
+        cpu_refusal("attention", x)
+        assert not warnings
+        cpu_refusal("attention", x.double())
+    assert warnings == [
+        "The compiled CPU backend does not serve attention: it takes bf16 and fp32, not torch.float64."
+    ]
+
+
+def test_modules_that_are_refused_and_why(compiled, make_model):
+    moe = make_model().model.layers[1].mlp
+    x = torch.randn(3, 32)
+
+    @torch.no_grad()
+    def refusal():
+        return experts_cpu.mixture_refusal(x, moe.experts, moe.shared_experts)
+
+    assert refusal() is None
+    for module in (moe.shared_experts, moe.experts, moe.shared_experts.up_proj):
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = register(lambda *a: None)
+            assert "forward hooks" in refusal()
+            handle.remove()
+            assert refusal() is None
+    moe.shared_experts.down_proj.bias = torch.nn.Parameter(torch.zeros(32))
+    assert "without bias, down_proj" in refusal()
+    moe.shared_experts.down_proj.bias = None
+    activation, moe.experts.act_fn = moe.experts.act_fn, torch.nn.GELU()
+    assert "SwiGLU only" in refusal()
+    moe.experts.act_fn = activation
+    weight = moe.experts.down_proj.data
+    moe.experts.down_proj.data = weight.mT.contiguous().mT
+    assert "down_proj is not" in refusal()
+    moe.experts.down_proj.data = weight.bfloat16()
+    assert "one dtype" in refusal()
+    moe.experts.down_proj.data = weight
+    assert refusal() is None
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_b_proj", "o_proj", "kv_b_proj", "lm_head"], ["gate_proj", "up_proj", "down_proj"]]
+)
+def test_adapters_are_run(spy, make_model, targets):
+    """PEFT's layers, and its adapters of the experts' stacked weights, into which it turns the second targets."""
+    config = peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False)
+    model = peft.get_peft_model(make_model(), config).eval()
+    with_adapters = run(model)
+    with pytest.MonkeyPatch.context() as patch, selection.use(linear="torch", attention="torch"):
+        patch.setitem(selection.chosen, "experts", "eager")
+        model.base_model.model.set_experts_implementation("eager")
+        torch.testing.assert_close(run(model), with_adapters, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter():
+            assert (run(model) - with_adapters).abs().max() > 1e-2
+
+
+def test_layers_of_other_classes_are_run(spy, make_model):
+    class Doubled(torch.nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = make_model()
+    before = run(model)
+    shared = model.model.layers[1].mlp.shared_experts
+    layer = Doubled(shared.up_proj.in_features, shared.up_proj.out_features, bias=False)
+    layer.weight = shared.up_proj.weight
+    shared.up_proj = layer
+    with torch.no_grad():
+        assert experts_cpu.mlp_refusal(shared) == "takes plain linear layers, up_proj is a Doubled"
+    assert (run(model) - before).abs().max() > 1e-3
+
+
+def test_hooks_are_run(spy, make_model):
+    """A hook on a layer that the fused path would pass over changes the result all the same."""
+    model = make_model()
+    before = run(model)
+    seen = []
+    layer = model.model.layers[1].mlp.shared_experts.gate_proj
+    layer.register_forward_hook(lambda module, args, output: seen.append(1) or 3 * output)
+    assert (run(model) - before).abs().max() > 1e-3 and seen
+
+
+@pytest.mark.parametrize("implementation", ["auto", "cpu", "eager"])
+def test_implementation_of_experts(spy, make_model, implementation, monkeypatch):
+    model = make_model(attn_implementation="sdpa")
+    assert model.config._experts_implementation == "auto"
+    model.set_experts_implementation(implementation)
+    compiled = run(model)
+    # One for each layer's network and call; with "eager", a mixture's are the shared experts alone
+    assert spy.calls.count("dsv3_mixture") == 2 * model.config.num_hidden_layers
+    assert {"dsv3_linear", "dsv3_route", "dsv3_attention_expanded", "dsv3_attention_absorbed"} <= set(spy.calls)
+
+    experts = []
+    original = type(model.model.layers[1].mlp.experts).forward.__wrapped__
+    monkeypatch.setattr(
+        type(model.model.layers[1].mlp.experts).forward, "__wrapped__", lambda *a: experts.append(1) or original(*a)
+    )
+    spy.calls.clear()
+    monkeypatch.setitem(selection.chosen, "experts", "eager")
+    model.set_experts_implementation("eager")
+    with selection.use(linear="torch", attention="torch"):
+        plain = run(model)
+    assert not spy.calls
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_training_is_not_served(spy, make_model):
+    model = make_model().train()
+    model(TOKENS, labels=TOKENS).loss.backward()
+    assert not spy.calls
+    assert all(p.grad is not None for p in model.model.layers[1].mlp.experts.parameters())
+
+
+def test_without_the_library_the_plain_path_serves(spy, make_model, monkeypatch):
+    model = make_model(attn_implementation="sdpa")
+    expected = run(model)
+    called = len(spy.calls)
+    assert called
+    monkeypatch.setattr(cpu_library, "_library", None)
+    monkeypatch.setattr(cpu_library, "unavailable", "was not built")
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+    assert len(spy.calls) == called
+    with pytest.raises(cpu_library.NotAvailable, match="the compiled CPU backend was not built"):
+        cpu_library.library()
+    assert "was not built" in mla_cpu.absorbed_refusal(*[torch.ones(2, 2)] * 4)
+    model.set_experts_implementation("cpu")
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+
+
+IN_A_PROCESS = """
+import json, torch, transformers_dsv3
+from transformers_dsv3.kernels import selection
+config = transformers_dsv3.Dsv3Config(
+    vocab_size=9, hidden_size=8, intermediate_size=8, moe_intermediate_size=4, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+    first_k_dense_replace=0, kv_lora_rank=4, q_lora_rank=4, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4)
+make = transformers_dsv3.Dsv3ForCausalLM._from_config
+implementations = [make(config)._modules["model"].config._experts_implementation]
+implementations.append(make(config, experts_implementation="grouped_mm").config._experts_implementation)
+print(json.dumps([selection.chosen, implementations]))
+"""
+
+
+def in_a_process(value, code=IN_A_PROCESS):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, selection.VARIABLE: value},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_variable_replaces_the_default_but_not_an_argument():
+    done = in_a_process("experts=eager,linear=torch,attention=torch,isa=portable")
+    assert done.returncode == 0, done.stderr
+    chosen, implementations = json.loads(done.stdout.splitlines()[-1])
+    assert chosen == {"experts": "eager", "linear": "torch", "attention": "torch", "isa": "portable"}
+    assert implementations == ["eager", "grouped_mm"]
+
+
+def test_a_bad_variable_stops_the_program():
+    done = in_a_process("isa=mmx", "import transformers_dsv3.kernels.selection")
+    assert done.returncode != 0
+    assert "TRANSFORMERS_DSV3_BACKENDS: isa is one of avx512, avx2, portable, not 'mmx'" in done.stderr
