@@ -59,11 +59,10 @@ static int any_allowed(const limit *limits, int64_t M, int64_t s, int64_t n)
 }
 
 /* Rows q1, q2 (n1 and n2 elements) attend keys [begin, end): adds to acc (M, width) and each row's max and sum. scores
- * has room for M * BLOCK. */
+ * has room for M * BLOCK, room for (n1 + n2) * BLOCK. */
 static void attend(const keys *k, const void *const *q1, const void *const *q2, const limit *limits, int64_t M,
-                   int64_t begin, int64_t end, float *scores, float *acc, float *max, float *sum)
+                   int64_t begin, int64_t end, float *scores, uint32_t *room, float *acc, float *max, float *sum)
 {
-    row_kind kind = k->type == F32 ? ROWS_F32 : ROWS_BF16;
     size_t size = float_size(k->type);
     for (int64_t s = begin; s < end; s += BLOCK) {
         int64_t n = min_i64(BLOCK, end - s), reach = -1;
@@ -76,14 +75,13 @@ static void attend(const keys *k, const void *const *q1, const void *const *q2, 
             continue;
         const void *k1 = at(k->k1, s * k->ld1, size), *k2 = at(k->k2, s * k->ld2, size);
         const void *v = at(k->v, s * k->ldv, size);
-        /* The second part adds to the first's sums: both are shorter than K_BLOCK */
-        if (kind == ROWS_F32) {
-            loops->dot_f32((const float *const *)q1, M, 0, k1, k->ld1, n, k->n1, scores, BLOCK, 0, NULL);
-            loops->dot_f32((const float *const *)q2, M, 0, k2, k->ld2, n, k->n2, scores, BLOCK, 1, NULL);
-        } else {
-            loops->dot_bf16((const bf16 *const *)q1, M, 0, k1, k->ld1, n, k->n1, scores, BLOCK, 0, NULL);
-            loops->dot_bf16((const bf16 *const *)q2, M, 0, k2, k->ld2, n, k->n2, scores, BLOCK, 1, NULL);
-        }
+        const void *next = s + BLOCK < end ? at(k1, BLOCK * k->ld1, size) : NULL;
+        if (k->type == F32)
+            loops->scores_f32((const float *const *)q1, (const float *const *)q2, M, k1, k->ld1, k->n1, k2, k->ld2,
+                              k->n2, n, scores, BLOCK, room, next);
+        else
+            loops->scores_bf16((const bf16 *const *)q1, (const bf16 *const *)q2, M, k1, k->ld1, k->n1, k2, k->ld2,
+                               k->n2, n, scores, BLOCK, room, next);
         for (int64_t i = 0; i < M; i++) {
             float *row = scores + i * BLOCK;
             const limit *l = limits + i;
@@ -173,7 +171,7 @@ static void attend_split(absorbed *a, int64_t b, int64_t split, float *scores, c
     }
     float *acc = a->part + (b * a->splits + split) * rows * (a->R + 2), *max = acc + rows * a->R, *sum = max + rows;
     start_rows(acc, max, sum, rows, a->R);
-    attend(&k, q1, q2, limits, rows, begin, end, scores, acc, max, sum);
+    attend(&k, q1, q2, limits, rows, begin, end, scores, (uint32_t *)(scores + rows * BLOCK), acc, max, sum);
 }
 
 /* One head's outputs: its parts put together, then W_UV */
@@ -210,7 +208,7 @@ static void work_absorbed(void *context, team *t)
 {
     absorbed *a = context;
     int64_t rows = a->B * a->Q, heads_rows = a->Q * a->H, task;
-    int64_t floats = max_i64(max_i64(rows * (BLOCK + a->R), heads_rows * BLOCK), a->R + rows * (a->V + a->R));
+    int64_t floats = max_i64(max_i64(rows * (BLOCK + a->R), (heads_rows + a->R + a->P) * BLOCK), a->R + rows * (a->V + a->R));
     int64_t pointers = max_i64(rows, 2 * heads_rows);
     char *memory = malloc((size_t)floats * 4 + (size_t)pointers * sizeof(void *) + (size_t)heads_rows * sizeof(limit));
     if (!memory)
@@ -276,17 +274,18 @@ typedef struct {
     atomic_int failed;
 } expanded;
 
-enum { Q_BLOCK = 48 };
+enum { Q_BLOCK = 96 };
 
 static void work_expanded(void *context, team *t)
 {
     expanded *e = context;
     size_t size = float_size(e->type);
     int64_t blocks = ceil_div(e->Q, Q_BLOCK), task;
-    float *acc = malloc((size_t)(Q_BLOCK * (e->V + BLOCK + 2)) * 4);
+    float *acc = malloc((size_t)(Q_BLOCK * (e->V + BLOCK + 2) + (e->N + e->P) * BLOCK) * 4);
     if (!acc)
         atomic_store(&e->failed, 1);
     float *max = acc + Q_BLOCK * e->V, *sum = max + Q_BLOCK, *scores = sum + Q_BLOCK;
+    uint32_t *room = (uint32_t *)(scores + Q_BLOCK * BLOCK);
     while (acc && (task = take_task(t, 0, blocks * e->H * e->B)) >= 0) {
         /* The last queries attend the most keys: they come first, so that no thread is left with them at the end */
         int64_t block = blocks - 1 - task / (e->B * e->H), b = task % (e->B * e->H) / e->H, h = task % e->H;
@@ -306,7 +305,7 @@ static void work_expanded(void *context, team *t)
             .n2 = e->P, .width = e->V,
         };
         start_rows(acc, max, sum, M, e->V);
-        attend(&k, q1, q2, limits, M, 0, e->S, scores, acc, max, sum);
+        attend(&k, q1, q2, limits, M, 0, e->S, scores, room, acc, max, sum);
         for (int64_t i = 0; i < M; i++) {
             float *row = acc + i * e->V;
             loops->scale(row, sum[i] > 0 || sum[i] != sum[i] ? 1 / sum[i] : 0, e->V);

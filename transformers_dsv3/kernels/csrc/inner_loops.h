@@ -31,12 +31,21 @@ enum { MIX_BLOCK = 128 };
     const float *p, ptrdiff_t ldp, int64_t M, const V_T *v, ptrdiff_t ldv, int64_t S, int64_t R, float *acc, \
         ptrdiff_t ldacc
 
+/* scores[i * lds + j] = q1[i] . k1[j] + q2[i] . k2[j] for i < M, j < N <= MIX_BLOCK; rows of k1 and q1 are n1 long, the
+ * others n2, both at most K_BLOCK. `room` has (n1 + n2) * MIX_BLOCK elements of 4 bytes. `next`: where the thread's next
+ * rows of k1 begin, or NULL. */
+#define SCORES_ARGUMENTS(T) \
+    const T *const *q1, const T *const *q2, int64_t M, const T *k1, ptrdiff_t ld1, int64_t n1, const T *k2, \
+        ptrdiff_t ld2, int64_t n2, int64_t N, float *scores, ptrdiff_t lds, uint32_t *room, const T *next
+
 typedef struct {
     const char *name;
     void (*dot_bf16)(DOT_ARGUMENTS(bf16, bf16));
     void (*dot_f32)(DOT_ARGUMENTS(float, float));
     void (*dot_s16s8)(DOT_ARGUMENTS(int16_t, int8_t)); /* |a| <= 32767, exact but for the last rounding */
     void (*dot_u8s8)(DOT_ARGUMENTS(uint8_t, int8_t));  /* a is 128 too large: the sum is of (a - 128) * w */
+    void (*scores_bf16)(SCORES_ARGUMENTS(bf16));
+    void (*scores_f32)(SCORES_ARGUMENTS(float));
     void (*mix_bf16)(MIX_ARGUMENTS(bf16));
     void (*mix_f32)(MIX_ARGUMENTS(float));
     void (*bf16_to_f32)(const bf16 *x, float *y, int64_t n);

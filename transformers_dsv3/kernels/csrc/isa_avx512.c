@@ -203,6 +203,126 @@ static void dot_u8s8(DOT_ARGUMENTS(uint8_t, int8_t))
     }
 }
 
+static inline __attribute__((always_inline)) void transpose_16x16(__m512i row[16])
+{
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(row[2 * i], row[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(row[2 * i], row[2 * i + 1]);
+    }
+    /* In each 128 bits, row[4 * i + j] now has column j of rows 4 * i to 4 * i + 3 */
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        row[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        row[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        row[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        row[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    /* The 128 bits themselves are a matrix of 4 by 4 to transpose, for each j */
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512i low01 = _mm512_shuffle_i32x4(row[j], row[4 + j], 0x44);
+        __m512i high01 = _mm512_shuffle_i32x4(row[j], row[4 + j], 0xee);
+        __m512i low23 = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0x44);
+        __m512i high23 = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0xee);
+        t[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+        t[4 + j] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+        t[8 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+        t[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+        row[i] = t[i];
+}
+
+/* room[p * MIX_BLOCK + j] = the pair p of row j of k; rows from N up to a multiple of 16 are zeros */
+static void pack_pairs(const bf16 *k, ptrdiff_t ld, int64_t n, int64_t N, uint32_t *room)
+{
+    for (int64_t j = 0; j < N; j += 16)
+        for (int64_t p = 0; p < n / 2; p += 16) {
+            __m512i row[16];
+            __mmask16 mask = n / 2 - p >= 16 ? (__mmask16)~0 : first16(n / 2 - p);
+            for (int i = 0; i < 16; i++)
+                row[i] = j + i < N ? _mm512_maskz_loadu_epi32(mask, k + (j + i) * ld + 2 * p) : _mm512_setzero_si512();
+            transpose_16x16(row);
+            for (int64_t i = 0; i < min_i64(16, n / 2 - p); i++)
+                _mm512_storeu_si512(room + (p + i) * MIX_BLOCK + j, row[i]);
+        }
+}
+
+static inline __attribute__((always_inline)) void scores_bf16_tile(
+    const bf16 *const *q1, const bf16 *const *q2, int64_t pairs1, int64_t pairs2, const uint32_t *room, float *scores,
+    ptrdiff_t lds, const int mr, const int vectors)
+{
+    __m512 sums[6][4];
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            sums[i][v] = _mm512_setzero_ps();
+    for (int part = 0; part < 2; part++) {
+        const bf16 *const *q = part ? q2 : q1;
+        int64_t pairs = part ? pairs2 : pairs1;
+        for (int64_t p = 0; p < pairs; p++, room += MIX_BLOCK) {
+            __m512bh keys[4];
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+                keys[v] = (__m512bh)_mm512_loadu_si512(room + 16 * v);
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++) {
+                int32_t pair;
+                memcpy(&pair, q[i] + 2 * p, 4);
+                __m512bh query = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++)
+                    sums[i][v] = _mm512_dpbf16_ps(sums[i][v], keys[v], query);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            _mm512_storeu_ps(scores + i * lds + 16 * v, sums[i][v]);
+}
+
+/* With many queries the keys are first turned, so that sixteen scores are one vector and need no sum across it. Scores
+ * of up to fifteen keys past the last are written too. */
+static void scores_bf16(SCORES_ARGUMENTS(bf16))
+{
+    if (M < 24 || n1 % 2 || n2 % 2) {
+        dot_bf16(q1, M, 0, k1, ld1, N, n1, scores, lds, 0, next);
+        dot_bf16(q2, M, 0, k2, ld2, N, n2, scores, lds, 1, NULL);
+        return;
+    }
+    pack_pairs(k1, ld1, n1, N, room);
+    pack_pairs(k2, ld2, n2, N, room + n1 / 2 * MIX_BLOCK);
+    for (int64_t j = 0; j < N; j += 64) {
+        int64_t vectors = min_i64(4, (N - j + 15) / 16);
+#define TILE(i, rows, columns) \
+    scores_bf16_tile(q1 + (i), q2 + (i), n1 / 2, n2 / 2, room + j, scores + (i) * lds + j, lds, rows, columns)
+        int64_t i = 0;
+        for (; vectors == 4 && i + 6 <= M; i += 6)
+            TILE(i, 6, 4);
+        for (; i < M; i++)
+            switch (vectors) {
+            case 4: TILE(i, 1, 4); break;
+            case 3: TILE(i, 1, 3); break;
+            case 2: TILE(i, 1, 2); break;
+            default: TILE(i, 1, 1);
+            }
+#undef TILE
+    }
+}
+
+static void scores_f32(SCORES_ARGUMENTS(float))
+{
+    (void)room;
+    dot_f32(q1, M, 0, k1, ld1, N, n1, scores, lds, 0, next);
+    dot_f32(q2, M, 0, k2, ld2, N, n2, scores, lds, 1, NULL);
+}
+
 /* Two rows of v are interleaved on the way, for the instruction that multiplies pairs; the accumulators' columns are
  * in the order that interleaving within 128 bits leaves them in, and put right when they are added to memory. */
 static inline __attribute__((always_inline)) void mix_bf16_tile(
@@ -324,7 +444,7 @@ static void mix_f32(MIX_ARGUMENTS(float))
 }
 
 const inner_loops loops_avx512 = {
-    "avx512", dot_bf16, dot_f32, dot_s16s8, dot_u8s8, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, add_scaled,
+    "avx512", dot_bf16, dot_f32, dot_s16s8, dot_u8s8, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, add_scaled,
     scale, sum_of_squares, scaled_product, abs_max, f32_to_s16, f32_to_u8, softmax_step, xor_of,
 };
 

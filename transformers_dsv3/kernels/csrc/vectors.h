@@ -155,6 +155,20 @@ static inline __attribute__((always_inline)) void store_integer_sums(
 #define STORE_ADD(c, acc, n) store_integer_sums(c, acc, n, 1)
 #include "dot_rows.h"
 
+static void scores_f32(SCORES_ARGUMENTS(float))
+{
+    (void)room;
+    dot_f32(q1, M, 0, k1, ld1, N, n1, scores, lds, 0, next);
+    dot_f32(q2, M, 0, k2, ld2, N, n2, scores, lds, 1, NULL);
+}
+
+static void scores_bf16(SCORES_ARGUMENTS(bf16))
+{
+    (void)room;
+    dot_bf16(q1, M, 0, k1, ld1, N, n1, scores, lds, 0, next);
+    dot_bf16(q2, M, 0, k2, ld2, N, n2, scores, lds, 1, NULL);
+}
+
 /* Four rows of p at a time, over sixteen columns of v */
 #define MIX(NAME, V_T, LOAD, LOAD_TAIL) \
     static inline __attribute__((always_inline)) void NAME##_tile( \
@@ -191,6 +205,6 @@ MIX(mix_f32, float, load_f32, load_f32_tail)
 MIX(mix_bf16, bf16, WIDEN, WIDEN_TAIL)
 
 const inner_loops LOOPS = {
-    NAME, dot_bf16, dot_f32, dot_s16s8, dot_u8s8, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, add_scaled,
+    NAME, dot_bf16, dot_f32, dot_s16s8, dot_u8s8, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, add_scaled,
     scale, sum_of_squares, scaled_product, abs_max, f32_to_s16, f32_to_u8, softmax_step, xor_of,
 };
