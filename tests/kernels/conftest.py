@@ -7,9 +7,9 @@ import torch
 from hypothesis import settings
 
 from transformers_dsv3.kernels import cpu_library
+from transformers_dsv3.kernels.selection import CHOICES
 
 
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 # Compilation and page faults make single examples slow on a busy machine
 settings.register_profile("kernels", deadline=None)
 settings.load_profile("kernels")
@@ -26,7 +26,7 @@ def compiled():
     needs_library()
 
 
-@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+@pytest.fixture(scope="module", params=CHOICES["isa"])
 def isa(request):
     """Each instruction set that this machine runs. Of a module, since hypothesis runs many examples in one test."""
     needs_library()

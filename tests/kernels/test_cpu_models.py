@@ -36,7 +36,7 @@ def plain(model, monkeypatch):
 
 
 @pytest.mark.parametrize("use_mtp", [False, True])
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", selection.CHOICES["isa"])
 def test_greedy_text_is_that_of_the_plain_path(trained_model, training_bytes, everywhere, monkeypatch, isa, use_mtp):
     best = cpu_library.instruction_set()
     try:
@@ -50,7 +50,7 @@ def test_greedy_text_is_that_of_the_plain_path(trained_model, training_bytes, ev
             mask = torch.ones_like(prompts)
             if len(starts) > 1:
                 mask[1, :9] = 0  # padding on the left
-            arguments = dict(attention_mask=mask, max_new_tokens=64, do_sample=False, use_mtp=use_mtp)
+            arguments = {"attention_mask": mask, "max_new_tokens": 64, "do_sample": False, "use_mtp": use_mtp}
             compiled = trained_model.generate(prompts, **arguments)
             with plain(trained_model, monkeypatch):
                 assert torch.equal(trained_model.generate(prompts, **arguments), compiled)

@@ -1,4 +1,4 @@
-"""Who serves a call: the environment's choice, the caller's, and the reasons for which the compiled backend refuses."""
+"""Who serves a call: the environment's choice, the caller's, and the reasons why the compiled backend refuses."""
 
 import json
 import os

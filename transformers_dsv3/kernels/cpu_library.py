@@ -70,13 +70,12 @@ def load(folder: Path) -> ctypes.CDLL:
         raise NotAvailable(f"{reason}: {failure.read_text(encoding='utf-8').strip()}" if failure.exists() else reason)
     try:
         library = ctypes.CDLL(str(files[0]))
-        version = library.dsv3_version()
+        if library.dsv3_version() != VERSION:
+            raise NotAvailable(f"{files[0].name} was built from another version of this package: install it again")
         for name, arguments in SIGNATURES.items():
             getattr(library, name).argtypes = arguments
     except (OSError, AttributeError) as error:
         raise NotAvailable(f"{files[0].name} does not load: {error}") from error
-    if version != VERSION:
-        raise NotAvailable(f"{files[0].name} was built from another version of this package: install it again")
     library.dsv3_use_isa.restype = ctypes.c_char_p
     _share_threads(library)
     library.dsv3_use_isa(None)
