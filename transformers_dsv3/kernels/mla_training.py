@@ -11,6 +11,7 @@ Shape suffixes: B batch, Q queries, S keys, H heads, N no-position dims of a hea
 dims of a head, C = N + P, R rows of a block.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -68,6 +69,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@functools.lru_cache(maxsize=8)
+def _later(R: int) -> torch.Tensor:
+    return torch.ones(R, R, dtype=torch.bool).triu(1)
+
+
 def _probabilities(
     q_QC: torch.Tensor, k_SC: torch.Tensor, mask_QS: torch.Tensor | None, first: int
 ) -> tuple[torch.Tensor, slice]:
@@ -80,9 +86,7 @@ def _probabilities(
     rows = slice(first, min(first + QUERIES, q_QC.shape[0]))
     if mask_QS is None:
         scores_RS = matmul(q_QC[rows], k_SC[: rows.stop].t())
-        R = rows.stop - first
-        later = torch.ones(R, R, dtype=torch.bool).triu(1)
-        scores_RS[:, first:].masked_fill_(later, float("-inf"))
+        scores_RS[:, first:].masked_fill_(_later(rows.stop - first), float("-inf"))
         return torch.softmax(scores_RS, dim=-1), rows
     scores_RS = matmul(q_QC[rows], k_SC.t())
     if mask_QS.dtype == torch.bool:
