@@ -19,7 +19,8 @@ ls "$TRANSFORMERS_DSV3_CPU_LIBRARY"/_cpu.so >/dev/null || { cat "$TRANSFORMERS_D
 
 # Python keeps much until it ends, which is not a leak of the library's
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+# pytest must not keep what the sanitizer writes to file descriptor 2 before it ends the process.
 # libstdc++ too, or the sanitizer does not find what it intercepts when torch throws
 LD_PRELOAD="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libstdc++.so)" \
-    "$python" -m pytest -p no:cacheprovider \
+    "$python" -m pytest -p no:cacheprovider --capture=sys \
     tests/kernels/test_cpu_{linear,mixture,attention,route,rows}.py -k "not opcheck" "$@"
