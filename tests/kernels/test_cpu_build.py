@@ -43,6 +43,13 @@ def reason(folder):
 
 
 @needs_compiler
+@pytest.mark.skipif(cpu_library.FOLDER_VARIABLE in os.environ, reason="another library is used")
+def test_where_there_is_a_compiler_there_is_the_library():
+    """Otherwise most tests here are skipped: `python setup.py build_ext --inplace` after a change of the sources."""
+    assert cpu_library.unavailable is None
+
+
+@needs_compiler
 def test_build_load_and_build_again(setup_py, tmp_path, monkeypatch):
     monkeypatch.setenv("CFLAGS", "-O0")  # ten times faster
     # What earlier builds may have left
