@@ -1,5 +1,6 @@
-"""`rms_norm` and `rotate` of `torch.ops.transformers_dsv3` beside float64 and the model's plain functions."""
+"""`rms_norm`, `rotate` and `project` beside float64 and the model's plain functions."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformers_dsv3.kernels import selection
+from transformers_dsv3.kernels import cpu_ops, mla_cpu, selection
 from transformers_dsv3.models.dsv3.attention_dsv3 import rotate
 
 
@@ -117,3 +118,68 @@ def test_opcheck():
     torch.library.opcheck(ops.rms_norm.default, (torch.randn(1, 3, 8), torch.randn(8), 1e-6))
     angles = torch.randn(1, 4, 8)
     torch.library.opcheck(ops.rotate.default, (torch.randn(2, 3, 4, 8), angles, angles, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("q_lora_rank", [None, 20])
+@pytest.mark.parametrize("interleave", [True, False])
+def test_projections_are_those_of_the_layers_one_by_one(make_model, dtype, q_lora_rank, interleave):
+    """`project` beside the layers it stands for, in float64; biases and norms that are not ones."""
+    model = make_model(q_lora_rank=q_lora_rank, rope_interleave=interleave, attention_bias=True).eval()
+    attention = model.model.layers[0].self_attn.to(dtype)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in attention.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.normal_(1.0, 0.3)
+        x = torch.randn(2, 3, attention.config.hidden_size).to(dtype)
+        angles = torch.rand(1, 3, attention.qk_rope_head_dim // 2).repeat(1, 1, 2)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        assert mla_cpu.project_refusal(attention, x, cos) is None
+        results = mla_cpu.project(attention, x, cos, sin, interleave)
+
+        def layers(attention, x, cos, sin):
+            N, P, R = attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.kv_lora_rank
+            if q_lora_rank is None:
+                query = attention.q_proj(x)
+            else:
+                query = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(x)))
+            q_nope, q_rope = query.unflatten(-1, (-1, N + P)).transpose(1, 2).split([N, P], dim=-1)
+            latent, k_rope = attention.kv_a_proj_with_mqa(x).split([R, P], dim=-1)
+            query = torch.cat([q_nope, rotate(q_rope, cos, sin, interleave)], dim=-1)
+            return query, attention.kv_a_layernorm(latent)[:, None], rotate(k_rope[:, None], cos, sin, interleave)
+
+        plain = layers(attention, x, cos, sin)
+        exact = layers(copy.deepcopy(attention).double(), x.double(), cos.double(), sin.double())
+    for ours, torchs, reference in zip(results, plain, exact):
+        assert ours.shape == reference.shape
+        error, allowed = ((each - reference).norm() / reference.norm() for each in (ours, torchs))
+        assert error <= (2e-6 if dtype == torch.float32 else 1.5 * allowed)
+
+
+def test_projections_refuse_what_is_not_plain(make_model):
+    attention = make_model().eval().model.layers[0].self_attn
+    x, cos = torch.randn(1, 2, attention.config.hidden_size), torch.ones(1, 2, attention.qk_rope_head_dim)
+    with torch.no_grad():
+        handle = attention.kv_a_proj_with_mqa.register_forward_hook(lambda *_: None)
+        assert "kv_a_proj_with_mqa has forward hooks" in mla_cpu.project_refusal(attention, x, cos)
+        handle.remove()
+        assert mla_cpu.project_refusal(attention, x, cos) is None
+        attention.kv_a_layernorm = torch.nn.LayerNorm(attention.kv_lora_rank)
+        assert "kv_a_layernorm is a LayerNorm" in mla_cpu.project_refusal(attention, x, cos)
+    ops = torch.ops.transformers_dsv3
+    weight = attention.kv_a_proj_with_mqa.weight.detach()
+    with pytest.raises(ValueError, match="kv_a is of shape"):
+        ops.project(
+            x, None, None, None, None, 0.0, weight, None, weight[:-1], None, None, torch.ones(3), 1e-6, cos, cos, True,
+            1, False,
+        )  # fmt: skip
+
+
+def test_training_mode_leaves_the_compiled_backend_out(make_model, monkeypatch):
+    """With gradients or without: reentrant checkpointing runs each layer once in either way."""
+    model = make_model().train()
+    monkeypatch.setattr(cpu_ops, "library", lambda: pytest.fail("the compiled library was called"))
+    with torch.no_grad():
+        cache = model(torch.arange(2, 12)[None], use_cache=True).past_key_values
+        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)

@@ -86,6 +86,8 @@ class Int8Linear(_Int8Module):
 class Int8Experts(_Int8Module):
     """Routed experts with INT8 weights, `(E, 2I, D)` and `(E, D, I)`, scales `(E, 2I)` and `(E, D)`."""
 
+    is_plain_experts = True
+
     def __init__(self, experts: Dsv3Experts, int8_activations: bool):
         super().__init__()
         self.config = experts.config

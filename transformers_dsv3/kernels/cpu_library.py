@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 FOLDER_VARIABLE = "TRANSFORMERS_DSV3_CPU_LIBRARY"
 # The build writes into this file why there is no library; see setup.py
 BUILD_FAILURE = "_cpu_build_failure.txt"
-VERSION = 2  # dsv3_version() of csrc/library.c
+VERSION = 3  # dsv3_version() of csrc/library.c
 
 pointer, integer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
@@ -45,8 +45,14 @@ SIGNATURES = {
     ],
     # x, type, ldx, weight, eps, y, rows, n, threads
     "dsv3_rms_norm": [pointer, whole, integer, pointer, real, pointer, integer, integer, whole],
-    # x and strides, cos, sin and strides, type, interleave, y, B, H, Q, P, threads
-    "dsv3_rotate": [*[pointer] * 5, whole, whole, pointer, *[integer] * 4, whole],
+    # x and strides, cos, sin and strides, type, interleave, y and strides, B, H, Q, P, threads
+    "dsv3_rotate": [*[pointer] * 5, whole, whole, pointer, pointer, *[integer] * 4, whole],
+    # x, type, D, w_type, q_a with scale, bias, norm, eps, its rank, q_b with scale, kv_a with scale, bias, norm, eps,
+    # cos, sin and strides, interleave, B, Q, H, N, P, R, q, latent, k_rope, int8_activations, threads
+    "dsv3_project": [
+        *[pointer, whole, integer, whole, *[pointer] * 4, real, integer, *[pointer] * 6, real, *[pointer] * 3, whole],
+        *[*[integer] * 6, pointer, pointer, pointer, whole, whole],
+    ],
     "dsv3_use_isa": [ctypes.c_char_p],
     "dsv3_use_pool": [pointer, pointer],
     "dsv3_read": [pointer, integer, whole],

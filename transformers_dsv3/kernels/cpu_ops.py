@@ -39,6 +39,11 @@ _definitions.define(
     "-> (Tensor, Tensor, Tensor)"
 )
 _definitions.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+_definitions.define(
+    "project(Tensor x, Tensor? q_a, Tensor? q_a_scale, Tensor? q_a_bias, Tensor? q_norm, float q_eps, Tensor q_b, "
+    "Tensor? q_b_scale, Tensor kv_a, Tensor? kv_a_scale, Tensor? kv_a_bias, Tensor kv_norm, float kv_eps, Tensor cos, "
+    "Tensor sin, bool interleave, int heads, bool int8_activations) -> (Tensor, Tensor, Tensor)"
+)
 _definitions.define("rotate(Tensor x, Tensor cos, Tensor sin, bool interleave) -> Tensor")
 
 
@@ -381,16 +386,23 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return y
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
-    _check_activations("x", x)
-    B, H, Q, P = x.shape
+def _check_angles(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, shape: tuple[int, int, int]
+) -> list[torch.Tensor]:
+    B, Q, P = shape
     if P > MOST_ROTATED or P % 2:
         raise ValueError(f"x has {P} dimensions to rotate, not an even number up to {MOST_ROTATED}")
     for name, angles in (("cos", cos), ("sin", sin)):
         if angles.shape not in ((B, Q, P), (1, Q, P)) or angles.dtype != x.dtype:
             raise ValueError(f"{name} is {angles.dtype} of shape {tuple(angles.shape)}, not {x.dtype} of {(B, Q, P)}")
+    return [angles.contiguous().expand(B, Q, P) for angles in (cos, sin)]
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
+    _check_activations("x", x)
+    B, H, Q, P = x.shape
+    cos, sin = _check_angles(x, cos, sin, (B, Q, P))
     (x,) = _dense_rows(x)
-    cos, sin = (angles.contiguous().expand(B, Q, P) for angles in (cos, sin))
     y = x.new_empty(B, H, Q, P)
     library().dsv3_rotate(
         x.data_ptr(),
@@ -401,10 +413,103 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: b
         TYPES[x.dtype],
         interleave,
         y.data_ptr(),
+        _strides(y),
         *(B, H, Q, P),
         torch.get_num_threads(),
     )
     return y
+
+
+def _project(
+    x: torch.Tensor,
+    q_a: torch.Tensor | None,
+    q_a_scale: torch.Tensor | None,
+    q_a_bias: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    q_eps: float,
+    q_b: torch.Tensor,
+    q_b_scale: torch.Tensor | None,
+    kv_a: torch.Tensor,
+    kv_a_scale: torch.Tensor | None,
+    kv_a_bias: torch.Tensor | None,
+    kv_norm: torch.Tensor,
+    kv_eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleave: bool,
+    heads: int,
+    int8_activations: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries `(B, Q, H, N + P)`, rotated, latents `(B, 1, Q, R)`, rotary keys `(B, 1, Q, P)` of `x` `(B, Q, D)`."""
+    _check_activations("x", x)
+    B, Q, D = x.shape
+    R, P = kv_norm.shape[0], cos.shape[-1]
+    L = 0 if q_a is None else q_a.shape[0]
+    _check_weight("kv_a", kv_a, kv_a_scale, x, (R + P, D))
+    _check_weight("kv_norm", kv_norm, None, x, (R,))
+    _check_weight("q_b", q_b, q_b_scale, x, (q_b.shape[0], L or D))
+    if q_a is not None:
+        if q_norm is None:
+            raise ValueError("q_a needs q_norm")
+        _check_weight("q_a", q_a, q_a_scale, x, (L, D))
+        _check_weight("q_norm", q_norm, None, x, (L,))
+    if kv_a.dtype != q_b.dtype or (q_a is not None and q_a.dtype != q_b.dtype):
+        raise ValueError("the weights are of several dtypes")
+    for name, bias, width in (("q_a_bias", q_a_bias, L), ("kv_a_bias", kv_a_bias, R + P)):
+        if bias is not None and (bias.dtype != x.dtype or bias.shape != (width,) or not bias.is_contiguous()):
+            raise ValueError(
+                f"{name} is {bias.dtype} of shape {tuple(bias.shape)}, not contiguous {x.dtype} of ({width},)"
+            )
+    if q_b.shape[0] % heads or q_b.shape[0] // heads < P:
+        raise ValueError(f"q_b has {q_b.shape[0]} rows, not a multiple of {heads} heads of at least {P}")
+    cos, sin = _check_angles(x, cos, sin, (B, Q, P))
+    x = x.contiguous()
+    q, latent, k_rope = _fake_project(
+        x, q_a, None, None, None, 0.0, q_b, None, kv_a, None, None, kv_norm, 0.0, cos, sin, False, heads, False
+    )
+    status = library().dsv3_project(
+        x.data_ptr(),
+        TYPES[x.dtype],
+        D,
+        TYPES[q_b.dtype],
+        _address(q_a),
+        _address(q_a_scale),
+        _address(q_a_bias),
+        _address(q_norm),
+        q_eps,
+        L,
+        q_b.data_ptr(),
+        _address(q_b_scale),
+        kv_a.data_ptr(),
+        _address(kv_a_scale),
+        _address(kv_a_bias),
+        kv_norm.data_ptr(),
+        kv_eps,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        _strides(cos),
+        interleave,
+        *(B, Q, heads, q.shape[-1] - P, P, R),
+        q.data_ptr(),
+        latent.data_ptr(),
+        k_rope.data_ptr(),
+        int8_activations,
+        torch.get_num_threads(),
+    )
+    _done(status)
+    return q, latent, k_rope
+
+
+def _fake_project(  # type: ignore[no-untyped-def]
+    x, q_a, q_a_scale, q_a_bias, q_norm, q_eps, q_b, q_b_scale, kv_a, kv_a_scale, kv_a_bias, kv_norm, kv_eps, cos, sin,
+    interleave, heads, int8_activations,
+):  # fmt: skip
+    B, Q, _ = x.shape
+    return (
+        x.new_empty(B, Q, heads, q_b.shape[0] // heads),
+        x.new_empty(B, 1, Q, kv_norm.shape[0]),
+        x.new_empty(B, 1, Q, cos.shape[-1]),
+    )
 
 
 def _fake_linear(x, weight, scale, bias, int8_activations):  # type: ignore[no-untyped-def]
@@ -442,6 +547,7 @@ for _name, _kernel, _fake in (
     ("route", _route, _fake_route),
     ("rms_norm", _rms_norm, _fake_like),
     ("rotate", _rotate, _fake_like),
+    ("project", _project, _fake_project),
 ):
     _definitions.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"transformers_dsv3::{_name}", _fake, lib=_definitions)

@@ -1,15 +1,84 @@
 """Multi-head latent attention by the compiled CPU backend.
 
-`absorbed_attention` decodes over the latent cache, reading it once for all heads; `expanded_attention` is for prefill,
-without copying the shared rotary keys to every head. Both work in blocks with online softmax (arXiv 2205.14135).
+`project` makes queries, latents and rotary keys of hidden states. `absorbed_attention` decodes over the latent cache,
+reading it once for all heads; `expanded_attention` is for prefill, without copying the shared rotary keys to every
+head. Both work in blocks with online softmax (arXiv 2205.14135).
 """
 
 from typing import Any
 
 import torch
+from torch import nn
 
-from .cpu_ops import LONGEST_HEAD
+from .cpu_ops import LONGEST_HEAD, MOST_ROTATED
+from .linear_cpu import FEWEST_INT8_ROWS
 from .selection import cpu_refusal
+
+
+PLAIN_PARTS = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm")
+
+
+def project_refusal(attention: nn.Module, x: torch.Tensor, cos: torch.Tensor) -> str | None:
+    """The reason why `project` does not take a call, or None where it does."""
+    weights = []
+    for name in PLAIN_PARTS:
+        part = attention._modules.get(name)
+        if part is None:
+            continue
+        kind = type(part)
+        if (
+            kind is not nn.Linear
+            and not getattr(kind, "is_plain_linear", False)
+            and not hasattr(kind, "is_plain_norm")
+        ):
+            return f"takes plain layers, {name} is a {kind.__name__}"
+        if part._forward_hooks or part._forward_pre_hooks:
+            return f"{name} has forward hooks, which only its own call runs"
+        weight = part.weight
+        if not weight.is_contiguous():
+            return f"takes contiguous weights, {name}'s is not"
+        weights.append(weight)
+    if cos.shape[-1] > MOST_ROTATED:
+        return f"rotates {MOST_ROTATED} dimensions at most"
+    return cpu_refusal("attention", x, cos, *weights)
+
+
+def project(
+    attention: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What attention needs of each token, in one call where the layers one by one are seven.
+
+    Args:
+        attention: has the layers named in `PLAIN_PARTS`, with `q_proj` or the two in its place.
+        x: `(B, Q, D)`. cos, sin: `(B or 1, Q, P)`.
+
+    Returns:
+        Queries `(B, H, Q, N + P)` and rotary keys `(B, 1, Q, P)`, rotated, and normalised latents `(B, 1, Q, R)`.
+    """
+    parts = attention._modules
+    kv_a, kv_norm = parts["kv_a_proj_with_mqa"], parts["kv_a_layernorm"]
+    q_b = parts.get("q_proj")
+    low: tuple = (None, None, None, None, 0.0)
+    if q_b is None:
+        q_a, q_norm, q_b = parts["q_a_proj"], parts["q_a_layernorm"], parts["q_b_proj"]
+        low = (q_a.weight, getattr(q_a, "weight_scale", None), q_a.bias, q_norm.weight, q_norm.variance_epsilon)
+    query, latent, k_rope = torch.ops.transformers_dsv3.project(
+        x,
+        *low,
+        q_b.weight,
+        getattr(q_b, "weight_scale", None),
+        kv_a.weight,
+        getattr(kv_a, "weight_scale", None),
+        kv_a.bias,
+        kv_norm.weight,
+        kv_norm.variance_epsilon,
+        cos,
+        sin,
+        interleave,
+        attention.num_heads,
+        getattr(kv_a, "int8_activations", False) and x.shape[0] * x.shape[1] >= FEWEST_INT8_ROWS,
+    )
+    return query.transpose(1, 2), latent, k_rope
 
 
 def absorbed_refusal(

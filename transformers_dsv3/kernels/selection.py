@@ -1,7 +1,9 @@
 """Which implementation may serve an operation: the caller's choice, the environment's, or the best one that can.
 
-`experts_implementation="auto"`, the default, chooses for each call. The environment variable
-`TRANSFORMERS_DSV3_BACKENDS` replaces the default where the caller chose nothing, as in
+`experts_implementation="auto"`, the default, chooses for each call. Modules in training mode leave the compiled
+backend out, with gradients or without: checkpointing that runs forward once without them and once with them has to
+compute the same twice. The environment variable `TRANSFORMERS_DSV3_BACKENDS` replaces the default where the caller
+chose nothing, as in
 
     TRANSFORMERS_DSV3_BACKENDS=experts=eager,linear=torch,attention=torch,isa=avx2
 """

@@ -1,5 +1,5 @@
 /* y = x w^T + bias for any number of rows; with few rows it is bound by reading w, which is read once. */
-#include "products.h"
+#include "project.h"
 #include "threads.h"
 
 #include <stdlib.h>
@@ -17,6 +17,7 @@ typedef struct {
     ptrdiff_t ldx, ldw, ldy;
     rows rows;
     char *quantized;
+    atomic_int failed;
 } linear;
 
 static void work(void *context, team *t)
@@ -26,7 +27,9 @@ static void work(void *context, team *t)
     if (l->quantized) {
         size_t row_bytes = (size_t)l->K * (l->rows.kind == ROWS_S16 ? 2 : 1);
         float *buffer = malloc((size_t)l->K * 4);
-        while ((task = take_task(t, 0, l->M)) >= 0) {
+        if (!buffer)
+            atomic_store(&l->failed, 1);
+        while (buffer && (task = take_task(t, 0, l->M)) >= 0) {
             const float *x = as_f32(at(l->x, task * l->ldx, float_size(l->x_type)), l->x_type, l->K, buffer);
             l->rows.scale[task] = quantize_row(x, l->rows.kind, l->quantized + (size_t)task * row_bytes, l->K);
         }
@@ -58,7 +61,7 @@ static void work(void *context, team *t)
     }
 }
 
-/* Returns 0, or 1 when memory ran out (nothing is written then). x (M, K) and y (M, N) are of x_type, as is bias (N) or
+/* Returns 0, or 1 when memory ran out. x (M, K) and y (M, N) are of x_type, as is bias (N) or
  * NULL; w (N, K) is of w_type, with w_scale (N) where that is INT8. `ld*` count elements from row to row. */
 int dsv3_linear(const void *x, int x_type, ptrdiff_t ldx, const void *w, int w_type, ptrdiff_t ldw, const float *w_scale,
                 const void *bias, void *y, ptrdiff_t ldy, int64_t M, int64_t N, int64_t K, int int8_activations,
@@ -84,5 +87,5 @@ int dsv3_linear(const void *x, int x_type, ptrdiff_t ldx, const void *w, int w_t
         l.rows.row[i] = l.quantized ? l.quantized + (size_t)i * row_bytes : (const char *)at(x, i * ldx, float_size(x_type));
     run_team(work, &l, threads);
     free(memory);
-    return 0;
+    return atomic_load(&l.failed);
 }

@@ -1,5 +1,5 @@
 /* The small steps between products, each over rows of activations: normalisation and rotation. */
-#include "products.h"
+#include "project.h"
 #include "threads.h"
 
 #include <math.h>
@@ -51,7 +51,7 @@ typedef struct {
     void *y;
     int type, interleave;
     int64_t B, H, Q, P;
-    ptrdiff_t x_of[3], angle_of[2];
+    ptrdiff_t x_of[3], angle_of[2], y_of[3];
 } rotation;
 
 static float value_at(const void *p, int64_t i, int type)
@@ -84,20 +84,20 @@ static void rotate(void *context, team *t)
                 y[i] = first * c - second * s;
                 y[i + half] = second * c + first * s;
             }
-            store_as(y, (char *)r->y + (size_t)(((b * r->H + h) * r->Q + q) * r->P) * size, r->type, r->P);
+            store_as(y, (char *)r->y + (b * r->y_of[0] + h * r->y_of[1] + q * r->y_of[2]) * (ptrdiff_t)size, r->type, r->P);
         }
     }
 }
 
-/* y (B, H, Q, P) contiguous = x rotated: pairs are neighbours or halves of x, and halves of y. x has strides of batch,
- * head and query, cos and sin (B, Q, P) of batch and query; all of `type`.
- * P is at most MOST_ROTATED. */
+/* y (B, H, Q, P) = x rotated: pairs are neighbours or halves of x, and halves of y, which may be x itself. x and y have
+ * strides of batch, head and query, cos and sin (B, Q, P) of batch and query; all of `type`. P is at most MOST_ROTATED. */
 void dsv3_rotate(const void *x, const ptrdiff_t *x_of, const void *cos, const void *sin, const ptrdiff_t *angle_of,
-                 int type, int interleave, void *y, int64_t B, int64_t H, int64_t Q, int64_t P, int threads)
+                 int type, int interleave, void *y, const ptrdiff_t *y_of, int64_t B, int64_t H, int64_t Q, int64_t P, int threads)
 {
     rotation r = {
         .x = x, .cos = cos, .sin = sin, .y = y, .type = type, .interleave = interleave, .B = B, .H = H, .Q = Q, .P = P,
         .x_of = {x_of[0], x_of[1], x_of[2]}, .angle_of = {angle_of[0], angle_of[1]},
+        .y_of = {y_of[0], y_of[1], y_of[2]},
     };
     run_team(rotate, &r, B * Q > ROWS ? threads : 1);
 }

@@ -46,8 +46,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bo
         `(B, H, S, P)` with pairs as halves in both cases: queries and keys are permuted alike, so their products, the
         only use made of them, are unchanged.
     """
-    if rotate_refusal(x, cos, sin) is None:
-        return torch.ops.transformers_dsv3.rotate(x, cos, sin, interleave)
     half = x.shape[-1] // 2
     cos, sin = cos[..., :half].unsqueeze(1), sin[..., :half].unsqueeze(1)
     first, second = (x[..., 0::2], x[..., 1::2]) if interleave else (x[..., :half], x[..., half:])
@@ -235,6 +233,11 @@ class Dsv3Attention(nn.Module):
         absorbed = q_len * R * (N + V) + q_len * kv_len * (2 * R + P)
         return absorbed < expanded
 
+    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        if not self.training and rotate_refusal(x, cos, sin) is None:
+            return torch.ops.transformers_dsv3.rotate(x, cos, sin, self.rope_interleave)
+        return rotate(x, cos, sin, self.rope_interleave)
+
     def _fused_expanded(
         self, q_nope: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor, attention_mask: Any
     ) -> Callable | None:
@@ -242,7 +245,7 @@ class Dsv3Attention(nn.Module):
         if self.config._attn_implementation != "sdpa":
             return None
         dropout = self.attention_dropout if self.training else 0.0
-        for backend in (mla_cpu, mla_training):
+        for backend in (mla_training,) if self.training else (mla_cpu, mla_training):
             if backend.expanded_refusal(q_nope, kv, k_rope, attention_mask, dropout) is None:
                 return backend.expanded_attention
         return None
@@ -293,20 +296,23 @@ class Dsv3Attention(nn.Module):
             The output `(B, Q, D)`, and the attention weights `(B, H, Q, S)` where the implementation gives them.
         """
         batch_size, q_len = hidden_states.shape[:2]
-        if self.q_lora_rank is None:
-            query = self.q_proj(hidden_states)
-        else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
-        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-
-        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(
-            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
-        )
-        latent = self.kv_a_layernorm(latent).unsqueeze(1)
         cos, sin = position_embeddings
-        q_rope = rotate(q_rope, cos, sin, self.rope_interleave)
-        k_rope = rotate(k_rope.unsqueeze(1), cos, sin, self.rope_interleave)
+        dims = [self.qk_nope_head_dim, self.qk_rope_head_dim]
+        if not self.training and mla_cpu.project_refusal(self, hidden_states, cos) is None:
+            query, latent, k_rope = mla_cpu.project(self, hidden_states, cos, sin, self.rope_interleave)
+            q_nope, q_rope = query.split(dims, dim=-1)
+        else:
+            if self.q_lora_rank is None:
+                query = self.q_proj(hidden_states)
+            else:
+                query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+            q_nope, q_rope = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2).split(dims, dim=-1)
+            latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(
+                [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
+            )
+            latent = self.kv_a_layernorm(latent).unsqueeze(1)
+            q_rope = self._rotate(q_rope, cos, sin)
+            k_rope = self._rotate(k_rope.unsqueeze(1), cos, sin)
 
         if past_key_values is not None:
             latent, k_rope = extend(past_key_values, latent, k_rope, self.layer_idx)
@@ -326,7 +332,7 @@ class Dsv3Attention(nn.Module):
             arguments = (q_nope, q_rope, latent, k_rope, kv_b_weight, mask, self.scaling)
             if implementation == "eager":
                 output, weights = absorbed_attention(*arguments)
-            elif mla_cpu.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight) is None:
+            elif not self.training and mla_cpu.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight) is None:
                 output = mla_cpu.absorbed_attention(*arguments)
             else:
                 output, _ = absorbed_attention(*arguments)

@@ -73,7 +73,7 @@ class Dsv3TopkRouter(nn.Module):
                 f"e_score_correction_bias is {self.e_score_correction_bias.dtype}, its fp32 values are lost. FSDP's "
                 "MixedPrecision(buffer_dtype=...) casts buffers: leave buffer_dtype unset, or use FSDP2."
             )
-        if route_refusal(hidden_states, self.weight) is None:
+        if not self.training and route_refusal(hidden_states, self.weight) is None:
             return torch.ops.transformers_dsv3.route(
                 hidden_states.reshape(-1, hidden_states.shape[-1]),
                 self.weight,
@@ -103,6 +103,8 @@ class Dsv3Experts(nn.Module):
     Served by the implementation that `config._experts_implementation` names in Transformers' `ExpertsInterface`;
     `forward` here is the plain reference, `"eager"`.
     """
+
+    is_plain_experts = True
 
     def __init__(self, config: Dsv3Config):
         super().__init__()
@@ -175,6 +177,8 @@ class Dsv3Experts(nn.Module):
             elif count:
                 gate, up = F.linear(hidden_states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
                 outputs.append(F.linear(self.act_fn(gate) * up, self.down_proj[expert]))
+        if not outputs:
+            return torch.zeros_like(hidden_states)  # no tokens
         by_pair = torch.cat(outputs)[pairs.argsort()].view(num_tokens, top_k, self.hidden_dim)
         return (by_pair * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
 
@@ -195,7 +199,8 @@ class Dsv3MoE(nn.Module):
         shared = self.shared_experts if self.shared_experts.intermediate_size > 0 else None
         if (
             shared is not None
-            and isinstance(self.experts, Dsv3Experts)  # PEFT's adapters of experts are modules around them
+            and not self.training
+            and getattr(type(self.experts), "is_plain_experts", False)  # PEFT's adapters are modules around them
             and may_serve(self.experts.config._experts_implementation)
             and mixture_refusal(hidden_states, self.experts, shared) is None
         ):

@@ -9,8 +9,10 @@ from ...kernels.rows_cpu import rms_norm_refusal
 class Dsv3RMSNorm(DeepseekV3RMSNorm):
     """Root mean square normalisation (arXiv 1910.07467) in fp32."""
 
+    is_plain_norm = True
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., D)` to `(..., D)`."""
-        if rms_norm_refusal(hidden_states, self.weight) is None:
+        if not self.training and rms_norm_refusal(hidden_states, self.weight) is None:
             return torch.ops.transformers_dsv3.rms_norm(hidden_states, self.weight, self.variance_epsilon)
         return super().forward(hidden_states)
