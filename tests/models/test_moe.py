@@ -332,3 +332,13 @@ def test_fsdp_mixed_precision(one_process, biased):
     assert (output.logits - plain).norm() < 0.05 * plain.norm()
     for name, parameter in biased.named_parameters():
         assert (parameter.grad is not None) == ("layers.2." not in name), name
+
+
+@pytest.mark.parametrize("implementation", ["eager", "auto"])
+def test_no_tokens_at_all(tiny_config, implementation):
+    """A rank of expert parallelism may get none."""
+    config = tiny_config(experts_implementation=implementation)
+    experts = Dsv3Experts(config).eval()
+    chosen = torch.empty(0, config.num_experts_per_tok)
+    with torch.no_grad():
+        assert experts(torch.empty(0, config.hidden_size), chosen.long(), chosen).shape == (0, config.hidden_size)

@@ -1,6 +1,8 @@
 /* Dot products of M rows with N rows, in tiles held in registers. Included once for each pair of element types, with
  *   DOT, A_T, W_T           the function's name, the types of the two sides
  *   MR, NR                  rows of a tile on either side; MR is 2 or 3
+ *   ALONE                   rows of w at a time that meet a single row of a: 1 or NR. Memory is the limit there, and one
+ *                           row after the other is the order that processors prefetch best
  *   STEP                    elements of a row in one vector
  *   ACC, ZERO               type of a running sum, and its start
  *   LOAD_A(p), LOAD_W(p)    a vector from memory; LOAD_A_TAIL(p, n), LOAD_W_TAIL(p, n) the first n < STEP elements, else 0
@@ -61,6 +63,16 @@ static inline __attribute__((always_inline)) void JOIN(DOT, _tile)(
 
 static void DOT(DOT_ARGUMENTS(A_T, W_T))
 {
+    if (M == 1) {
+        int64_t j = 0;
+        for (; j + ALONE <= N; j += ALONE) {
+            const W_T *rows = w + j * ldw, *ahead = j + 2 * ALONE <= N ? rows + ALONE * ldw : next ? next : rows;
+            JOIN(DOT, _tile)(a, k0, rows, ldw, K, c + j, ldc, accumulate, ahead, 1, ALONE, 1);
+        }
+        for (; j < N; j++)
+            JOIN(DOT, _tile)(a, k0, w + j * ldw, ldw, K, c + j, ldc, accumulate, NULL, 1, 1, 0);
+        return;
+    }
     for (int64_t j = 0; j < N; j += NR) {
         const W_T *tile = w + j * ldw, *ahead = j + 2 * NR <= N ? tile + NR * ldw : next ? next : tile;
         int whole = j + NR <= N;
@@ -89,6 +101,7 @@ static void DOT(DOT_ARGUMENTS(A_T, W_T))
 #undef W_T
 #undef MR
 #undef NR
+#undef ALONE
 #undef STEP
 #undef ACC
 #undef ZERO

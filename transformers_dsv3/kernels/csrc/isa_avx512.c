@@ -72,6 +72,7 @@ static inline __attribute__((always_inline)) __m512i add_products_u8s8(__m512i a
 #define W_T bf16
 #define MR 3
 #define NR 8
+#define ALONE 1
 #define STEP 32
 #define ACC __m512
 #define ZERO _mm512_setzero_ps()
@@ -91,6 +92,7 @@ static inline __attribute__((always_inline)) __m512i add_products_u8s8(__m512i a
 #define W_T float
 #define MR 3
 #define NR 8
+#define ALONE 1
 #define STEP 16
 #define ACC __m512
 #define ZERO _mm512_setzero_ps()
@@ -110,6 +112,7 @@ static inline __attribute__((always_inline)) __m512i add_products_u8s8(__m512i a
 #define W_T int8_t
 #define MR 3
 #define NR 8
+#define ALONE 1
 #define STEP 32
 #define ACC __m512i
 #define ZERO _mm512_setzero_si512()

@@ -60,6 +60,7 @@ static inline __attribute__((always_inline)) void store_integer_sums(
 #define W_T bf16
 #define MR 2
 #define NR 4
+#define ALONE NR
 #define STEP 8
 #define ACC f32x8
 #define ZERO (f32x8){0}
@@ -79,6 +80,7 @@ static inline __attribute__((always_inline)) void store_integer_sums(
 #define W_T float
 #define MR 2
 #define NR 4
+#define ALONE NR
 #define STEP 8
 #define ACC f32x8
 #define ZERO (f32x8){0}
@@ -98,6 +100,7 @@ static inline __attribute__((always_inline)) void store_integer_sums(
 #define W_T int8_t
 #define MR 2
 #define NR 4
+#define ALONE NR
 #if defined(MAC_S16)
 /* Sixteen products a step, added in pairs */
 #define STEP 16
@@ -129,6 +132,7 @@ static inline __attribute__((always_inline)) void store_integer_sums(
 #define W_T int8_t
 #define MR 2
 #define NR 4
+#define ALONE NR
 #if defined(MAC_S16)
 #define STEP 16
 #define A_VEC s16x16
