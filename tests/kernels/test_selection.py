@@ -143,7 +143,7 @@ def test_modules_that_are_refused_and_why(compiled, make_model):
 
     @torch.no_grad()
     def refusal():
-        return experts_cpu.mixture_refusal(x, moe.experts, moe.shared_experts)
+        return experts_cpu.mixture_refusal(x, moe.experts, None, moe.shared_experts)
 
     assert refusal() is None
     for module in (moe.shared_experts, moe.experts, moe.shared_experts.up_proj):
@@ -251,7 +251,7 @@ def test_without_the_library_the_plain_path_serves(spy, make_model, monkeypatch)
     assert len(spy.calls) == called
     with pytest.raises(cpu_library.NotAvailable, match="the compiled CPU backend was not built"):
         cpu_library.library()
-    assert "was not built" in mla_cpu.absorbed_refusal(*[torch.ones(2, 2)] * 4)
+    assert "was not built" in mla_cpu.absorbed_refusal(*[torch.ones(2, 2)] * 4, None)
     model.set_experts_implementation("cpu")
     torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
 
@@ -292,3 +292,77 @@ def test_a_bad_variable_stops_the_program():
     done = in_a_process("isa=mmx", "import transformers_dsv3.kernels.selection")
     assert done.returncode != 0
     assert "TRANSFORMERS_DSV3_BACKENDS: isa is one of avx512, avx2, portable, not 'mmx'" in done.stderr
+
+
+class TestCallsThatAreLeftToPyTorch:
+    """Each gave another result, lost a gradient or raised where the plain path does not."""
+
+    ids = torch.arange(2, 14)[None]
+
+    def test_masks(self):
+        ones = torch.ones(2, 1, 3, 4)
+        assert selection.mask_refusal(None) is None
+        assert selection.mask_refusal(ones) is None and selection.mask_refusal(ones.bool()) is None
+        assert "int64" in selection.mask_refusal(ones.long())
+        assert "(B, 1, Q, S)" in selection.mask_refusal(ones.expand(2, 5, 3, 4))
+        assert "gradients" in selection.mask_refusal(ones.clone().requires_grad_())
+
+    def test_attention_that_is_not_causal(self, make_model):
+        model = make_model(attn_implementation="sdpa").eval()
+        attention = model.model.layers[0].self_attn
+        x, cos = torch.randn(1, 5, model.config.hidden_size), torch.ones(1, 5, attention.qk_rope_head_dim)
+        with torch.no_grad():
+            causal, _ = attention(x, (cos, cos))
+            attention.is_causal = False
+            whole, _ = attention(x, (cos, cos))
+            with selection.use(attention="torch", linear="torch"):
+                plain, _ = attention(x, (cos, cos))
+        assert torch.allclose(whole, plain, atol=1e-5) and not torch.allclose(whole, causal, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["mlp.gate.weight", "self_attn.q_a_proj.bias", "self_attn.o_proj.bias"])
+    def test_gradients_of_a_single_tensor_in_eval_mode(self, make_model, name):
+        model = make_model(attention_bias=True).eval().requires_grad_(False)
+        parameter = model.get_parameter(f"model.layers.1.{name}").requires_grad_()
+        model(self.ids).logits.sum().backward()
+        assert parameter.grad is not None and bool(parameter.grad.any())
+
+    def test_a_replaced_forward(self, make_model):
+        model = make_model().eval()
+        layer = model.model.layers[1]
+        for module in (layer.self_attn.kv_a_layernorm, layer.self_attn.kv_a_proj_with_mqa, layer.mlp.experts):
+            calls, original = [], module.forward
+            module.forward = lambda *args, calls=calls, original=original: calls.append(1) or original(*args)
+            with torch.no_grad():
+                model(self.ids)
+            assert calls, type(module).__name__
+
+    def test_a_subclass_that_computes_something_else(self, make_model):
+        class Doubled(Dsv3Linear):
+            def forward(self, input):
+                return 2 * super().forward(input)
+
+        model = make_model().eval()
+        attention = model.model.layers[0].self_attn
+        with torch.no_grad():
+            before = model(self.ids).logits
+            attention.q_b_proj.__class__ = Doubled
+            assert not torch.allclose(model(self.ids).logits, before)
+
+    def test_a_bias_where_there_is_none_otherwise(self, make_model):
+        model = make_model().eval()
+        layer = model.model.layers[0].self_attn.q_b_proj
+        with torch.no_grad():
+            before = model(self.ids).logits
+            layer.bias = torch.nn.Parameter(torch.ones(layer.out_features))
+            assert not torch.allclose(model(self.ids).logits, before)
+
+    def test_transforms_of_torch_func(self, make_model):
+        model = make_model(attn_implementation="sdpa").train()
+        parameters = dict(model.named_parameters())
+
+        def loss(weight):
+            replaced = {**parameters, "model.norm.weight": weight}
+            return torch.func.functional_call(model, replaced, (self.ids,), {"use_cache": False}).logits.sum()
+
+        gradient = torch.func.grad(loss)(model.model.norm.weight.detach())
+        assert bool(gradient.any())

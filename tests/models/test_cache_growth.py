@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from transformers_dsv3.models.dsv3.cache_dsv3 import SPARE_TOKENS, extend
+from transformers_dsv3.models.dsv3.cache_dsv3 import SPARE_TOKENS, extend, take_back
 
 
 R, P = 5, 3
@@ -90,7 +90,7 @@ def test_room_kept_is_bounded(caches):
     ours, plain = caches
     append(ours, plain, 5000)
     append(ours, plain, 1)
-    room = ours.layers[0].spare_room[0].shape[2]
+    room = ours.layers[0].spare_room.keys.shape[2]
     assert room <= 5008 * 9 / 8 + SPARE_TOKENS
 
 
@@ -112,3 +112,60 @@ def test_other_caches_are_left_to_themselves(make_model):
         model(torch.arange(1, 5)[None], past_key_values=cache)
         model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
     assert not hasattr(cache.layers[0], "spare_room") and int(cache.get_seq_length()) == 5
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x[:1].expand(2, -1, -1, -1), lambda x: x[:, :, ::2], lambda x: x[:, :, 1:]],
+    ids=["expanded", "every second", "without the first"],
+)
+def test_views_that_begin_or_step_elsewhere(caches, view):
+    append(*caches, 1)
+    for cache in caches:
+        layer = cache.layers[0]
+        layer.keys, layer.values = view(layer.keys), view(layer.values)
+    append(*caches, 1)
+    append(*caches, 2)
+
+
+def test_what_was_given_out_is_not_written_to(caches):
+    """A snapshot of the tensors, then another continuation after a crop."""
+    ours, plain = caches
+    append(ours, plain, 1)
+    snapshot = ours.layers[0].keys
+    before = snapshot.clone()
+    for cache in caches:
+        cache.crop(-3)
+    append(ours, plain, 2)
+    append(ours, plain, 2)
+    assert torch.equal(snapshot, before)
+
+
+def test_a_shallow_copy_goes_its_own_way(caches):
+    ours, plain = caches
+    append(ours, plain, 1)
+    other, other_plain = DynamicCache(), DynamicCache()
+    other.layers, other_plain.layers = [copy.copy(ours.layers[0])], [copy.copy(plain.layers[0])]
+    append(other, other_plain, 1)
+    append(ours, plain, 1)
+    append(other, other_plain, 1)
+
+
+def test_drafts_are_taken_back_in_place(caches):
+    ours, plain = caches
+    append(ours, plain, 1)
+    place = ours.layers[0].keys.data_ptr()
+    for _ in range(5):
+        append(ours, plain, 3)
+        take_back(ours, 2)
+        plain.crop(-2)
+    assert ours.layers[0].keys.data_ptr() == place
+
+
+def test_after_inference_mode(caches):
+    ours, plain = DynamicCache(), DynamicCache()
+    with torch.inference_mode():
+        append(ours, plain, 4)
+        append(ours, plain, 1)
+    append(ours, plain, 1)
+    append(ours, plain, 1)

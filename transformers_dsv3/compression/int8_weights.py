@@ -8,7 +8,6 @@ bits, which multiply about twice as fast.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +74,7 @@ class Int8Linear(_Int8Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`(..., K)` to `(..., N)`."""
-        if linear_refusal(input, self.weight) is None:
+        if linear_refusal(input, self.weight, self.bias) is None:
             return linear(input, self.weight, self.bias, self.weight_scale, self.int8_activations)
         return F.linear(input, (self.weight * self.weight_scale.unsqueeze(-1)).to(input.dtype), self.bias)
 
@@ -102,7 +101,10 @@ class Int8Experts(_Int8Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`(T, D)`, `(T, K)`, `(T, K)` to `(T, D)`."""
-        if may_serve(self.config._experts_implementation) and mixture_refusal(hidden_states, self, None) is None:
+        if (
+            may_serve(self.config._experts_implementation)
+            and mixture_refusal(hidden_states, self, top_k_weights, None) is None
+        ):
             return mixture(hidden_states, self, top_k_index, top_k_weights, None)
         dtype = hidden_states.dtype
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
@@ -155,14 +157,16 @@ def quantize_int8(model: PreTrainedModel, activations: str = "bf16", progress: b
         raise ValueError("The model is quantised already.")
     int8_activations = activations == "int8"
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    places: list[tuple[nn.Module, str, Any]] = [
-        (parent, name, child)
+    # Names only: each original is to be freed as soon as it is replaced
+    places = [
+        (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, Dsv3Experts)
         or (isinstance(child, nn.Linear) and name != "kv_b_proj" and id(child.weight) not in embeddings)
     ]
-    for parent, name, child in tqdm(places, desc="INT8", unit="module", disable=not progress):
+    for parent, name in tqdm(places, desc="INT8", unit="module", disable=not progress):
+        child = getattr(parent, name)
         if isinstance(child, Dsv3Experts):
             quantized: nn.Module = Int8Experts(child, int8_activations)
         else:

@@ -31,7 +31,7 @@ def auto_experts(
     The compiled CPU backend where no gradient is needed; `grouped_cpu` for training on a CPU; `batched_mm` for a few
     tokens on a GPU, where `generate` would switch to it; `grouped_mm`; else the module's own plain loop.
     """
-    if not module.training and experts_cpu.mixture_refusal(hidden_states, module, None) is None:
+    if not module.training and experts_cpu.mixture_refusal(hidden_states, module, top_k_weights, None) is None:
         return experts_cpu.mixture(hidden_states, module, top_k_index, top_k_weights, None)
     if experts_grouped.why_not(module) is None and (
         hidden_states.dtype == module.gate_up_proj.dtype or torch.is_autocast_enabled("cpu")
@@ -49,7 +49,7 @@ def cpu_experts(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The same, asked for by the name of the compiled backend: says once why where another has to take a call."""
-    reason = experts_cpu.mixture_refusal(hidden_states, module, None)
+    reason = experts_cpu.mixture_refusal(hidden_states, module, top_k_weights, None)
     if reason is not None and not torch.compiler.is_compiling():
         logger.warning_once(f'experts_implementation="{experts_cpu.NAME}" does not serve a call: it {reason}.')
     return auto_experts(module, hidden_states, top_k_index, top_k_weights)

@@ -10,14 +10,10 @@ from torch import nn
 from . import cpu_ops  # noqa: F401  (defines the operators)
 from .experts_grouped import is_silu
 from .linear_cpu import FEWEST_INT8_ROWS
-from .selection import chosen, cpu_refusal
+from .selection import bypass_refusal, cpu_refusal
 
 
 NAME = "cpu"
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _weights(module: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -39,29 +35,36 @@ def mlp_refusal(mlp: nn.Module) -> str | None:
     """The reason why a dense network (`gate_proj`, `up_proj`, `down_proj`) cannot be served at all, or None."""
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = getattr(mlp, name)
-        if type(layer) is not nn.Linear and not getattr(type(layer), "is_plain_linear", False):
+        # Of the class itself: a subclass may compute something else
+        if type(layer) is not nn.Linear and "is_plain_linear" not in type(layer).__dict__:
             return f"takes plain linear layers, {name} is a {type(layer).__name__}"
         if layer.bias is not None:
             return f"takes linear layers without bias, {name} has one"
-        if _has_hooks(layer):
-            return f"{name} has forward hooks, which only its own call runs"
+        if (reason := bypass_refusal(name, layer)) is not None:
+            return reason
         if not layer.weight.is_contiguous():
             return f"takes contiguous weights, {name}'s is not"
     return None if is_silu(mlp.act_fn) else "computes SwiGLU only"
 
 
-def mixture_refusal(x: torch.Tensor, experts: nn.Module | None, mlp: nn.Module | None) -> str | None:
+def mixture_refusal(
+    x: torch.Tensor, experts: nn.Module | None, top_k_weights: torch.Tensor | None, mlp: nn.Module | None
+) -> str | None:
     """The reason why `mixture` does not take a call, or None where it does."""
     tensors: list[torch.Tensor] = []
     if experts is not None:
         if (reason := experts_refusal(experts)) is not None:
             return reason
+        if top_k_weights is not None and top_k_weights.requires_grad and torch.is_grad_enabled():
+            return "has no gradients"
         tensors += [experts.gate_up_proj, experts.down_proj]
     if mlp is not None:
         if (reason := mlp_refusal(mlp)) is not None:
             return reason
-        if experts is not None and (_has_hooks(mlp) or _has_hooks(experts)):
-            return "experts or shared experts have forward hooks, which only their own calls run"
+        if experts is not None:
+            for name, module in (("experts", experts), ("shared_experts", mlp)):
+                if (reason := bypass_refusal(name, module)) is not None:
+                    return reason
         tensors += [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
     if len({tensor.dtype for tensor in tensors}) > 1:
         return "takes weights of one dtype"
@@ -103,9 +106,9 @@ def route_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     """The reason why `torch.ops.transformers_dsv3.route` does not take a call, or None where it does."""
     if not weight.is_contiguous():
         return "takes a contiguous router weight"
-    return cpu_refusal("experts", x, weight)
+    return cpu_refusal("linear", x, weight)
 
 
 def may_serve(experts_implementation: str | None) -> bool:
     """Whether the choice of experts' implementation leaves them to this backend."""
-    return experts_implementation in ("auto", NAME) and chosen["experts"] in ("auto", NAME)
+    return experts_implementation in ("auto", NAME)

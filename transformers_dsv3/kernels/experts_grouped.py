@@ -72,7 +72,7 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """
     size = torch.Size(shape).numel() * dtype.itemsize
     if size < 2**20 or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
@@ -81,7 +81,7 @@ def _gradient(weight: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
     """Room for the gradient of a weight, zero for experts without tokens. The others' is written as a whole."""
     if counts_E.all():
         # Memory that torch has at hand, which is faster than fresh memory from the system
-        return torch.empty(weight.shape, dtype=weight.dtype)
+        return torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
     return lazy_zeros(weight.shape, weight.dtype)
 
 

@@ -16,7 +16,7 @@ FEWEST_BYTES = 2**18
 FEWEST_INT8_ROWS = 16
 
 
-def linear_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def linear_refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str | None:
     """The reason why `linear` does not take a call, or None where it does."""
     if weight.dtype is not torch.int8:
         if weight.numel() * weight.element_size() < FEWEST_BYTES:
@@ -25,6 +25,8 @@ def linear_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
             return f"pays up to {MOST_BF16_ROWS} rows of bf16"
     if not weight.is_contiguous():
         return "takes contiguous weights only"
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        return "has no gradients"
     return cpu_refusal("linear", x, weight)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .cpu_ops import LONGEST_HEAD, MOST_ROTATED
 from .linear_cpu import FEWEST_INT8_ROWS
-from .selection import cpu_refusal
+from .selection import bypass_refusal, chosen, cpu_refusal, mask_refusal
 
 
 PLAIN_PARTS = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm")
@@ -26,20 +26,27 @@ def project_refusal(attention: nn.Module, x: torch.Tensor, cos: torch.Tensor) ->
         if part is None:
             continue
         kind = type(part)
-        if (
-            kind is not nn.Linear
-            and not getattr(kind, "is_plain_linear", False)
-            and not hasattr(kind, "is_plain_norm")
-        ):
+        # Of the class itself: a subclass may compute something else
+        if kind is not nn.Linear and not {"is_plain_linear", "is_plain_norm"} & kind.__dict__.keys():
             return f"takes plain layers, {name} is a {kind.__name__}"
-        if part._forward_hooks or part._forward_pre_hooks:
-            return f"{name} has forward hooks, which only its own call runs"
+        if (reason := bypass_refusal(name, part)) is not None:
+            return reason
+        bias = getattr(part, "bias", None)
+        if bias is not None:
+            if name in ("q_proj", "q_b_proj"):
+                return f"takes {name} without bias"
+            if bias.requires_grad and torch.is_grad_enabled():
+                return "has no gradients"
         weight = part.weight
         if not weight.is_contiguous():
             return f"takes contiguous weights, {name}'s is not"
         weights.append(weight)
+    if len({weight.dtype for weight in weights if weight.dim() == 2}) > 1:
+        return "takes weights of one dtype"
     if cos.shape[-1] > MOST_ROTATED:
         return f"rotates {MOST_ROTATED} dimensions at most"
+    if chosen["linear"] == "torch":
+        return "linear is served by 'torch', as chosen"
     return cpu_refusal("attention", x, cos, *weights)
 
 
@@ -75,14 +82,18 @@ def project(
         cos,
         sin,
         interleave,
-        attention.num_heads,
+        q_b.weight.shape[0] // attention.qk_head_dim,
         getattr(kv_a, "int8_activations", False) and x.shape[0] * x.shape[1] >= FEWEST_INT8_ROWS,
     )
     return query.transpose(1, 2), latent, k_rope
 
 
 def absorbed_refusal(
-    q_nope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, kv_b_weight: torch.Tensor
+    q_nope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    kv_b_weight: torch.Tensor,
+    attention_mask: torch.Tensor | None,
 ) -> str | None:
     """The reason why `absorbed_attention` does not take a call, or None where it does."""
     if latent.shape[-1] > LONGEST_HEAD:
@@ -91,6 +102,8 @@ def absorbed_refusal(
         return "takes a contiguous kv_b_proj only"
     if kv_b_weight.dtype is torch.int8:
         return "takes kv_b_proj in the activations' dtype"
+    if (reason := mask_refusal(attention_mask)) is not None:
+        return reason
     return cpu_refusal("attention", q_nope, latent, k_rope, kv_b_weight)
 
 
@@ -115,8 +128,8 @@ def expanded_refusal(
     """The reason why `expanded_attention` does not take a call, or None where it does."""
     if dropout > 0:
         return "has no dropout"
-    if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4):
-        return "takes masks of (B, 1, Q, S)"
+    if (reason := mask_refusal(attention_mask)) is not None:
+        return reason
     if q_nope.shape[-1] > LONGEST_HEAD:
         return f"takes heads of {LONGEST_HEAD} at most"
     return cpu_refusal("attention", q_nope, kv, k_rope)

@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .matmul_cpu import matmul, uses_onednn
-from .selection import chosen
+from .selection import chosen, functorch_is_active, mask_refusal
 
 
 # Of a causal mask, blocks behind the diagonal are not computed; smaller blocks make slower products
@@ -49,6 +49,8 @@ def expanded_refusal(
         return "is for training"
     if torch.is_autocast_enabled("cpu"):
         return "does not follow autocast"
+    if functorch_is_active():
+        return "has no rules for torch.func"
     if dropout > 0:
         return "has no dropout"
     for tensor in tensors:
@@ -60,9 +62,7 @@ def expanded_refusal(
         return reason
     if attention_mask is None:
         return None if q_nope_BHQN.shape[2] == kv_BSHX.shape[1] else "needs a mask where keys come before the queries"
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:
-        return "takes masks of (B, 1, Q, S)"
-    return "has no gradients of masks" if attention_mask.requires_grad else None
+    return mask_refusal(attention_mask)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -71,7 +71,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @functools.lru_cache(maxsize=8)
 def _later(R: int) -> torch.Tensor:
-    return torch.ones(R, R, dtype=torch.bool).triu(1)
+    return torch.ones(R, R, dtype=torch.bool, device="cpu").triu(1)
 
 
 def _probabilities(

@@ -188,6 +188,11 @@ def explain(model: PreTrainedModel) -> str:
             in_use["attention, expanded"] = {**expanded, "sdpa": else_torch}
     if config._attn_implementation != "eager" and _compiled_absorbed(attention[0]) is None:
         in_use["attention, absorbed"] = {"cpu": compiled, "torch": else_torch}
+    if config._experts_implementation == experts_auto.NAME and experts:
+        if _compiled_experts(experts[0]) is None:
+            in_use["experts"][experts_cpu.NAME] = compiled
+        if experts_grouped.why_not(experts[0]) is None:
+            in_use["experts"][experts_grouped.NAME] = training
     linear = {}
     if _compiled_linear(model) is None:
         linear["cpu"] = compiled + ", for a few rows"
@@ -200,7 +205,7 @@ def explain(model: PreTrainedModel) -> str:
         "attention, expanded": "prefill and training",
         "attention, absorbed": "decoding with a cache, where fewer multiplications than expanding",
         "experts": "routed experts" if experts else "this model has none",
-        "linear layers": "all projections",
+        "linear layers": "projections, dense networks, norms and the router",
     }
     lines = [f"{type(model).__name__} on {parameter.device}, {str(parameter.dtype).removeprefix('torch.')}"]
     for operation, notes in in_use.items():

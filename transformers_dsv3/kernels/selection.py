@@ -79,13 +79,39 @@ def cpu_refusal(operation: str, x: torch.Tensor, *weights: torch.Tensor) -> str 
         operation: "linear", "attention" or "experts".
         x: activations. weights: of their dtype, or INT8; a cache's tensors count as weights.
     """
-    choice = chosen[operation]
+    # Experts are chosen by the model's configuration, which the environment has a say in when the model is made
+    choice = "auto" if operation == "experts" else chosen[operation]
     if choice not in ("auto", "cpu"):
         return f"{operation} is served by {choice!r}, as chosen"
     reason = _cpu_refusal(x, *weights)
     if reason is not None and choice == "cpu" and not torch.compiler.is_compiling():
         logger.warning_once(f"The compiled CPU backend does not serve {operation}: it {reason}.")
     return reason
+
+
+def mask_refusal(mask: object) -> str | None:
+    """The reason why the CPU's own attention does not take a mask, or None where it does."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[1] != 1:
+        return "takes masks of (B, 1, Q, S)"
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return f"takes boolean and additive masks, not {mask.dtype}"
+    return "has no gradients of masks" if mask.requires_grad and torch.is_grad_enabled() else None
+
+
+def bypass_refusal(name: str, module: torch.nn.Module) -> str | None:
+    """The reason why a module's weights may not be used without calling it, or None where they may."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{name} has forward hooks, which only its own call runs"
+    if "forward" in module.__dict__:
+        return f"{name}'s forward was replaced, by accelerate's hooks for instance"
+    return None
+
+
+def functorch_is_active() -> bool:
+    """Whether a transform of torch.func is under way, for which the CPU's own operators have no rules."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -102,6 +128,8 @@ def _cpu_refusal(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
         return f"takes bf16 and fp32, not {dtype}"
     if torch.is_autocast_enabled("cpu"):
         return "does not follow autocast"
+    if functorch_is_active():
+        return "has no rules for torch.func"
     with_gradients = torch.is_grad_enabled()
     if with_gradients and x.requires_grad:
         return "has no gradients"

@@ -251,7 +251,7 @@ class Benchmark:
                     experts_used = used.mean()
                 else:
                     first = contender.measure(workload, inputs, WARM_UP_TOKENS)
-            except (RuntimeError, ValueError, OSError) as error:
+            except (RuntimeError, ValueError, OSError, MemoryError) as error:
                 failed[name] = reason_of(error)
                 continue
             fitting = int(self.settings.turn_seconds / max(first.seconds, 1e-9))

@@ -12,7 +12,7 @@ import torch
 
 # Parts of operations' names. Linear layers never multiply batches of matrices, attention does
 ATTENTION = ("attention", "mla", "bmm")
-LINEAR = ("mm", "linear", "experts", "mixture", "route")
+LINEAR = ("mm", "linear", "experts", "mixture", "route", "project")
 
 
 def kind_of(operations: list[str]) -> str:

@@ -63,7 +63,7 @@ def interleave(
                 continue
             try:
                 turns[name].append(turn(name))
-            except (RuntimeError, ValueError, OSError) as error:
+            except (RuntimeError, ValueError, OSError, MemoryError) as error:
                 failed[name] = reason_of(error)
                 del turns[name]
         after_round(turns, failed)

@@ -249,9 +249,9 @@ int dsv3_attention_absorbed(const void *q_nope, const ptrdiff_t *q_nope_of, cons
     memcpy(a.q_rope_of, q_rope_of, sizeof a.q_rope_of);
     memcpy(a.latent_of, latent_of, sizeof a.latent_of);
     memcpy(a.k_rope_of, k_rope_of, sizeof a.k_rope_of);
-    /* Enough parts to share out evenly among many threads, none shorter than a block. The number does not depend on
-     * the threads, so that results do not either. */
-    a.splits = max_i64(1, min_i64(ceil_div(S, BLOCK), 32));
+    /* Enough parts to share out evenly among many threads, none shorter than a block, and fewer where each holds many
+     * rows. The number depends neither on the threads nor on the batch, so that results do not either. */
+    a.splits = max_i64(1, min_i64(ceil_div(S, BLOCK), min_i64(32, max_i64(4, 512 / (Q * H)))));
     size_t q_bytes = (size_t)(B * Q * H * R) * float_size(type);
     size_t part_bytes = (size_t)(B * a.splits * Q * H * (R + 2)) * 4;
     a.q_latent = malloc(q_bytes + part_bytes + 64);

@@ -4,7 +4,8 @@
  * are dot products of rows: nothing is repacked, and the weights in memory are the only copy.
  *
  * A dot product is summed in the same order whatever the number of rows beside it and of threads, so a result does
- * not depend on the batch it was computed in.
+ * not depend on the batch it was computed in. (Scores of bf16 attention on AVX-512 have one order for few queries and
+ * another for many.)
  */
 #ifndef DSV3_INNER_LOOPS_H
 #define DSV3_INNER_LOOPS_H

@@ -242,7 +242,7 @@ class Dsv3Attention(nn.Module):
         self, q_nope: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor, attention_mask: Any
     ) -> Callable | None:
         """What computes attention from the parts of keys and values on a CPU, or None where nothing takes the call."""
-        if self.config._attn_implementation != "sdpa":
+        if self.config._attn_implementation != "sdpa" or not self.is_causal:
             return None
         dropout = self.attention_dropout if self.training else 0.0
         for backend in (mla_training,) if self.training else (mla_cpu, mla_training):
@@ -332,7 +332,7 @@ class Dsv3Attention(nn.Module):
             arguments = (q_nope, q_rope, latent, k_rope, kv_b_weight, mask, self.scaling)
             if implementation == "eager":
                 output, weights = absorbed_attention(*arguments)
-            elif not self.training and mla_cpu.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight) is None:
+            elif not self.training and mla_cpu.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight, mask) is None:
                 output = mla_cpu.absorbed_attention(*arguments)
             else:
                 output, _ = absorbed_attention(*arguments)

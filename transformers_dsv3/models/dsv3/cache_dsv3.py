@@ -1,5 +1,7 @@
 """Appending to Transformers' dynamic cache without copying what it holds."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
@@ -9,6 +11,35 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 SPARE_TOKENS = 256
 
 
+@dataclass
+class _Room:
+    """Tensors larger than what a layer holds.
+
+    Args:
+        filled: tokens that were given out so far. owner: `id` of the layer that writes here.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    filled: int = 0
+    owner: int = 0
+
+    def fits(self, layer: DynamicLayer, length: int, end: int) -> bool:
+        """Whether the layer's tensors are the first part of these, and nothing else has been given out behind them."""
+        return (
+            self.owner == id(layer)
+            and self.filled == length
+            and self.keys.shape[2] >= end
+            and all(
+                mine.data_ptr() == held.data_ptr()
+                and mine.stride() == held.stride()
+                and mine.shape[0] == held.shape[0]
+                for mine, held in ((self.keys, layer.keys), (self.values, layer.values))
+            )
+            and (torch.is_inference_mode_enabled() or not self.keys.is_inference())
+        )
+
+
 def extend(
     cache: Cache, latent: torch.Tensor, k_rope: torch.Tensor, layer_idx: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,8 +47,8 @@ def extend(
 
     `DynamicLayer` joins old and new at every step: at 32,000 tokens that is 38 MB written a layer and token, which
     takes longer than attention. Here its `keys` and `values` become the first part of larger tensors with room
-    behind; cropping, reordering and copying work on them as before. Where other code put tensors of its own into the
-    layer, these are copied once.
+    behind. What a layer ever gave out is not written to again: after a crop, after other code put tensors of its own
+    into the layer, or in a copy of it, what it holds is copied once, and grows in place from there.
 
     Args:
         latent: `(B, 1, Q, R)`, k_rope: `(B, 1, Q, P)`.
@@ -41,19 +72,22 @@ def extend(
     length = layer.keys.shape[2]
     end = length + latent.shape[2]
     spare = getattr(layer, "spare_room", None)
-    if (
-        spare is None
-        or spare[0].data_ptr() != layer.keys.data_ptr()
-        or spare[1].data_ptr() != layer.values.data_ptr()
-        or spare[0].shape[0] != latent.shape[0]
-        or spare[0].shape[2] < end
-    ):
+    if spare is None or not spare.fits(layer, length, end):
         room = end + max(SPARE_TOKENS, end // 8)
-        spare = tuple(old.new_empty(*old.shape[:2], room, old.shape[3]) for old in (layer.keys, layer.values))
-        for new, old in zip(spare, (layer.keys, layer.values)):
-            new[:, :, :length] = old
+        spare = _Room(*(old.new_empty(*old.shape[:2], room, old.shape[3]) for old in (layer.keys, layer.values)))
+        spare.keys[:, :, :length], spare.values[:, :, :length] = layer.keys, layer.values
+        spare.owner = id(layer)
         layer.spare_room = spare
-    spare[0][:, :, length:end] = latent
-    spare[1][:, :, length:end] = k_rope
-    layer.keys, layer.values = spare[0][:, :, :end], spare[1][:, :, :end]
+    spare.keys[:, :, length:end], spare.values[:, :, length:end] = latent, k_rope
+    spare.filled = end
+    layer.keys, layer.values = spare.keys[:, :, :end], spare.values[:, :, :end]
     return layer.keys, layer.values
+
+
+def take_back(cache: Cache, tokens: int) -> None:
+    """Crops the last tokens, whose places are then written to again: for drafts, which nothing else has seen."""
+    cache.crop(-tokens)
+    for layer in cache.layers:
+        spare = getattr(layer, "spare_room", None)
+        if spare is not None:
+            spare.filled = min(spare.filled, layer.keys.shape[2])

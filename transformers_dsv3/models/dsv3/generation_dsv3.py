@@ -18,6 +18,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
+from .cache_dsv3 import take_back
 from .inputs_dsv3 import check_inputs, position_limit
 
 
@@ -311,7 +312,7 @@ class MtpDecoding:
         accepted = [0 if ended else n for n, ended in zip(accepted_B.tolist(), self.ended)]
         keep = max(accepted) + 1 if self.croppable else count + 1
         if keep <= count:
-            cache.crop(keep - count - 1)
+            take_back(cache, count + 1 - keep)
         # A row that has ended makes no holes: its output is padding whatever it attends to
         accepted_B = accepted_B.masked_fill(torch.tensor(self.ended, device=accepted_B.device), keep - 1)
         accepted_B = accepted_B.clamp(max=keep - 1)

@@ -18,7 +18,7 @@ class Dsv3Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`(..., K)` to `(..., N)`."""
-        if not self.training and linear_cpu.linear_refusal(input, self.weight) is None:
+        if not self.training and linear_cpu.linear_refusal(input, self.weight, self.bias) is None:
             return linear_cpu.linear(input, self.weight, self.bias)
         if linear_onednn.linear_refusal(input, self.weight) is None:
             return linear_onednn.linear(input, self.weight, self.bias)
@@ -44,7 +44,7 @@ class Dsv3MLP(DeepseekV3MLP):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., D)` to `(..., D)`."""
-        if not self.training and mixture_refusal(hidden_states, None, self) is None:
+        if not self.training and mixture_refusal(hidden_states, None, None, self) is None:
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
             return mixture(flat, None, None, None, self).view(hidden_states.shape)
         return super().forward(hidden_states)

@@ -200,9 +200,9 @@ class Dsv3MoE(nn.Module):
         if (
             shared is not None
             and not self.training
-            and getattr(type(self.experts), "is_plain_experts", False)  # PEFT's adapters are modules around them
+            and "is_plain_experts" in type(self.experts).__dict__  # PEFT's adapters are modules around them
             and may_serve(self.experts.config._experts_implementation)
-            and mixture_refusal(hidden_states, self.experts, shared) is None
+            and mixture_refusal(hidden_states, self.experts, weights, shared) is None
         ):
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
             return mixture(flat, self.experts, indices, weights, shared).view(hidden_states.shape)
