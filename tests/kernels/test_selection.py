@@ -12,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from transformers_dsv3.kernels import cpu_library, experts_cpu, linear_cpu, mla_cpu, selection
 from transformers_dsv3.kernels.selection import cpu_refusal, parse
+from transformers_dsv3.models.dsv3.linear_dsv3 import Dsv3Linear
 
 
 TOKENS = torch.tensor([[5, 17, 2, 44, 8, 9]])
