@@ -12,6 +12,7 @@ import torch
 
 from ...kernels import cpu_library
 from ...kernels.linear_cpu import linear
+from ...kernels.matmul_cpu import matmul, uses_onednn
 
 
 # M, N, K. Rows whose distance is a power of two crowd a few places of the caches, so N is none: with 2048 PyTorch may
@@ -45,7 +46,12 @@ def ways_to_read() -> dict[str, Callable[[torch.Tensor], float]]:
 def ways_to_multiply(dtype: torch.dtype) -> dict[str, Callable[[torch.Tensor, torch.Tensor], Any]]:
     """What there is here for the product of `(M, K)` and `(N, K)` of one dtype, by name; int8 is summed in int32."""
     if dtype != torch.int8:
-        return {"linear layers by torch": torch.nn.functional.linear}
+        floating: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+            "linear layers by torch": torch.nn.functional.linear
+        }
+        if uses_onednn(torch.empty(0, dtype=dtype)):
+            floating["oneDNN"] = lambda a, b: matmul(a, b.t())
+        return floating
     ways: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
         "integer products by torch": lambda a, b: torch._int_mm(a, b.t())
     }
