@@ -29,6 +29,14 @@ LOAD_AS(load_bits, u16x8, bf16)
 LOAD_AS(load_s16, s16x8, int16_t)
 LOAD_AS(load_s8, s8x8, int8_t)
 LOAD_AS(load_u8, u8x8, uint8_t)
+#if defined(MAC_S16)
+typedef int16_t s16x16 __attribute__((vector_size(32)));
+typedef int8_t s8x16 __attribute__((vector_size(16)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+LOAD_AS(load_s16x16, s16x16, int16_t)
+LOAD_AS(load_s8x16, s8x16, int8_t)
+LOAD_AS(load_u8x16, u8x16, uint8_t)
+#endif
 
 static inline f32x8 widen(u16x8 x)
 {
@@ -102,7 +110,6 @@ static inline __attribute__((always_inline)) void store_integer_sums(
 #define NR 4
 #define ALONE NR
 #if defined(MAC_S16)
-/* Sixteen products a step, added in pairs */
 #define STEP 16
 #define A_VEC s16x16
 #define W_VEC s16x16
