@@ -37,6 +37,11 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (exact / scale.unsqueeze(-1)).round_().to(torch.int8), scale
 
 
+def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What INT8 rows `(..., N, K)` and their scales `(..., N)` stand for, rounded to a dtype."""
+    return (weight * scale.unsqueeze(-1)).to(dtype)
+
+
 class _Int8Module(nn.Module):
     """Holds INT8 weights as parameters without gradient, so that memory reports and device moves see them."""
 
@@ -45,7 +50,7 @@ class _Int8Module(nn.Module):
         self.register_parameter(f"{name}_scale", nn.Parameter(quantized[1], requires_grad=False))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> _Int8Module:
-        """Follows `.to` and the like, but scales stay in fp32: in bf16 they would cost a percent of precision."""
+        """Follows `.to` and the like, but scales stay in fp32: bf16 would change every weight by up to 0.2 %."""
         scales = {name: p.data for name, p in self.named_parameters(recurse=False) if name.endswith("_scale")}
         super()._apply(fn, recurse)
         for name, scale in scales.items():
@@ -76,7 +81,7 @@ class Int8Linear(_Int8Module):
         """`(..., K)` to `(..., N)`."""
         if linear_refusal(input, self.weight, self.bias) is None:
             return linear(input, self.weight, self.bias, self.weight_scale, self.int8_activations)
-        return F.linear(input, (self.weight * self.weight_scale.unsqueeze(-1)).to(input.dtype), self.bias)
+        return F.linear(input, dequantize(self.weight, self.weight_scale, input.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -113,7 +118,7 @@ class Int8Experts(_Int8Module):
                 continue  # of another rank
             tokens, places = torch.where(top_k_index == expert)
             gate_up, down = (
-                (getattr(self, name)[expert] * getattr(self, f"{name}_scale")[expert].unsqueeze(-1)).to(dtype)
+                dequantize(getattr(self, name)[expert], getattr(self, f"{name}_scale")[expert], dtype)
                 for name in ("gate_up_proj", "down_proj")
             )
             gate, up = F.linear(hidden_states[tokens], gate_up).chunk(2, dim=-1)

@@ -56,10 +56,14 @@ def _check_activations(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name} is {x.dtype}, not fp32 or bf16")
 
 
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} is of shape {tuple(tensor.shape)}, not {shape}")
+
+
 def _check_weight(name: str, weight: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor, shape: tuple) -> None:
     """`weight` of `shape` in x's dtype, or INT8 with fp32 scales for its rows."""
-    if weight.shape != shape:
-        raise ValueError(f"{name} is of shape {tuple(weight.shape)}, not {shape}")
+    _check_shape(name, weight, shape)
     if not weight.is_contiguous():
         raise ValueError(f"{name} is not contiguous")
     if weight.dtype == torch.int8:
@@ -150,10 +154,9 @@ def _mixture(
         _check_weight("down", down, down_scale, x, (E, D, inner))
         weights += [gate_up, down]
         expert, weight = expert.contiguous(), weight.float().contiguous()
-        if not (expert.dtype == torch.int64 and tuple(expert.shape) == (T, K)):
+        if expert.dtype != torch.int64 or expert.shape != (T, K):
             raise ValueError("expert is not int64 of (T, K)")
-        if weight.shape != (T, K):
-            raise ValueError(f"weight is of shape {tuple(weight.shape)}, not {(T, K)}")
+        _check_shape("weight", weight, (T, K))
     if shared_gate is not None:
         if shared_up is None or shared_down is None:
             raise ValueError("shared_gate is given without shared_up or shared_down")
@@ -162,7 +165,7 @@ def _mixture(
         _check_weight("shared_up", shared_up, shared_up_scale, x, (S, D))
         _check_weight("shared_down", shared_down, shared_down_scale, x, (D, S))
         weights += [shared_gate, shared_up, shared_down]
-    if not (len({w.dtype for w in weights}) == 1):
+    if len({w.dtype for w in weights}) != 1:
         raise ValueError("the weights are of several dtypes, or there are none")
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -237,16 +240,13 @@ def _attention_absorbed(
     S, R = latent.shape[1:]
     P, V = q_rope.shape[-1], kv_b_weight.shape[0] // H - N
     _check_activations("q_nope", q_nope)
-    if q_rope.shape != (B, H, Q, P):
-        raise ValueError(f"q_rope is of shape {tuple(q_rope.shape)}, not {(B, H, Q, P)}")
-    if latent.shape != (B, S, R):
-        raise ValueError(f"latent is of shape {tuple(latent.shape)}, not {(B, S, R)}")
-    if k_rope.shape != (B, S, P):
-        raise ValueError(f"k_rope is of shape {tuple(k_rope.shape)}, not {(B, S, P)}")
+    _check_shape("q_rope", q_rope, (B, H, Q, P))
+    _check_shape("latent", latent, (B, S, R))
+    _check_shape("k_rope", k_rope, (B, S, P))
     _check_weight("kv_b_weight", kv_b_weight, None, q_nope, (H * (N + V), R))
-    if not (len({t.dtype for t in (q_nope, q_rope, latent, k_rope)}) == 1):
+    if len({t.dtype for t in (q_nope, q_rope, latent, k_rope)}) > 1:
         raise ValueError("the dtypes of queries and cache differ")
-    if not (max(R, P) <= LONGEST_HEAD):
+    if max(R, P) > LONGEST_HEAD:
         raise ValueError(f"latents or rotary parts are longer than {LONGEST_HEAD}")
     out = q_nope.new_empty(B, Q, H, V)
     q_nope, q_rope, latent, k_rope = _dense_rows(q_nope, q_rope, latent, k_rope)
@@ -287,15 +287,12 @@ def _attention_expanded(
     B, H, Q, N = q_nope.shape
     S, V, P = kv.shape[1], kv.shape[3] - N, q_rope.shape[-1]
     _check_activations("q_nope", q_nope)
-    if q_rope.shape != (B, H, Q, P):
-        raise ValueError(f"q_rope is of shape {tuple(q_rope.shape)}, not {(B, H, Q, P)}")
-    if kv.shape != (B, S, H, N + V):
-        raise ValueError(f"kv is of shape {tuple(kv.shape)}, not {(B, S, H, N + V)}")
-    if k_rope.shape != (B, S, P):
-        raise ValueError(f"k_rope is of shape {tuple(k_rope.shape)}, not {(B, S, P)}")
-    if not (len({t.dtype for t in (q_nope, q_rope, kv, k_rope)}) == 1):
+    _check_shape("q_rope", q_rope, (B, H, Q, P))
+    _check_shape("kv", kv, (B, S, H, N + V))
+    _check_shape("k_rope", k_rope, (B, S, P))
+    if len({t.dtype for t in (q_nope, q_rope, kv, k_rope)}) > 1:
         raise ValueError("the dtypes of queries and keys differ")
-    if not (max(N, P) <= LONGEST_HEAD):
+    if max(N, P) > LONGEST_HEAD:
         raise ValueError(f"keys are longer than {LONGEST_HEAD}")
     out = q_nope.new_empty(B, Q, H, V)
     q_nope, q_rope, kv, k_rope = _dense_rows(q_nope, q_rope, kv, k_rope)
@@ -337,7 +334,7 @@ def _route(
     T, D = x.shape
     E = weight.shape[0]
     _check_weight("weight", weight, None, x, (E, D))
-    if not (bias.dtype == torch.float32 and tuple(bias.shape) == (E,)):
+    if bias.dtype != torch.float32 or bias.shape != (E,):
         raise ValueError(f"bias is not fp32 of ({E},)")
     if not (groups > 0 and E % groups == 0 and top_groups <= groups and top_k <= top_groups * (E // groups)):
         raise ValueError("groups do not fit")
