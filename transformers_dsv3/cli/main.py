@@ -11,6 +11,7 @@ import typer
 from .bench import bench
 from .explain import explain
 from .quickstart import quickstart
+from .routing import routing
 from .run import run
 from .serve import serve
 
@@ -39,6 +40,7 @@ app.command(
 )(serve)
 app.command(short_help="Measure speed here, beside native Transformers.")(bench)
 app.command(short_help="Say which backend serves which part of a model.")(explain)
+app.command(short_help="Report how evenly a model uses its experts on a text.")(routing)
 
 
 if __name__ == "__main__":
