@@ -116,8 +116,7 @@ def test_mtp_figures_equal_a_plain_loop(make_model, depths):
 def test_mtp_loss_is_the_one_of_training(make_model):
     model, ids = make_model(num_nextn_predict_layers=2, mtp_loss_weight=0.3), stream_of(64).view(4, 16)
     report = routing_report(model, ids.flatten(), window=16)
-    with torch.no_grad():
-        expected = model.train()(ids, labels=ids).mtp_loss.item()
+    expected = model.train()(ids, labels=ids).mtp_loss.item()
     assert report.mtp.mean_loss == pytest.approx(expected, rel=1e-5)
 
 
