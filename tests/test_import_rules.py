@@ -21,7 +21,7 @@ ALLOWED = {
     "hub": {"evaluation"},
     "cli": {"training", "data", "compression", "evaluation", "generation", "hub"},
     "registration": {"models", "kernels", "compression"},
-    "__init__": {"models", "kernels", "registration"},
+    "__init__": {"models", "kernels", "registration", "training"},
 }
 # Optional dependencies: imported where they are used, never at the top of a module.
 OPTIONAL = {

@@ -14,6 +14,8 @@ NAMES = [
     "Dsv3ForTokenClassification",
     "Dsv3Model",
     "Dsv3PreTrainedModel",
+    "LoadBalancingCallback",
+    "MtpObjectiveCallback",
     "explain",
     "is_registered",
     "register",

@@ -1,5 +1,7 @@
 """DeepSeek-V3 for Hugging Face Transformers: importing this package registers it over `deepseek_v3`."""
 
+from typing import Any
+
 from .kernels.registry import explain
 from .models.dsv3 import (
     Dsv3Config,
@@ -20,10 +22,26 @@ __all__ = [
     "Dsv3ForTokenClassification",
     "Dsv3Model",
     "Dsv3PreTrainedModel",
+    "LoadBalancingCallback",
+    "MtpObjectiveCallback",
     "explain",
     "is_registered",
     "register",
     "unregister",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Only who trains needs them, and the trainer's modules behind them
+    if name == "LoadBalancingCallback":
+        from .training.load_balancing import LoadBalancingCallback
+
+        return LoadBalancingCallback
+    if name == "MtpObjectiveCallback":
+        from .training.mtp_objective import MtpObjectiveCallback
+
+        return MtpObjectiveCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()

@@ -141,9 +141,13 @@ def test_official_keys_are_always_saved(made, tmp_path):
     assert "mtp_loss_weight" not in saved
 
 
-def test_training_field_is_saved_only_when_used(tmp_path):
-    assert saved_json(Dsv3Config(mtp_loss_weight=0.3), tmp_path)["mtp_loss_weight"] == 0.3
-    assert Dsv3Config.from_pretrained(tmp_path).mtp_loss_weight == 0.3
+def test_settings_of_a_run_are_not_saved(tmp_path):
+    """A checkpoint of pretraining would else be aligned with the MTP objective on."""
+    config = Dsv3Config(mtp_loss_weight=0.3, seq_aux_loss_weight=1e-4)
+    assert not {"mtp_loss_weight", "seq_aux_loss_weight"} & saved_json(config, tmp_path).keys()
+    assert Dsv3Config.from_pretrained(tmp_path).mtp_loss_weight == 0
+    assert Dsv3Config.from_pretrained(tmp_path, mtp_loss_weight=0.3).mtp_loss_weight == 0.3
+    assert config.to_dict()["mtp_loss_weight"] == 0.3
 
 
 def test_published_config_is_read(tmp_path):

@@ -47,8 +47,8 @@ def test_drafts_equal_native_mtp(make_model, native_twin, depths):
 
 
 def loss_by_single_positions(model, tokens, labels):
-    """Sum and count of the MTP losses of one unpadded row, each position computed alone from its own prefix."""
-    total, count = torch.zeros(()), 0
+    """MTP loss of one unpadded row, each position computed alone from its own prefix."""
+    losses = [[] for _ in model.model.mtp_layers]
     for position in range(tokens.shape[0]):
         hidden = model.model(tokens[None, : position + 1]).last_hidden_state
         for depth, layer in enumerate(model.model.mtp_layers):
@@ -60,23 +60,21 @@ def loss_by_single_positions(model, tokens, labels):
             hidden = layer(hidden, fed, **model.model.attention_inputs(hidden, None, places, None))
             if labels[target] != -100:
                 logits = model.lm_head(hidden[0, -1])
-                total = total + F.cross_entropy(logits, labels[target])
-                count += 1
-    return total, count
+                losses[depth].append(F.cross_entropy(logits, labels[target]))
+    return torch.stack([torch.stack(by_depth).mean() for by_depth in losses]).mean()
 
 
 def test_loss_equals_single_positions(make_model):
-    model = make_model(num_nextn_predict_layers=2, mtp_loss_weight=0.3).train()
+    model = make_model(num_nextn_predict_layers=2, mtp_loss_weight=0.3)
     tokens = torch.randint(0, 96, (1, 9), generator=torch.Generator().manual_seed(2))
     labels = tokens.clone()
     labels[0, 4] = -100
-    total, _ = loss_by_single_positions(model, tokens[0], labels[0])
-    # `num_items_in_batch` turns the mean of each depth into a sum
-    output = model(tokens, labels=labels, num_items_in_batch=1)
-    torch.testing.assert_close(output.mtp_loss, total / 2, rtol=1e-5, atol=1e-5)
-    plain = model.eval()(tokens, labels=labels, num_items_in_batch=1)
+    expected = loss_by_single_positions(model, tokens[0], labels[0])
+    output = model.train()(tokens, labels=labels)
+    torch.testing.assert_close(output.mtp_loss, expected, rtol=1e-5, atol=1e-5)
+    plain = model.eval()(tokens, labels=labels)
     assert plain.mtp_loss is None
-    torch.testing.assert_close(output.loss, plain.loss + 0.3 * total / 2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss, plain.loss, rtol=1e-5, atol=1e-5)  # apart, see tests/training
 
 
 @pytest.mark.parametrize("depths", [1, 2])
@@ -84,14 +82,24 @@ def test_packed_and_padded_loss_equal_separate_rows(make_model, depths):
     model = make_model(num_nextn_predict_layers=depths, mtp_loss_weight=1.0).train()
     generator = torch.Generator().manual_seed(3)
     first, second = (torch.randint(0, 96, (1, n), generator=generator) for n in (7, 11))
-    separate = sum(model(row, labels=row, num_items_in_batch=1).mtp_loss for row in (first, second))
+
+    def totals(*inputs, **kwargs):
+        """Sum of the MTP losses and number of their targets."""
+        model.model.mtp_totals = None
+        model(*inputs, **kwargs)
+        return model.model.mtp_totals[:2]
+
+    separate = sum(totals(row, labels=row) for row in (first, second))
+    assert separate[1] == (5 + 9 if depths == 1 else 5 + 9 + 4 + 8)
 
     packed = torch.cat([first, second], dim=1)
     positions = torch.cat([torch.arange(7), torch.arange(11)])[None]
     labels = packed.clone()
     labels[:, 7] = -100  # as data collators mark it: nothing predicts the first token of a sequence
-    output = model(packed, labels=labels, position_ids=positions, num_items_in_batch=1)
-    torch.testing.assert_close(output.mtp_loss, separate, rtol=1e-5, atol=1e-5)
+    for given in (labels, packed):  # MTP layers predict nothing across sequences either way
+        torch.testing.assert_close(
+            totals(packed, labels=given, position_ids=positions), separate, rtol=1e-5, atol=1e-5
+        )
 
     for side in ("left", "right"):
         padding = torch.zeros(1, 4, dtype=torch.long)
@@ -100,8 +108,8 @@ def test_packed_and_padded_loss_equal_separate_rows(make_model, depths):
         mask = torch.ones_like(rows)
         mask[0, slice(0, 4) if side == "left" else slice(7, None)] = 0
         labels = rows.masked_fill(mask == 0, -100)
-        output = model(rows, labels=labels, attention_mask=mask, num_items_in_batch=1)
-        torch.testing.assert_close(output.mtp_loss, separate, rtol=1e-5, atol=1e-5)
+        seen = totals(rows, labels=labels, attention_mask=mask)
+        torch.testing.assert_close(seen, separate, rtol=1e-5, atol=1e-5)
 
 
 def test_mtp_layers_train_only_when_asked(make_model):

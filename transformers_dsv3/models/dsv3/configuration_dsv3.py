@@ -29,9 +29,11 @@ class Dsv3Config(DeepseekV3Config):
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether the models return the router logits of each mixture-of-experts layer.
         mtp_loss_weight (`float`, *optional*, defaults to 0.0):
-            λ of the multi-token prediction objective (section 2.2): its loss, averaged over the MTP layers, is added
-            with this weight to the language-modelling loss while training. 0 leaves the MTP layers out of training.
-            Written to `config.json` only when it is not 0.
+            λ of the multi-token prediction objective (section 2.2): its loss, averaged over the MTP layers, is trained
+            with this weight beside next-token prediction. 0 leaves the MTP layers out of training. A setting of a
+            training run, not of the model: never written to `config.json`.
+        seq_aux_loss_weight (`float`, *optional*, defaults to 0.0):
+            α of the sequence-wise balance loss (section 2.1.2, equations 17 to 20), a setting of a training run too.
 
     Raises:
         ValueError: naming the field and the rule, when fields contradict each other.
@@ -46,6 +48,7 @@ class Dsv3Config(DeepseekV3Config):
     moe_layer_freq: int = 1
     output_router_logits: bool = False
     mtp_loss_weight: float | int = 0.0
+    seq_aux_loss_weight: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any):
         # A repository with remote code of its own (Moonlight's, for one) names that code here. These classes serve
@@ -91,7 +94,13 @@ class Dsv3Config(DeepseekV3Config):
             value = getattr(self, field)
             if value is None or value < 1:
                 refuse(field, "must be at least 1")
-        for field in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "mtp_loss_weight"):
+        for field in (
+            "n_shared_experts",
+            "first_k_dense_replace",
+            "num_nextn_predict_layers",
+            "mtp_loss_weight",
+            "seq_aux_loss_weight",
+        ):
             if getattr(self, field) is None or getattr(self, field) < 0:
                 refuse(field, "must not be negative")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
@@ -132,9 +141,8 @@ class Dsv3Config(DeepseekV3Config):
         # The classes that a reader without this package finds
         if output.get("architectures"):
             output["architectures"] = [_official_architecture(name) for name in output["architectures"]]
-        for field in ("mtp_loss_weight", "auto_map"):
-            if not output.get(field):
-                output.pop(field, None)
+        if not output.get("auto_map"):
+            output.pop("auto_map", None)
         return output
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -142,6 +150,9 @@ class Dsv3Config(DeepseekV3Config):
         # other, and would leave YaRN out without a word. In the file only: in a dict that is changed and read again
         # they would win over `rope_parameters`.
         output = json.loads(super().to_json_string(use_diff))
+        # Settings of a run: in the file they would make the next one, of another kind perhaps, train with them too
+        for field in ("mtp_loss_weight", "seq_aux_loss_weight"):
+            output.pop(field, None)
         rope = output.get("rope_parameters")
         if rope:
             output["rope_theta"] = rope["rope_theta"]

@@ -11,6 +11,7 @@ from .configuration_dsv3 import Dsv3Config
 from .linear_dsv3 import Dsv3MLP
 from .moe_dsv3 import Dsv3MoE
 from .norm_dsv3 import Dsv3RMSNorm
+from .training_pass_dsv3 import TrainingPass
 
 
 class Dsv3DecoderLayer(GradientCheckpointingLayer):
@@ -25,8 +26,8 @@ class Dsv3DecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.hidden_size = config.hidden_size
         self.self_attn = Dsv3Attention(config, layer_idx if cache_idx is None else cache_idx)
-        is_moe = layer_idx >= config.first_k_dense_replace and layer_idx % config.moe_layer_freq == 0
-        self.mlp = Dsv3MoE(config) if is_moe else Dsv3MLP(config)
+        self.is_moe = layer_idx >= config.first_k_dense_replace and layer_idx % config.moe_layer_freq == 0
+        self.mlp = Dsv3MoE(config) if self.is_moe else Dsv3MLP(config)
         self.input_layernorm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -36,9 +37,14 @@ class Dsv3DecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
+        training_pass: TrainingPass | None = None,
+        token_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """`(B, Q, D)` to `(B, Q, D)`; the other arguments are those of [`Dsv3Attention`]."""
+        """`(B, Q, D)` to `(B, Q, D)`.
+
+        `training_pass` and `token_mask` are those of [`Dsv3TopkRouter`], the others those of [`Dsv3Attention`].
+        """
         attention, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -47,4 +53,7 @@ class Dsv3DecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + attention
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        normalised = self.post_attention_layernorm(hidden_states)
+        if training_pass is not None and self.is_moe:
+            return hidden_states + self.mlp(normalised, training_pass, token_mask)
+        return hidden_states + self.mlp(normalised)

@@ -3,9 +3,13 @@
 import sys
 
 import torch
+from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .configuration_dsv3 import Dsv3Config
+
+
+logger = logging.get_logger(__name__)
 
 
 def position_limit(config: Dsv3Config) -> int:
@@ -90,3 +94,28 @@ def check_inputs(
     limit = position_limit(config)
     if longest is not None and longest > limit:
         raise ValueError(f"{longest} positions exceed `max_position_embeddings={limit}` of this model.")
+
+
+def check_labels(config: Dsv3Config, labels: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
+    """Refuses labels that do not fit the tokens, or that lie outside the vocabulary (where the host can read them).
+
+    Args:
+        labels: `(B, S)`, -100 where there is no target. tokens: `(B, S)` ids or `(B, S, D)` embeddings.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if labels is None or tokens is None or is_torchdynamo_compiling():
+        return
+    if labels.shape != tokens.shape[:2]:
+        raise ValueError(f"`labels` of shape {tuple(labels.shape)} do not fit tokens of {tuple(tokens.shape[:2])}.")
+    if labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    low, high = (int(value) for value in labels.aminmax())
+    if high >= config.vocab_size or (low < 0 and bool(((labels < 0) & (labels != -100)).any())):
+        raise ValueError(
+            f"`labels` range from {low} to {high}: each must be a token of the vocabulary of {config.vocab_size}, or "
+            "-100 where there is no target."
+        )
+    if high < 0:
+        logger.warning_once("A batch has `labels` of -100 only: it has no target, and its loss is 0.")

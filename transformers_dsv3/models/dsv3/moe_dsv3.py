@@ -14,6 +14,7 @@ from transformers.integrations import use_experts_implementation
 from ...kernels.experts_cpu import may_serve, mixture, mixture_refusal, route_refusal
 from .configuration_dsv3 import Dsv3Config
 from .linear_dsv3 import Dsv3MLP
+from .training_pass_dsv3 import CarriedLoss, TrainingPass
 
 
 class Dsv3TopkRouter(nn.Module):
@@ -21,6 +22,10 @@ class Dsv3TopkRouter(nn.Module):
 
     Choice is by sigmoid score plus `e_score_correction_bias`, within the best groups; the weights that mix the chosen
     experts are the scores without the bias (equations 12 to 16). All of it is computed in fp32, autocast or not.
+
+    Attributes:
+        tokens_per_expert: `(E,)` int64, how many tokens chose each expert in training since they were last taken, or
+            None. No buffer: DistributedDataParallel would replace every rank's counts by the first's.
     """
 
     e_score_correction_bias: torch.Tensor
@@ -35,6 +40,7 @@ class Dsv3TopkRouter(nn.Module):
         self.routed_scaling_factor = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.zeros(self.num_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+        self.tokens_per_expert: torch.Tensor | None = None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Dsv3TopkRouter":
         """Follows `.to`, `.half` and the like, but the correction bias stays in fp32.
@@ -60,10 +66,26 @@ class Dsv3TopkRouter(nn.Module):
             biased_TE = grouped_TGe.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)
         return biased_TE.topk(self.top_k, dim=-1, sorted=False)[1]
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def count(self, indices_TK: torch.Tensor, token_mask: torch.Tensor | None) -> None:
+        """Adds the choices of one forward pass to `tokens_per_expert`."""
+        if self.tokens_per_expert is None or self.tokens_per_expert.device != indices_TK.device:
+            self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=indices_TK.device)
+        ones_TK = (
+            torch.ones_like(indices_TK) if token_mask is None else token_mask[:, None].expand_as(indices_TK).long()
+        )
+        self.tokens_per_expert.scatter_add_(0, indices_TK.flatten(), ones_TK.flatten())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        training_pass: TrainingPass | None = None,
+        token_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states: `(..., D)`.
+            training_pass: the pass in training whose choices are kept and counted.
+            token_mask: `(T,)`, False for tokens that do not count, such as padding.
 
         Returns:
             Router logits `(T, E)` before the sigmoid, mixing weights `(T, K)`, both fp32, and expert indices `(T, K)`.
@@ -88,8 +110,19 @@ class Dsv3TopkRouter(nn.Module):
             hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
             logits_TE = F.linear(hidden_TD, self.weight.float())
             scores_TE = logits_TE.sigmoid()
-            with torch.no_grad():
-                indices_TK = self.choose(scores_TE)
+            indices_TK = None if training_pass is None else training_pass.choices.get(self)
+            if indices_TK is None:
+                with torch.no_grad():
+                    indices_TK = self.choose(scores_TE)
+                    if training_pass is not None:
+                        training_pass.choices[self] = indices_TK
+                        self.count(indices_TK, token_mask)
+            if training_pass is not None:
+                balance_loss = training_pass.sequence_balance_loss(scores_TE, self.top_k, token_mask)
+                if balance_loss is not None:
+                    scores_TE = CarriedLoss.apply(
+                        scores_TE, balance_loss, training_pass, training_pass.seq_aux_loss_weight
+                    )
             weights_TK = scores_TE.gather(1, indices_TK)
             if self.norm_topk_prob:
                 weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
@@ -193,9 +226,14 @@ class Dsv3MoE(nn.Module):
         # Several shared experts are one wider network. Of width 0 it is kept, since the official layout has it.
         self.shared_experts = Dsv3MLP(config, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(B, S, D)` to `(B, S, D)`."""
-        _, weights, indices = self.gate(hidden_states)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        training_pass: TrainingPass | None = None,
+        token_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`(B, S, D)` to `(B, S, D)`; the other arguments are those of [`Dsv3TopkRouter`]."""
+        _, weights, indices = self.gate(hidden_states, training_pass, token_mask)
         shared = self.shared_experts if self.shared_experts.intermediate_size > 0 else None
         if (
             shared is not None

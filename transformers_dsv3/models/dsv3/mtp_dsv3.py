@@ -61,6 +61,26 @@ def shift_left(tensor: torch.Tensor, places: int, fill: float) -> torch.Tensor:
     return F.pad(rest, [0, 0] * (tensor.dim() - 2) + [0, tensor.shape[1] - rest.shape[1]], value=fill)
 
 
+def same_sequence(
+    like: torch.Tensor,
+    places: int,
+    position_ids: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`(B, S)` bool: whether the token `places` on belongs to the same sequence as the one at each position.
+
+    Args:
+        like: `(B, S)`, read for its shape and device only.
+        position_ids: `(B or 1, S)`; where they do not run on, another packed sequence begins.
+        token_mask: `(B, S)`, False for padding, which belongs to no sequence.
+    """
+    inside = torch.ones_like(like, dtype=torch.bool) if token_mask is None else token_mask
+    inside = inside & shift_left(inside, places, False)
+    if position_ids is not None:
+        inside = inside & (shift_left(position_ids, places, -1) == position_ids + places)
+    return inside
+
+
 def mtp_labels(
     labels: torch.Tensor,
     depth: int,
@@ -71,18 +91,39 @@ def mtp_labels(
 
     Args:
         labels: `(B, S)`, -100 where there is no target, not shifted.
-        position_ids: `(B or 1, S)`; where they do not run on, another packed sequence begins and nothing is predicted
-            across.
-        attention_mask: `(B, S)`; nothing is predicted from padding.
+        position_ids, attention_mask: `(B or 1, S)`, as in [`same_sequence`]; nothing is predicted across sequences or
+            from padding.
 
     Returns:
         `(B, S)`, -100 where there is no target.
     """
-    places = depth + 2
-    targets = shift_left(labels, places, -100)
-    if position_ids is not None:
-        same_sequence = shift_left(position_ids, places, -1) == position_ids + places
-        targets = targets.masked_fill(~same_sequence, -100)
-    if attention_mask is not None and attention_mask.dim() == 2:
-        targets = targets.masked_fill(attention_mask == 0, -100)
-    return targets
+    token_mask = attention_mask.bool() if attention_mask is not None and attention_mask.dim() == 2 else None
+    inside = same_sequence(labels, depth + 2, position_ids, token_mask)
+    return shift_left(labels, depth + 2, -100).masked_fill(~inside, -100)
+
+
+# Positions of a training batch at which the draft of the next but one token is compared with the model's own
+COMPARED = 16
+
+
+def second_token_acceptance(
+    hidden_states: torch.Tensor, mtp_states: torch.Tensor, mtp_targets: torch.Tensor, head: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """On some positions of a batch, how often greedy decoding would accept the first MTP layer's draft.
+
+    Args:
+        hidden_states, mtp_states: `(B, S, D)`, of the main model and of the first MTP layer.
+        mtp_targets: `(B, S)`, -100 where that layer predicts nothing.
+
+    Returns:
+        Positions compared and drafts accepted, fp32 scalars.
+    """
+    batch_size, length = mtp_targets.shape
+    if length < 3:
+        return torch.zeros(2, device=mtp_targets.device).unbind()
+    per_row = min(max(COMPARED // batch_size, 1), length - 2)
+    columns = torch.linspace(0, length - 3, per_row, device=mtp_targets.device).long()
+    drafts = head(mtp_states[:, columns]).argmax(-1)
+    own = head(hidden_states[:, columns + 1]).argmax(-1)
+    counted = mtp_targets[:, columns] != -100
+    return counted.sum().float(), ((drafts == own) & counted).sum().float()
