@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from . import checkpoints
+from .checkpoints import checkpoint_step, write_json
 
 
 RESULTS_NAME = "quickstart_results.json"
@@ -216,29 +218,6 @@ def finished_steps(output: Path) -> int:
         return 0
 
 
-def checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def latest_checkpoint(output: Path) -> Path | None:
-    """The newest resumable checkpoint that was written to its end; half-written ones are removed.
-
-    The trainer writes `trainer_state.json` after everything else, so a folder where it reads is whole.
-    """
-    whole = []
-    for folder in training_folder(output).glob("checkpoint-*"):
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            if state["global_step"] != checkpoint_step(folder):
-                raise ValueError
-            whole.append(folder)
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(folder, ignore_errors=True)
-    return max(whole, key=checkpoint_step, default=None)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """The newest resumable checkpoint that was written to its end; half-written ones are removed."""
+    return checkpoints.latest_checkpoint(training_folder(output))

@@ -1,0 +1,45 @@
+"""Bits per byte of held-out text, measured by the trainer's own evaluation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+
+def nats_of_rows(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """What each row's targets cost, for `Trainer(preprocess_logits_for_metrics=…)`: fp32 `(B,)` in nats.
+
+    Args:
+        logits: `(B, L, V)`, or a tuple that begins with it.
+        labels: `(B, L)`, -100 where there is no target, not shifted.
+    """
+    logits_BLV = logits[0] if isinstance(logits, tuple) else logits
+    # Row by row: logits in fp32 are the largest tensor of an evaluation
+    return torch.stack(
+        [
+            cross_entropy(row_LV[:-1].float(), targets_L[1:], reduction="sum", ignore_index=-100)
+            for row_LV, targets_L in zip(logits_BLV, labels, strict=True)
+        ]
+    )
+
+
+class BitsPerByteMetric:
+    """`bits_per_byte` and `perplexity` (of a token), for `Trainer(compute_metrics=…)` beside [`nats_of_rows`].
+
+    Args:
+        bytes_per_token: of the held-out text.
+    """
+
+    def __init__(self, bytes_per_token: float):
+        self.bytes_per_token = bytes_per_token
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        n_targets = int((prediction.label_ids[:, 1:] != -100).sum())
+        nats_per_token = float(prediction.predictions.astype("float64").sum()) / max(n_targets, 1)
+        return {
+            "bits_per_byte": nats_per_token / math.log(2) / self.bytes_per_token,
+            "perplexity": math.exp(nats_per_token),
+        }

@@ -1,0 +1,128 @@
+"""A folder that one training run owns: it remembers what it was started with and is resumed by the same command.
+
+FOLDER/                 the official checkpoint and its tokenizer, once the run has ended
+FOLDER/run.json         what the run was started with
+FOLDER/tokenizer/       its tokenizer, from the start
+FOLDER/checkpoint-N/    the trainer's resumable checkpoints
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from .checkpoints import checkpoint_step, checkpoint_to_resume, write_json
+
+
+class RunFolderError(ValueError):
+    """The folder cannot take this run; the message names the folder and says why."""
+
+
+class RunFolder:
+    """See the top of this file."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def record_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Folder of the run's own tokenizer, None where no run has kept one."""
+        kept = self.path / "tokenizer"
+        return kept if kept.is_dir() and self.record_path.exists() else None
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuse a folder that holds something else than a run with these settings. Writes nothing.
+
+        Args:
+            settings: what has to stay the same for the run to go on, by the names of the options, as JSON keeps it.
+
+        Raises:
+            RunFolderError: naming the first setting that differs.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"{self.path} is a file, not a folder")
+        if not self.record_path.exists():
+            # Killed while it wrote its record, a run leaves the record's first part and nothing else.
+            partial = self.record_path.name + ".partial"
+            others = sorted(path.name for path in self.path.glob("*") if path.name != partial)
+            if others:
+                raise RunFolderError(
+                    f"{self.path} holds something else ({', '.join(others[:3])}): choose a new folder"
+                )
+            return
+        try:
+            recorded = dict(json.loads(self.record_path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RunFolderError(f"{self.record_path} is damaged ({error}): choose a new folder") from None
+        asked = json.loads(json.dumps(settings))
+        for name in {**recorded, **asked}:
+            before, now = recorded.get(name), asked.get(name)
+            if before != now:
+                raise RunFolderError(
+                    f"{self.path} was started with other settings ({name} was {before!r} and is {now!r} now): repeat "
+                    "the first command to go on, or choose a new folder"
+                )
+
+    def record(self, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tie the folder to these settings and keep the tokenizer, where that was not done before."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.record_path.exists():
+            write_json(self.record_path, settings)
+        if self.tokenizer is None:
+            partial = self.path / "tokenizer.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            tokenizer.save_pretrained(partial)
+            partial.replace(self.path / "tokenizer")
+
+    def checkpoint_to_resume(self, args: TrainingArguments) -> Path | None:
+        """The newest whole checkpoint; broken ones are removed, see `checkpoints.py`.
+
+        Raises:
+            RunFolderError: it is past the end of the run.
+        """
+        checkpoint = checkpoint_to_resume(self.path, args.save_total_limit)
+        done = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        if done > args.max_steps:
+            raise RunFolderError(f"{self.path} is trained up to step {done:,}, past --max_steps {args.max_steps:,}")
+        return checkpoint
+
+    def train_evaluate_save(self, trainer: Trainer, checkpoint: Path | None) -> None:
+        """Train from the checkpoint to the end, evaluate, and save the official checkpoint into the folder.
+
+        Args:
+            trainer: its model already has the weights of `checkpoint` where that is of the last step. A run that was
+                killed after training, before its end, has only the rest to do.
+        """
+        if checkpoint is None or checkpoint_step(checkpoint) < trainer.args.max_steps:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics, combined=False)
+        trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # the trainer turns it off
+        save_whole(trainer, self.path)
+
+
+def save_whole(trainer: Trainer, folder: Path) -> None:
+    """Save model and tokenizer into a folder that holds a run, whole. To be called by all processes.
+
+    Everything is written aside first and then moved in, config.json last: until then nothing loads the folder.
+    """
+    partial = folder / "saving.partial"
+    if trainer.args.should_save:
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(partial))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            path.replace(folder / path.name)
+        partial.rmdir()
+    trainer.accelerator.wait_for_everyone()
