@@ -1,0 +1,111 @@
+"""Continue pre-training any official deepseek_v3 checkpoint on text that is streamed from files or from any dataset.
+
+    python examples/continue_pretraining.py --model ./dsv3-pretrain --text ./my-code --output_dir ./dsv3-continued
+
+The same command again, after any interruption, goes on from the last checkpoint. It takes every flag of
+TrainingArguments: for larger models --gradient_checkpointing, --bf16, --fsdp. examples/pretrain.md says more.
+Needs `datasets`.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from transformers_dsv3 import Dsv3Config, LoadBalancingCallback, MtpObjectiveCallback
+from transformers_dsv3.training.checkpoints import checkpoint_step
+from transformers_dsv3.training.held_out_metrics import BitsPerByteMetric, nats_of_rows
+from transformers_dsv3.training.run_folder import RunFolder
+from transformers_dsv3.training.stream_position import StreamPosition, check_stream_arguments
+from transformers_dsv3.training.text_arguments import TextArguments, given_or_trained_tokenizer
+
+
+@dataclass
+class ModelArguments:
+    """The checkpoint, and what is trained beside next-token prediction."""
+
+    model: str = field(metadata={"help": "An official deepseek_v3 checkpoint: a folder, or a name on the Hub."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Default: the checkpoint's own."})
+    bias_update_rate: float = field(
+        default=1e-3,
+        metadata={"help": "How far a router's bias moves a step to follow the text's needs. 0: not at all."},
+    )
+    mtp_weight: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the multi-token prediction loss, where the checkpoint has MTP layers. 0: untrained."
+        },
+    )
+
+
+def read_config(arguments: ModelArguments) -> Dsv3Config:
+    config = AutoConfig.from_pretrained(arguments.model)
+    if not isinstance(config, Dsv3Config):
+        raise ValueError(f"--model {arguments.model} is of model type {config.model_type!r}, not deepseek_v3")
+    return config
+
+
+def main(model_args: ModelArguments, text_args: TextArguments, training_args: TrainingArguments) -> None:
+    folder = RunFolder(training_args.output_dir)
+    try:  # whatever is wrong with what was asked for, before anything is trained
+        check_stream_arguments(training_args)
+        config = read_config(model_args)
+        text_args.check(config.max_position_embeddings)
+        text = text_args.stream(training_args.seed, exclude=folder.path)
+        settings = {**asdict(model_args), **text_args.settings(text), "seed": training_args.seed}
+        folder.check(settings)
+        with training_args.main_process_first():
+            tokenizer = given_or_trained_tokenizer(
+                folder.tokenizer or model_args.tokenizer or model_args.model, text, config
+            )
+            train_dataset, eval_dataset = text_args.datasets(text, tokenizer, training_args.seed)
+            checkpoint = folder.checkpoint_to_resume(training_args)
+            folder.record(settings, tokenizer)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.exit(f"continue_pretraining.py: {error}")
+    print(f"Text: {text.source}, {text.split}. From {checkpoint or model_args.model}.")
+
+    set_seed(training_args.seed)
+    if checkpoint is not None and checkpoint_step(checkpoint) == training_args.max_steps:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)  # only the end is left to do
+    else:
+        model = AutoModelForCausalLM.from_pretrained(model_args.model, dtype=torch.float32)
+    callbacks = [StreamPosition(train_dataset), LoadBalancingCallback(model_args.bias_update_rate)]
+    if model_args.mtp_weight and config.num_nextn_predict_layers:
+        callbacks.append(MtpObjectiveCallback(model_args.mtp_weight, final_weight=model_args.mtp_weight))
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        preprocess_logits_for_metrics=nats_of_rows,
+        compute_metrics=BitsPerByteMetric(eval_dataset.bytes_per_token),
+    )
+    folder.train_evaluate_save(trainer, checkpoint)
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser((ModelArguments, TextArguments, TrainingArguments), description=__doc__)
+    parser.set_defaults(
+        output_dir="./dsv3-continued",
+        max_steps=500,
+        per_device_train_batch_size=4,
+        learning_rate=3e-4,
+        warmup_steps=50,
+        lr_scheduler_type="cosine",
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        logging_steps=10,
+        save_steps=50,
+        eval_steps=100,
+        eval_strategy="steps",
+        save_total_limit=2,
+        # Two threads otherwise add the gradients of an embedding row in any order, and no two runs end alike.
+        full_determinism=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    main(*parser.parse_args_into_dataclasses())

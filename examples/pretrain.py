@@ -1,0 +1,133 @@
+"""Pre-train a DeepSeek-V3 from scratch on text that is streamed from files or from any dataset.
+
+    python examples/pretrain.py --output_dir ./dsv3-pretrain
+
+trains a model of 10 M parameters on the source of Python's standard library. The same command again, after any
+interruption, goes on from the last checkpoint and ends at the same weights. Your own text, another size, any flag of
+TrainingArguments:
+
+    python examples/pretrain.py --output_dir ./my-model --text ./notes ./src --block_size 512 \\
+        --config_overrides hidden_size=512,num_hidden_layers=8 --max_steps 20000 --report_to tensorboard
+
+examples/pretrain.md says what to expect. Needs `datasets`.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from transformers_dsv3 import Dsv3Config, LoadBalancingCallback, MtpObjectiveCallback
+from transformers_dsv3.training.checkpoints import checkpoint_step
+from transformers_dsv3.training.held_out_metrics import BitsPerByteMetric, nats_of_rows
+from transformers_dsv3.training.quickstart_run import QuickstartSettings
+from transformers_dsv3.training.run_folder import RunFolder
+from transformers_dsv3.training.stream_position import StreamPosition, check_stream_arguments
+from transformers_dsv3.training.text_arguments import TextArguments, given_or_trained_tokenizer
+
+
+@dataclass
+class ModelArguments:
+    """The model, and what is trained beside next-token prediction."""
+
+    config: str | None = field(
+        default=None,
+        metadata={"help": "A config.json of model type deepseek_v3, or a folder with one. Default: 10 M parameters."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Fields to change in it, as in hidden_size=512,n_routed_experts=32,num_hidden_layers=8."},
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "A tokenizer's folder or name. Default: a byte-level BPE trained on the first of the text."},
+    )
+    bias_update_rate: float | None = field(
+        default=None,
+        metadata={"help": "How far a router's bias moves a step, so that all experts are used. 0: not at all."},
+    )
+    mtp_weight: float = field(
+        default=0.3,
+        metadata={"help": "Weight of the multi-token prediction loss; it falls to a third at the end. 0: untrained."},
+    )
+
+
+def make_config(arguments: ModelArguments) -> Dsv3Config:
+    if arguments.config is None:
+        settings = QuickstartSettings()
+        fields = {name: value for name, value in settings.model.items() if name != "mtp_loss_weight"}
+        config = Dsv3Config(vocab_size=settings.vocab_size, **fields)
+    else:
+        config = AutoConfig.from_pretrained(arguments.config)
+        if not isinstance(config, Dsv3Config):
+            raise ValueError(f"--config {arguments.config} is of model type {config.model_type!r}, not deepseek_v3")
+    if arguments.config_overrides:
+        config.update_from_string(arguments.config_overrides)
+    config.check_fields()
+    return config
+
+
+def main(model_args: ModelArguments, text_args: TextArguments, training_args: TrainingArguments) -> None:
+    folder = RunFolder(training_args.output_dir)
+    try:  # whatever is wrong with what was asked for, before anything is trained
+        check_stream_arguments(training_args)
+        config = make_config(model_args)
+        text_args.check(config.max_position_embeddings)
+        text = text_args.stream(training_args.seed, exclude=folder.path)
+        settings = {**asdict(model_args), **text_args.settings(text), "seed": training_args.seed}
+        folder.check(settings)
+        with training_args.main_process_first():
+            tokenizer = given_or_trained_tokenizer(folder.tokenizer or model_args.tokenizer, text, config)
+            train_dataset, eval_dataset = text_args.datasets(text, tokenizer, training_args.seed)
+            checkpoint = folder.checkpoint_to_resume(training_args)
+            folder.record(settings, tokenizer)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.exit(f"pretrain.py: {error}")
+    print(f"Text: {text.source}, {text.split}. From {checkpoint or 'a new model'}.")
+
+    if model_args.config is None:
+        config.vocab_size = len(tokenizer)  # a small text does not have as many distinct pieces as were asked for
+    config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    set_seed(training_args.seed)
+    if checkpoint is not None and checkpoint_step(checkpoint) == training_args.max_steps:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)  # only the end is left to do
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    callbacks = [StreamPosition(train_dataset), LoadBalancingCallback(model_args.bias_update_rate)]
+    if model_args.mtp_weight and config.num_nextn_predict_layers:
+        callbacks.append(MtpObjectiveCallback(model_args.mtp_weight, final_weight=model_args.mtp_weight / 3))
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        preprocess_logits_for_metrics=nats_of_rows,
+        compute_metrics=BitsPerByteMetric(eval_dataset.bytes_per_token),
+    )
+    folder.train_evaluate_save(trainer, checkpoint)
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser((ModelArguments, TextArguments, TrainingArguments), description=__doc__)
+    parser.set_defaults(
+        output_dir="./dsv3-pretrain",
+        max_steps=1000,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+        warmup_steps=50,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        logging_steps=10,
+        save_steps=50,
+        eval_steps=250,
+        eval_strategy="steps",
+        save_total_limit=2,
+        # Two threads otherwise add the gradients of an embedding row in any order, and no two runs end alike.
+        full_determinism=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    main(*parser.parse_args_into_dataclasses())
