@@ -34,9 +34,7 @@ class ModelArguments:
     )
     mtp_weight: float = field(
         default=0.1,
-        metadata={
-            "help": "Weight of the multi-token prediction loss, where the checkpoint has MTP layers. 0: untrained."
-        },
+        metadata={"help": "Weight of the multi-token prediction loss, if there are MTP layers. 0: untrained."},
     )
 
 
@@ -57,9 +55,8 @@ def main(model_args: ModelArguments, text_args: TextArguments, training_args: Tr
         settings = {**asdict(model_args), **text_args.settings(text), "seed": training_args.seed}
         folder.check(settings)
         with training_args.main_process_first():
-            tokenizer = given_or_trained_tokenizer(
-                folder.tokenizer or model_args.tokenizer or model_args.model, text, config
-            )
+            name = folder.tokenizer or model_args.tokenizer or model_args.model
+            tokenizer = given_or_trained_tokenizer(name, text, config)
             train_dataset, eval_dataset = text_args.datasets(text, tokenizer, training_args.seed)
             checkpoint = folder.checkpoint_to_resume(training_args)
             folder.record(settings, tokenizer)

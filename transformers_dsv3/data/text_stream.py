@@ -220,10 +220,10 @@ def read_spans(spans: Sequence[Span]) -> Iterator[dict[str, str]]:
                 data = _lines(file, span)
             text = data.decode("utf-8-sig" if span.start == 0 else "utf-8")
         except (UnicodeDecodeError, OSError) as error:
-            logger.warning(f"{span.path} is left out: {error}")
+            logger.warning_once(f"{span.path} is left out: {error}")
             continue
         if "\0" in text:
-            logger.warning(f"{span.path} is left out: it has NUL bytes, so it is not text")
+            logger.warning_once(f"{span.path} is left out: it has NUL bytes, so it is not text")
         elif text.strip():
             yield {"text": text}
 
