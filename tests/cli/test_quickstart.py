@@ -48,7 +48,6 @@ TINY = QuickstartSettings(
         "n_group": 1,
         "topk_group": 1,
         "num_nextn_predict_layers": 1,
-        "mtp_loss_weight": 0.3,
         "max_position_embeddings": 256,
     },
 )

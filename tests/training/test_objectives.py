@@ -208,6 +208,29 @@ def test_same_gradients_under_trainer_and_sft_trainer(make_model, byte_tokenizer
     assert (plain[0][name] - by_sft[0][name]).norm() > 1e-3 * plain[0][name].norm()
 
 
+@pytest.mark.parametrize("trainer_class, config_class", [(Trainer, TrainingArguments), (SFTTrainer, SFTConfig)])
+def test_bf16_autocast_over_fp32_weights(make_model, byte_tokenizer, tmp_path, trainer_class, config_class):
+    """`--bf16`: products in bf16, master weights and optimizer state in fp32."""
+    data = Dataset.from_list([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows()])
+    results = []
+    for bf16 in (False, True):
+        model = make_model(vocab_size=len(byte_tokenizer), mtp_loss_weight=MTP, seq_aux_loss_weight=ALPHA)
+        more = {"dataset_kwargs": {"skip_prepare_dataset": True}} if config_class is SFTConfig else {}
+        args = config_class(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=4, max_grad_norm=0, save_strategy="no",
+            report_to="none", use_cpu=True, bf16=bf16, disable_tqdm=True, remove_unused_columns=False, **more,
+        )  # fmt: skip
+        callback = KeepGradients()
+        bundle = {"train_dataset": data, "data_collator": pad, "processing_class": byte_tokenizer}
+        trainer_class(model=model, args=args, callbacks=[callback], **bundle).train()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        results.append(callback.seen[0])
+    # Only the MTP loss reaches these: a wrong weight of its would be a wrong size
+    for name in ("model.layers.2.eh_proj.weight", "model.layers.2.mlp.experts.down_proj"):
+        seen, expected = results[1][name], results[0][name]
+        assert (seen - expected).norm() < 0.1 * expected.norm(), name
+
+
 def test_preference_training_is_left_alone(make_model, byte_tokenizer, tmp_path):
     pairs = [
         {"prompt": f"def f{n}():", "chosen": f" return {n}", "rejected": " pass  # nothing", "n": n} for n in range(8)

@@ -179,6 +179,12 @@ def show(results: dict[str, Any], output: Path) -> None:
         f"{results['parameters']['total'] / 1e6:.1f} M",
         f"{results['parameters']['active'] / 1e6:.1f} M active a token",
     )
+    routing = results["routing"]["mean"]
+    table.add_row(
+        "held-out utilisation of experts",
+        f"{routing['utilisation']:.0%}",
+        f"mean over largest load; load entropy {routing['load_entropy']:.3f}, {routing['dead_experts']:.0f} dead",
+    )
     table.add_row(
         "training tokens/s",
         f"{rate:,.0f}" if rate else "no step was left to train",

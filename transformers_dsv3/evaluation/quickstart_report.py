@@ -18,6 +18,7 @@ import transformers_dsv3  # noqa: F401  registers the plugin's classes with the 
 from ..data.byte_bpe import token_stream
 from ..data.text_files import Corpus
 from .decoding import cache_bytes_per_token, greedy_tokens_per_second, mtp_acceptance_rate
+from .routing import routing_report
 from .text_quality import bits_per_byte, compressor_bits_per_byte
 
 
@@ -34,8 +35,8 @@ def measure_checkpoint(
         prompts: what the pipeline completes, sampling as the folder's generation config says, from `seed`.
 
     Returns:
-        `held_out` (bits per byte), `decode` (tokens a second, MTP acceptance), `cache_bytes_per_token`, `completions`
-        and `machine`.
+        `held_out` (bits per byte), `routing` (load of the experts on the same text), `decode` (tokens a second, MTP
+        acceptance), `cache_bytes_per_token`, `completions` and `machine`.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -61,6 +62,7 @@ def measure_checkpoint(
             "window": window,
             "stride": window // 2,
         },
+        "routing": routing_report(model, stream, window=window).to_dict(),
         **decoding,
         "completions": completions,
         "machine": {

@@ -164,6 +164,11 @@ class LoadBalancingCallback(MetricsCallback):
                     f"e_score_correction_bias is {gate.e_score_correction_bias.dtype}: balancing needs it in fp32, as "
                     "`from_pretrained` loads it."
                 )
+        if args is not None and args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (DataParallel) would count on copies of the routers that are "
+                "thrown away: start one process for each, with `accelerate launch` or `torchrun`."
+            )
         base.load_balancing_is_settled = True
         if self.seq_aux_loss_weight is not None:
             base.config.seq_aux_loss_weight = self.seq_aux_loss_weight

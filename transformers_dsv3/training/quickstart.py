@@ -30,6 +30,8 @@ import transformers_dsv3  # noqa: F401  registers the plugin's classes with the 
 
 from ..data.byte_bpe import TokenBlocks, token_stream, train_byte_bpe
 from ..data.text_files import Corpus, TextError
+from .load_balancing import LoadBalancingCallback
+from .mtp_objective import MtpObjectiveCallback
 from .quickstart_run import QuickstartSettings, Run, checkpoint_step, latest_checkpoint, record_run, training_folder
 
 
@@ -45,7 +47,7 @@ class TrainingOutcome:
 
 
 class LiveLossBar(ProgressCallback):
-    """A progress bar with the running loss behind it, in place of a line for every log entry."""
+    """A progress bar with the running loss and utilisation behind it, in place of a line for every log entry."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.current_step = state.global_step
@@ -55,7 +57,9 @@ class LiveLossBar(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+            self.training_bar.set_postfix(
+                loss=f"{float(logs['loss']):.3f}", utilisation=f"{float(logs['router/utilisation']):.0%}"
+            )
 
 
 @contextmanager
@@ -130,6 +134,7 @@ def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartS
             args=training_arguments(output, run, settings),
             train_dataset=blocks,
             processing_class=tokenizer,
+            callbacks=[LoadBalancingCallback(), MtpObjectiveCallback()],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LiveLossBar())

@@ -79,7 +79,6 @@ class QuickstartSettings:
             "n_group": 1,
             "topk_group": 1,
             "num_nextn_predict_layers": 1,
-            "mtp_loss_weight": 0.3,
             "max_position_embeddings": 1024,
             # Wider than the default 0.02, which suits hidden sizes in the thousands: a 256-wide model starts slowly.
             "initializer_range": 0.05,
