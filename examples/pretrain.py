@@ -115,7 +115,7 @@ if __name__ == "__main__":
     parser = HfArgumentParser((ModelArguments, TextArguments, TrainingArguments), description=__doc__)
     parser.set_defaults(
         output_dir="./dsv3-pretrain",
-        max_steps=1000,
+        max_steps=500,
         per_device_train_batch_size=4,
         learning_rate=3e-3,
         warmup_steps=50,
@@ -123,7 +123,7 @@ if __name__ == "__main__":
         adam_beta2=0.95,
         logging_steps=10,
         save_steps=50,
-        eval_steps=250,
+        eval_steps=100,
         eval_strategy="steps",
         save_total_limit=2,
         # Two threads otherwise add the gradients of an embedding row in any order, and no two runs end alike.

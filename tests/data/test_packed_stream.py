@@ -17,6 +17,12 @@ from transformers_dsv3.data.text_stream import Span, read_spans, stream_dataset,
 pytest.importorskip("datasets")
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """`datasets` counts on the Hub which of its builders are used, where it can."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="module")
 def texts():
     rng = random.Random(0)
