@@ -14,7 +14,7 @@ ALLOWED = {
     "models": {"kernels"},
     "kernels": set(),
     "generation": {"models"},
-    "training": {"models", "generation", "data"},
+    "training": {"models", "kernels", "generation", "data"},
     "data": {"models", "generation", "training"},
     "compression": {"models", "kernels", "generation", "training", "data"},
     "evaluation": {"models", "kernels", "generation", "training", "data", "compression"},

@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import transformers_dsv3
 from transformers_dsv3.models.dsv3 import modeling_dsv3, moe_dsv3
 from transformers_dsv3.models.dsv3.mtp_dsv3 import mtp_labels, shift_left
+from transformers_dsv3.training.load_balancing import take_loads
 
 
 MTP, ALPHA = 0.3, 0.05
@@ -118,6 +119,21 @@ def test_gradients_equal_the_written_out_objective(make_model, kind, checkpointi
     model.train()
     (3 * output.loss).backward()  # what follows the loss scales all alike
     assert_same_gradients({name: value / 3 for name, value in gradients(model).items()}, expected)
+
+
+def test_compiled(make_model):
+    tokens, labels, _, _ = batch("masked prompt")
+    seen = []
+    for compiled in (False, True):
+        model = make_model(mtp_loss_weight=MTP, experts_implementation="grouped_mm").train()
+        run = torch.compile(model, backend="eager") if compiled else model
+        run(input_ids=tokens, labels=labels, use_cache=False).loss.backward()
+        seen.append((gradients(model), take_loads(model)[0]))
+    assert_same_gradients(seen[1][0], seen[0][0])
+    assert torch.equal(seen[1][1], seen[0][1])
+    model = make_model(seq_aux_loss_weight=ALPHA).train()
+    with pytest.raises(Exception, match="Under torch.compile"):
+        torch.compile(model, backend="eager", fullgraph=True)(input_ids=tokens, labels=labels, use_cache=False)
 
 
 def test_logits_part_by_part_give_the_same_gradients(make_model, monkeypatch):

@@ -316,6 +316,9 @@ class Dsv3Model(Dsv3PreTrainedModel):
             if self.mtp_totals is None or self.mtp_totals.device != seen.device:
                 self.mtp_totals = torch.zeros_like(seen)
             self.mtp_totals += seen
+        if training_pass.loss_is_known:
+            training_pass.mtp_sum = total / len(layers)
+            return hidden_states
         return CarriedLoss.apply(hidden_states, total, training_pass, training_pass.mtp_loss_weight / len(layers))
 
     def _warn_of_unbalanced_training(self) -> None:
@@ -368,6 +371,12 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
         mtp_loss_weight = self.config.mtp_loss_weight if mtp_trains else 0.0
         if not mtp_loss_weight and not self.config.seq_aux_loss_weight:
             return None
+        if torch.compiler.is_compiling() and (self.config.seq_aux_loss_weight or "forward" in self.__dict__):
+            raise ValueError(
+                "Under torch.compile a sequence-wise balance loss cannot be carried, nor an MTP loss where the "
+                "trainer computes the loss itself (TRL): set `seq_aux_loss_weight`, and there `mtp_loss_weight`, to "
+                "0, or do not compile."
+            )
         targets = shift_left(labels, 1, -100) if shift_labels is None else shift_labels
         return TrainingPass(targets, self.get_output_embeddings(), mtp_loss_weight, self.config.seq_aux_loss_weight)
 
@@ -419,6 +428,15 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
 
         logits = loss = None
         if labels is None and shift_labels is None:
+            if (
+                self.training
+                and torch.is_grad_enabled()
+                and (self.config.mtp_loss_weight or self.config.seq_aux_loss_weight)
+            ):
+                logger.warning_once(
+                    "No labels reach the model in training (label smoothing or a loss function of the trainer's): the "
+                    "MTP and sequence-wise balance losses are left out."
+                )
             logits = self.lm_head(hidden_states)
         else:
             targets = shift_left(labels, 1, -100) if shift_labels is None else shift_labels
@@ -445,7 +463,11 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
                     **kwargs,
                 )
             if training_pass is not None:
-                loss = KnownLoss.apply(loss, training_pass, num_items)
+                if training_pass.mtp_sum is not None:
+                    mtp_loss = training_pass.mtp_loss_weight * training_pass.mtp_sum / num_items
+                    loss = loss + (mtp_loss - mtp_loss.detach())  # its gradient, and nothing of its value
+                if training_pass.seq_aux_loss_weight:
+                    loss = KnownLoss.apply(loss, training_pass, num_items)
 
         return Dsv3CausalLMOutputWithPast(
             loss=loss,

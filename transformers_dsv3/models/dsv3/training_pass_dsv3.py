@@ -8,6 +8,9 @@ they carry.
 
 What such a gradient is to be multiplied with (gradient accumulation, averaging over ranks, loss scaling) is known when
 the backward pass begins, and the same for all: the weight of one predicted token in the loss that is differentiated.
+
+Where the model computes the loss itself, the MTP loss is added to it less its own value, which needs none of this and
+can be compiled.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class TrainingPass:
             them from here, so that it does not choose, or count, a second time.
         sequence_ids: `(T,)`, the number of each token's sequence, where `seq_aux_loss_weight` needs it.
         sequence_weights: `(N,)`, how many targets each of the sequences has.
-        mtp_loss: mean over the MTP layers, without its weight and gradient.
+        mtp_sum: sum of the MTP losses over their targets, mean over the layers, where the loss is known.
+        mtp_loss: mean over targets and MTP layers, without its weight and gradient.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class TrainingPass:
         self.choices: dict[nn.Module, torch.Tensor] = {}
         self.sequence_ids: torch.Tensor | None = None
         self.sequence_weights: torch.Tensor | None = None
+        self.mtp_sum: torch.Tensor | None = None
         self.mtp_loss: torch.Tensor | None = None
 
     def number_sequences(self, batch_size: int, length: int, position_ids: torch.Tensor | None) -> None:
