@@ -47,11 +47,11 @@ class Setting:
         )
 
 
-ALPHA = 1e-2  # what the sweep shows to do best beside γ
+ALPHA = 1e-1  # what the sweep shows to do best beside γ
 
 STUDIES = {
     "sweep": [
-        *(Setting(alpha=alpha) for alpha in (1e-2, 1e-1, 0.0)),
+        *(Setting(alpha=alpha) for alpha in (1e-2, 1e-1, 0.0, 1.0)),
         Setting(rate=0.0),
         *(Setting(rate=rate) for rate in (1e-3, 4e-3, 6.4e-2)),
         *(Setting(rate=rate, decay=0.0) for rate in (1e-3, 4e-3, 1.6e-2)),
