@@ -206,12 +206,25 @@ class Dsv3Attention(nn.Module):
         )
         self.o_proj = Dsv3Linear(self.num_heads * self.v_head_dim, hidden_size, bias=bias)
 
+    @property
+    def is_head_parallel(self) -> bool:
+        """Whether Transformers' tensor parallelism gave this process some of the heads (`base_model_tp_plan`).
+
+        Not so for weights that FSDP shards: those are whole while a layer runs, unless they are units of their own.
+        """
+        weight = self.kv_b_proj.weight
+        return (
+            getattr(self.kv_b_proj, "_is_hooked", False)
+            and len(getattr(weight, "placements", ())) == 1
+            and weight.placements[0].is_shard(0)
+        )
+
     def why_not_absorbed(self, past_key_values: Cache | None = None) -> str | None:
         """The reason why the absorbed path cannot serve this module and cache, or None where it can."""
         if type(self.kv_b_proj) not in (nn.Linear, Dsv3Linear):
             kind = type(self.kv_b_proj)
             return f"kv_b_proj is a {kind.__module__}.{kind.__name__}, whose weight cannot be folded"
-        if type(self.kv_b_proj.weight) not in (nn.Parameter, torch.Tensor):
+        if not self.is_head_parallel and type(self.kv_b_proj.weight) not in (nn.Parameter, torch.Tensor):
             return f"kv_b_proj's weight is a {type(self.kv_b_proj.weight).__name__}, not a plain tensor"
         if self.kv_b_proj._forward_hooks or self.kv_b_proj._forward_pre_hooks:
             return "kv_b_proj has forward hooks, which only its own call runs"
@@ -293,7 +306,8 @@ class Dsv3Attention(nn.Module):
             past_key_values: the cache, extended in place by the new latents.
 
         Returns:
-            The output `(B, Q, D)`, and the attention weights `(B, H, Q, S)` where the implementation gives them.
+            The output `(B, Q, D)`, and the attention weights `(B, H, Q, S)` where the implementation gives them. Under
+            tensor parallelism each process computes and returns those of its own heads only.
         """
         batch_size, q_len = hidden_states.shape[:2]
         cos, sin = position_embeddings
@@ -319,6 +333,9 @@ class Dsv3Attention(nn.Module):
 
         kv_len = latent.shape[2]
         absorb = past_key_values is not None and self._absorbed_is_cheaper(q_len, kv_len)
+        is_head_parallel = absorb and self.is_head_parallel
+        if is_head_parallel and torch.is_grad_enabled():
+            absorb = False  # only kv_b_proj's own call sums the latents' gradients over the processes
         if absorb and (reason := self.why_not_absorbed(past_key_values)) is not None:
             absorb = False
             if not is_torchdynamo_compiling():
@@ -328,6 +345,8 @@ class Dsv3Attention(nn.Module):
             implementation = self.config._attn_implementation or "eager"
             first_query = kv_len - q_len if "flash" in implementation else 0
             latent, k_rope, kv_b_weight = latent.squeeze(1), k_rope.squeeze(1), self.kv_b_proj.weight
+            if is_head_parallel:
+                kv_b_weight = kv_b_weight.to_local()
             mask = dense_mask(attention_mask, q_len, kv_len, hidden_states.device, first_query)
             arguments = (q_nope, q_rope, latent, k_rope, kv_b_weight, mask, self.scaling)
             if implementation == "eager":

@@ -137,7 +137,12 @@ class Dsv3CheckpointMixin(_Base):
                         f"{files[0]}: FP8 weights cannot be dequantised while they are sharded. Load the checkpoint "
                         "in one process, `save_pretrained` it, and load that"
                     )
-        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        used = getattr(model, "_weight_conversions", None)
+        if expected_keys is None and used is not None and not any(isinstance(step, WeightConverter) for step in used):
+            # Saving reverts what loading used, which for another model's state dict, of fused experts, is nothing
+            model._weight_conversions = [*used, *deepseek_v3_conversion_mapping()]
+        return loaded
 
     def save_pretrained(
         self,

@@ -41,6 +41,18 @@ class Dsv3Config(DeepseekV3Config):
 
     model_type = "deepseek_v3"
 
+    # Native's plan leaves attention replicated. Here it is sharded by heads: queries and `kv_b_proj` by output rows,
+    # `o_proj` by input columns; the latents and the shared rotary keys, and so the cache, are whole on every rank.
+    # MTP layers lie in `layers` too; their `eh_proj` and norms are replicated, as all norms and routers are.
+    base_model_tp_plan = {
+        **DeepseekV3Config.base_model_tp_plan,
+        "layers.*.self_attn.q_proj": "colwise",  # without a query LoRA
+        "layers.*.self_attn.q_b_proj": "colwise",  # with one
+        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
+
     topk_method: str = "noaux_tc"
     scoring_func: str = "sigmoid"
     n_shared_experts: int | None = 1

@@ -23,6 +23,7 @@ from .attention_dsv3 import Dsv3Attention
 from .checkpoint_dsv3 import Dsv3CheckpointMixin
 from .configuration_dsv3 import Dsv3Config
 from .decoder_dsv3 import Dsv3DecoderLayer
+from .distributed_dsv3 import Dsv3DistributedMixin
 from .generation_dsv3 import Dsv3GenerationMixin
 from .inputs_dsv3 import check_inputs, check_labels
 from .linear_dsv3 import Dsv3Linear
@@ -57,7 +58,7 @@ class Dsv3CausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     mtp_loss: torch.FloatTensor | None = None
 
 
-class Dsv3PreTrainedModel(Dsv3CheckpointMixin, PreTrainedModel):
+class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedModel):
     """Weights, loading and saving that all DeepSeek-V3 models share."""
 
     config: Dsv3Config
@@ -88,6 +89,8 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, PreTrainedModel):
             )
         config.check_fields()
         super().__init__(config, *args, **kwargs)
+        if not config.num_nextn_predict_layers:
+            self._no_split_modules = ["Dsv3DecoderLayer"]  # accelerate's FSDP refuses names that it does not find
 
     def train(self, mode: bool = True) -> "Dsv3PreTrainedModel":
         super().train(mode)
