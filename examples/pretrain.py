@@ -9,7 +9,7 @@ TrainingArguments:
     python examples/pretrain.py --output_dir ./my-model --text ./notes ./src --block_size 512 \\
         --config_overrides hidden_size=512,num_hidden_layers=8 --max_steps 20000 --report_to tensorboard
 
-examples/pretrain.md says what to expect. Needs `datasets`.
+examples/pretrain.md says what to expect, examples/parallel.md how to train on several processes. Needs `datasets`.
 """
 
 import sys
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Tra
 from transformers_dsv3 import Dsv3Config, LoadBalancingCallback, MtpObjectiveCallback
 from transformers_dsv3.training.checkpoints import checkpoint_step
 from transformers_dsv3.training.held_out_metrics import BitsPerByteMetric, nats_of_rows
+from transformers_dsv3.training.parallel import ParallelArguments, distribute
 from transformers_dsv3.training.quickstart_run import QuickstartSettings
 from transformers_dsv3.training.run_folder import RunFolder
 from transformers_dsv3.training.stream_position import StreamPosition, check_stream_arguments
@@ -69,10 +70,16 @@ def make_config(arguments: ModelArguments) -> Dsv3Config:
     return config
 
 
-def main(model_args: ModelArguments, text_args: TextArguments, training_args: TrainingArguments) -> None:
+def main(
+    model_args: ModelArguments,
+    text_args: TextArguments,
+    parallel_args: ParallelArguments,
+    training_args: TrainingArguments,
+) -> None:
     folder = RunFolder(training_args.output_dir)
     try:  # whatever is wrong with what was asked for, before anything is trained
         check_stream_arguments(training_args)
+        parallel_args.prepare(training_args)
         config = make_config(model_args)
         text_args.check(config.max_position_embeddings)
         text = text_args.stream(training_args.seed, exclude=folder.path)
@@ -95,6 +102,7 @@ def main(model_args: ModelArguments, text_args: TextArguments, training_args: Tr
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)  # only the end is left to do
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = distribute(model, parallel_args.distributed_config())
     callbacks = [StreamPosition(train_dataset), LoadBalancingCallback(model_args.bias_update_rate)]
     if model_args.mtp_weight and config.num_nextn_predict_layers:
         callbacks.append(MtpObjectiveCallback(model_args.mtp_weight, final_weight=model_args.mtp_weight / 3))
@@ -112,7 +120,9 @@ def main(model_args: ModelArguments, text_args: TextArguments, training_args: Tr
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser((ModelArguments, TextArguments, TrainingArguments), description=__doc__)
+    parser = HfArgumentParser(
+        (ModelArguments, TextArguments, ParallelArguments, TrainingArguments), description=__doc__
+    )
     parser.set_defaults(
         output_dir="./dsv3-pretrain",
         max_steps=500,
@@ -129,5 +139,6 @@ if __name__ == "__main__":
         # Two threads otherwise add the gradients of an embedding row in any order, and no two runs end alike.
         full_determinism=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # else several processes would each train by themselves
     )
     main(*parser.parse_args_into_dataclasses())
