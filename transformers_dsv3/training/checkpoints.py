@@ -1,8 +1,7 @@
 """Resuming what was killed: which checkpoint is whole, and what is left to tidy up.
 
 `Trainer` writes a checkpoint in place, under its final name, and Transformers' `get_last_checkpoint` goes by names
-alone.
-Nothing but the standard library is imported at the top: the quickstart refuses before it imports anything heavy.
+alone. Nothing but the standard library is imported at the top: the quickstart refuses before it imports more.
 """
 
 from __future__ import annotations
@@ -50,6 +49,16 @@ def checkpoint_to_resume(folder: Path, save_total_limit: int | None) -> Path | N
         state = json.loads((latest / "trainer_state.json").read_text(encoding="utf-8"))
         rotate_checkpoints(str(folder), save_total_limit, best_model_checkpoint=state.get("best_model_checkpoint"))
     return latest
+
+
+def move_in(partial: Path, folder: Path) -> None:
+    """Move the files of a checkpoint that was written aside into its folder, config.json last.
+
+    Until then nothing loads the folder.
+    """
+    for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+        path.replace(folder / path.name)
+    partial.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

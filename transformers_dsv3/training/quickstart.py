@@ -30,6 +30,7 @@ import transformers_dsv3  # noqa: F401  registers the plugin's classes with the 
 
 from ..data.byte_bpe import TokenBlocks, token_stream, train_byte_bpe
 from ..data.text_files import Corpus, TextError
+from .checkpoints import move_in
 from .load_balancing import LoadBalancingCallback
 from .mtp_objective import MtpObjectiveCallback
 from .quickstart_run import QuickstartSettings, Run, checkpoint_step, latest_checkpoint, record_run, training_folder
@@ -194,7 +195,6 @@ def training_arguments(output: Path, run: Run, settings: QuickstartSettings) -> 
         },
         logging_steps=5,
         save_steps=settings.save_every,
-        # Two, because the older one is removed before the trainer says that the newer one is whole.
         save_total_limit=2,
         seed=run.seed,
         data_seed=run.seed,
@@ -208,17 +208,12 @@ def training_arguments(output: Path, run: Run, settings: QuickstartSettings) -> 
 
 
 def save_checkpoint(output: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put model, tokenizer and generation config into the folder, whole.
-
-    Everything is written aside first and then moved in, config.json last: until then nothing loads the folder.
-    """
+    """Put model, tokenizer and generation config into the folder, whole."""
     partial = training_folder(output) / "saving.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    for path in sorted(partial.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
-        path.replace(output / path.name)
-    partial.rmdir()
+    move_in(partial, output)
 
 
 def active_parameters(model: PreTrainedModel) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from .checkpoints import checkpoint_step, checkpoint_to_resume, write_json
+from .checkpoints import checkpoint_step, checkpoint_to_resume, move_in, write_json
 
 
 class RunFolderError(ValueError):
@@ -111,10 +111,7 @@ class RunFolder:
 
 
 def save_whole(trainer: Trainer, folder: Path) -> None:
-    """Save model and tokenizer into a folder that holds a run, whole. To be called by all processes.
-
-    Everything is written aside first and then moved in, config.json last: until then nothing loads the folder.
-    """
+    """Save model and tokenizer into a folder that holds a run, whole. To be called by all processes."""
     partial = folder / "saving.partial"
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)
@@ -122,7 +119,5 @@ def save_whole(trainer: Trainer, folder: Path) -> None:
     trainer.save_model(str(partial))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
-            path.replace(folder / path.name)
-        partial.rmdir()
+        move_in(partial, folder)
     trainer.accelerator.wait_for_everyone()
