@@ -50,6 +50,7 @@ class Setting:
 ALPHA = 1e-1  # what the sweep shows to do best beside γ
 
 STUDIES = {
+    "default": [Setting(steps=400)],
     "sweep": [
         *(Setting(alpha=alpha) for alpha in (1e-2, 1e-1, 0.0, 1.0)),
         Setting(rate=0.0),
@@ -67,7 +68,7 @@ STUDIES = {
 
 @dataclass
 class Arguments:
-    study: str = field(default="sweep", metadata={"help": "sweep or seeds.", "choices": list(STUDIES)})
+    study: str = field(default="sweep", metadata={"help": "Which settings to train.", "choices": list(STUDIES)})
     results: Path | None = field(default=None, metadata={"help": "JSON file. Default: balancing_STUDY.json here."})
     plot: Path | None = field(default=None, metadata={"help": "Draw the results that are there, and train nothing."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})

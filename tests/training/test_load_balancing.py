@@ -287,7 +287,8 @@ class TestSchedule:
 
     def test_default_suits_the_length(self):
         assert LoadBalancingCallback(decay_ratio=0.0).update_rate(0, 10**6) == 1e-3
-        for steps in (50, 400, 1500):
+        assert LoadBalancingCallback().update_rate(0, 2) < 0.05
+        for steps in (100, 400, 1500):
             for ratios in ((0.0, 1.0), (0.0, 0.0), (0.1, 0.2)):
                 callback = LoadBalancingCallback(None, *ratios)
                 reach = sum(callback.update_rate(step, steps) for step in range(steps))

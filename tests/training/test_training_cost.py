@@ -1,9 +1,11 @@
-"""What balancing costs in time, and what long sequences cost in memory. Slow: run on a quiet machine."""
+"""What balancing reaches and costs, and the memory of long sequences. Slow: run on a quiet machine."""
 
+import json
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +57,16 @@ def test_counting_and_balancing(measured):
     overhead = statistics.median(ratios) - 1
     measured["time that counting and balancing add to a step of the quickstart's model, median"] = overhead
     assert overhead < 0.02
+
+
+def test_balancing_without_arguments(tmp_path, measured):
+    """`LoadBalancingCallback()`, 16 experts, 400 steps on the standard library's source."""
+    study = Path(__file__).parents[2] / "examples" / "balancing_study.py"
+    command = [sys.executable, str(study), "--study", "default", "--results", str(tmp_path / "study.json")]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (result,) = json.loads((tmp_path / "study.json").read_text())
+    measured["held-out utilisation after 400 steps of LoadBalancingCallback()"] = result["utilisation"]
+    assert result["utilisation"] >= 0.8 and result["dead_experts"] == 0
 
 
 LONG = """

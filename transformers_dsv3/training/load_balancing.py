@@ -25,6 +25,8 @@ logger = logging.get_logger(__name__)
 LONG_RUN_RATE = 1e-3
 # How far the biases of a short run are able to move in all, in units of a sigmoid score
 REACH = 2.0
+# In a run of a few steps no rate leads anywhere; a larger one than this only throws the choices about
+LARGEST_DEFAULT_RATE = 0.05
 
 
 def routers(model: nn.Module) -> list[Dsv3TopkRouter]:
@@ -95,7 +97,7 @@ class LoadBalancingCallback(MetricsCallback):
 
     Args:
         bias_update_rate: γ. By default 0.001, DeepSeek-V3's, or more in a run of fewer than 4,000 steps, such that its
-            biases are able to move by 2 in all.
+            biases are able to move by 2 in all; never more than 0.05.
         warmup_ratio: share of the run over which γ rises from 0.
         decay_ratio: share of the run, at its end, over which γ falls to 0 in a straight line. 1, the default, together
             with `warmup_ratio=0` is one line from the first step to the last; 0 is a constant γ.
@@ -140,7 +142,8 @@ class LoadBalancingCallback(MetricsCallback):
         rate = self.bias_update_rate
         if rate is None:
             # What the line down to zero leaves of γ * steps is half of it; a constant rate all
-            rate = max(LONG_RUN_RATE, REACH / (max_steps * (1 - (self.warmup_ratio + self.decay_ratio) / 2)))
+            rate = REACH / (max_steps * (1 - (self.warmup_ratio + self.decay_ratio) / 2))
+            rate = min(max(rate, LONG_RUN_RATE), LARGEST_DEFAULT_RATE)
         done = (step + 0.5) / max_steps
         if done < self.warmup_ratio:
             return rate * done / self.warmup_ratio
