@@ -104,5 +104,6 @@ if __name__ == "__main__":
         # Two threads otherwise add the gradients of an embedding row in any order, and no two runs end alike.
         full_determinism=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # else several processes would each train by themselves
     )
     main(*parser.parse_args_into_dataclasses())

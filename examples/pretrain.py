@@ -49,6 +49,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "How far a router's bias moves a step, so that all experts are used. 0: not at all."},
     )
+    seq_aux_loss_weight: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the sequence-wise balance loss. DeepSeek-V3, at its size, had 0.0001."},
+    )
     mtp_weight: float = field(
         default=0.3,
         metadata={"help": "Weight of the multi-token prediction loss; it falls to a third at the end. 0: untrained."},
@@ -103,7 +107,8 @@ def main(
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = distribute(model, parallel_args.distributed_config())
-    callbacks = [StreamPosition(train_dataset), LoadBalancingCallback(model_args.bias_update_rate)]
+    balancing = LoadBalancingCallback(model_args.bias_update_rate, seq_aux_loss_weight=model_args.seq_aux_loss_weight)
+    callbacks = [StreamPosition(train_dataset), balancing]
     if model_args.mtp_weight and config.num_nextn_predict_layers:
         callbacks.append(MtpObjectiveCallback(model_args.mtp_weight, final_weight=model_args.mtp_weight / 3))
     trainer = Trainer(

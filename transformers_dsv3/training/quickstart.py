@@ -135,7 +135,8 @@ def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartS
             args=training_arguments(output, run, settings),
             train_dataset=blocks,
             processing_class=tokenizer,
-            callbacks=[LoadBalancingCallback(), MtpObjectiveCallback()],
+            # The balance loss does most for batches as small as these; see examples/pretrain.md
+            callbacks=[LoadBalancingCallback(seq_aux_loss_weight=0.1), MtpObjectiveCallback()],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LiveLossBar())
