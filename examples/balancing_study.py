@@ -54,9 +54,10 @@ STUDIES = {
     "sweep": [
         *(Setting(alpha=alpha) for alpha in (1e-2, 1e-1, 0.0, 1.0)),
         Setting(rate=0.0),
-        *(Setting(rate=rate) for rate in (1e-3, 4e-3, 6.4e-2)),
+        *(Setting(rate=rate) for rate in (1e-3, 4e-3)),
+        *(Setting(rate=rate, alpha=1e-1) for rate in (4e-3, 0.0)),
         *(Setting(rate=rate, decay=0.0) for rate in (1e-3, 4e-3, 1.6e-2)),
-        Setting(rate=0.0, alpha=1e-2),
+        Setting(rate=6.4e-2),
     ],
     "seeds": [
         Setting(rate=rate, alpha=alpha, mtp=mtp, steps=500, seed=seed)
