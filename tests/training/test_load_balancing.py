@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -194,14 +195,13 @@ class TestBias:
         model = make_model(**MODEL)
         callback = LoadBalancingCallback()
         arguments = TrainingArguments("unused", use_cpu=True, report_to="none")
-        callback.on_train_begin(arguments, None, None, model=model)
+        callback.on_train_begin(arguments, None, None, model=model, optimizer=None)
         for skipped in (True, False):
             tokens = torch.tensor(random_rows(4))
             model.train()(tokens, use_cache=False)
             before = biases(model)
             Optimizer.step_was_skipped = skipped
             state = TrainerState(global_step=0, max_steps=10)
-            callback.on_step_begin(None, None, None, model=model)
             callback.on_pre_optimizer_step(None, None, None, model=model)
             callback.on_optimizer_step(None, state, None, model=model, optimizer=Optimizer())
             assert torch.equal(biases(model), before) == skipped
@@ -270,6 +270,91 @@ class TestBias:
         with pytest.raises(ValueError, match="frozen under an adapter"):
             train(model, tmp_path, random_rows(16), [MtpObjectiveCallback()])
 
+    def test_routers_frozen_by_hand_keep_their_bias(self, make_model, tmp_path):
+        model = make_model(**MODEL)
+        first, second, _ = routers(model)
+        second.weight.requires_grad_(False)
+        before = biases(model)
+        train(model, tmp_path, random_rows(16), [LoadBalancingCallback()])
+        assert not torch.equal(first.e_score_correction_bias, before[0])
+        assert torch.equal(second.e_score_correction_bias, before[1])
+
+    def test_routers_that_peft_trains_whole(self, make_model, tmp_path):
+        base = make_model(**MODEL)
+        config = LoraConfig(target_modules=["o_proj"], modules_to_save=["gate"], task_type="CAUSAL_LM")
+        model = get_peft_model(base, config)
+        trainer = train(model, tmp_path, random_rows(16), [LoadBalancingCallback()])
+        assert all(entry["tokens_per_second"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+
+
+class TestOtherWaysToTrain:
+    """Callbacks that come late, models that are made late, and one model in several hands."""
+
+    def trainer(self, make_model, tmp_path, callbacks=(), rows=16, cls=Trainer, **more):
+        data = random_rows(rows)
+        args = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none",
+            save_strategy="no", disable_tqdm=True, logging_steps=1,
+        )  # fmt: skip
+        data = Dataset.from_dict({"input_ids": data, "labels": data})
+        return cls(args=args, train_dataset=data, callbacks=list(callbacks), **more)
+
+    def test_model_init(self, make_model, tmp_path):
+        callbacks = [LoadBalancingCallback(seq_aux_loss_weight=0.5), MtpObjectiveCallback()]
+        trainer = self.trainer(make_model, tmp_path, callbacks, model_init=lambda: make_model(**MODEL))
+        with pytest.raises(ValueError, match="optimizer was made without the MTP layers"):
+            trainer.train()
+        made = make_model(mtp_loss_weight=0.3, **MODEL)
+        before = made.model.mtp_layers[0].eh_proj.weight.clone(), biases(made)
+        self.trainer(make_model, tmp_path, callbacks, model_init=lambda: made).train()
+        assert not torch.equal(made.model.mtp_layers[0].eh_proj.weight, before[0])
+        assert not torch.equal(biases(made), before[1])
+
+    def test_added_afterwards(self, make_model, tmp_path):
+        model = make_model(**MODEL)
+        trainer = self.trainer(make_model, tmp_path, model=model)
+        trainer.add_callback(LoadBalancingCallback(seq_aux_loss_weight=0.25))
+        seen = []
+
+        class Look(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                seen.append(model.config.seq_aux_loss_weight)
+
+        trainer.add_callback(Look())
+        before = biases(model)
+        trainer.train()
+        assert not torch.equal(biases(model), before) and seen == [0.25, 0.25]
+        assert model.config.seq_aux_loss_weight == 0
+        dense = make_model(first_k_dense_replace=2, num_nextn_predict_layers=0)
+        trainer = self.trainer(make_model, tmp_path, model=dense)
+        trainer.add_callback(LoadBalancingCallback())
+        with pytest.raises(ValueError, match="LoadBalancingCallback is for DeepSeek-V3"):
+            trainer.train()
+
+    def test_settings_come_back_after_several_trainers(self, make_model, tmp_path):
+        model = make_model(**MODEL)
+        for _ in range(2):
+            callbacks = [LoadBalancingCallback(seq_aux_loss_weight=0.1), MtpObjectiveCallback()]
+            trainer = self.trainer(make_model, tmp_path, callbacks, model=model)
+        trainer.train()
+        assert model.config.mtp_loss_weight == model.config.seq_aux_loss_weight == 0
+
+    def test_after_preference_training(self, make_model, tmp_path):
+        model = make_model(**MODEL)
+        model.add_model_tags(["trl", "dpo"])
+        assert not model.trains_next_token_prediction
+        model.add_model_tags(["trl", "sft"])
+        model.add_model_tags("my-project")
+        assert model.trains_next_token_prediction
+        model.add_model_tags(["trl", "dpo"])
+        before = biases(model)
+        self.trainer(make_model, tmp_path, [LoadBalancingCallback(), MtpObjectiveCallback()], model=model).train()
+        assert not torch.equal(biases(model), before)
+
+    def test_label_smoothing_is_refused(self, make_model, tmp_path):
+        with pytest.raises(ValueError, match="label_smoothing_factor"):
+            train(make_model(**MODEL), tmp_path, random_rows(8), [MtpObjectiveCallback()], label_smoothing_factor=0.1)
+
 
 class TestSchedule:
     def test_shapes(self):
@@ -313,8 +398,9 @@ class TestSchedule:
             LoadBalancingCallback(**arguments)
         with pytest.raises(ValueError, match="final_ratio"):
             MtpObjectiveCallback(final_ratio=2.0)
-        with pytest.raises(ValueError, match="both 0"):
-            MtpObjectiveCallback(0.0, 0.0)
+        for weights in ((0.0, 0.1), (0.3, 0.0), (-0.3, 0.1)):
+            with pytest.raises(ValueError, match="weight=.* must be above 0"):
+                MtpObjectiveCallback(*weights)
 
 
 class TestBadInput:
@@ -331,7 +417,7 @@ class TestBadInput:
         router = routers(model)[0]
         router.e_score_correction_bias = router.e_score_correction_bias.bfloat16()
         with pytest.raises(ValueError, match="bfloat16.*fp32"):
-            LoadBalancingCallback().on_init_end(None, None, None, model=model)
+            LoadBalancingCallback().prepare(model, TrainingArguments("unused", use_cpu=True))
 
     def test_bias_stored_in_bf16_is_balanced_in_fp32(self, make_model, tmp_path):
         from safetensors.torch import load_file, save_file
@@ -402,6 +488,32 @@ class TestLogs:
                 assert entry["tokens_per_second"] > 0 and 0 < entry["mfu"] < 1
         assert model.config.mtp_loss_weight == 0  # as before
 
+    def test_waiting_for_data_is_time_too_and_evaluation_is_not(self, make_model, tmp_path):
+        class Slow(torch.utils.data.Dataset):
+            def __init__(self, seconds):
+                self.rows, self.seconds = random_rows(16), seconds
+
+            def __len__(self):
+                return len(self.rows)
+
+            def __getitem__(self, index):
+                time.sleep(self.seconds)
+                row = torch.tensor(self.rows[index])
+                return {"input_ids": row, "labels": row}
+
+        args = TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=4, use_cpu=True, report_to="none", eval_steps=1,
+            save_strategy="no", disable_tqdm=True, logging_steps=3, eval_strategy="steps",
+        )  # fmt: skip
+        trainer = Trainer(
+            model=make_model(**MODEL), args=args, train_dataset=Slow(0.05), eval_dataset=Slow(0.1),
+            callbacks=[LoadBalancingCallback()],
+        )  # fmt: skip
+        trainer.train()
+        (entry,) = [entry for entry in trainer.state.log_history if "tokens_per_second" in entry]
+        # 64 tokens in 0.2 s of waiting; with evaluation it would be 64 in 1.8 s
+        assert 64 / 0.7 < entry["tokens_per_second"] < 64 / 0.2
+
     def test_utilisation_is_of_the_logged_steps(self, make_model, tmp_path):
         model = make_model(**MODEL)
         rows = random_rows(16)
@@ -459,9 +571,3 @@ def test_two_ranks_move_as_one(make_model, tmp_path, how):
     move_correction_bias(model, counted(model, tokens), 0.01)
     for rank in (0, 1):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt", weights_only=True), biases(model))
-
-
-def test_state_of_the_run_decides_the_rate():
-    callback = LoadBalancingCallback(0.01)
-    state = TrainerState(global_step=50, max_steps=100)
-    assert callback.update_rate(state.global_step, state.max_steps) == pytest.approx(0.01 * 0.495)

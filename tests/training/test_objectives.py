@@ -1,6 +1,7 @@
 """The losses beside next-token prediction: their gradients beside plain autograd's, under every trainer."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import transformers_dsv3
 from transformers_dsv3.models.dsv3 import modeling_dsv3, moe_dsv3
-from transformers_dsv3.models.dsv3.mtp_dsv3 import mtp_labels, shift_left
+from transformers_dsv3.models.dsv3.mtp_dsv3 import mtp_labels, second_token_acceptance, shift_left
+from transformers_dsv3.models.dsv3.training_pass_dsv3 import TrainingPass
 from transformers_dsv3.training.load_balancing import take_loads
 
 
@@ -151,6 +153,33 @@ def test_logits_part_by_part_give_the_same_gradients(make_model, monkeypatch):
     assert_same_gradients(seen[1][2], seen[0][2], rtol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [(MTP, 0.0), (0.0, ALPHA), (MTP, ALPHA)])
+def test_nothing_is_kept_when_a_step_is_over(make_model, weights):
+    """The pass and its graph hold each other where one is not careful, beyond what Python's collector sees."""
+    model = make_model(mtp_loss_weight=weights[0], seq_aux_loss_weight=weights[1]).train()
+    tokens, labels, _, _ = batch("plain")
+    for backward in (True, False):
+        loss = model(tokens, labels=labels, use_cache=False).loss
+        if backward:
+            loss.backward()
+        del loss
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, TrainingPass)]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 20])
+def test_acceptance_is_sampled_all_over_the_rows(rows):
+    """Targets in the second half of each row, where half of the drafts are right."""
+    hidden = torch.eye(7)[torch.randint(0, 7, (rows, 200), generator=torch.Generator().manual_seed(0))]
+    right = (torch.arange(200) % 2 == 0).expand(rows, -1)
+    drafts = torch.where(right[..., None], shift_left(hidden, 1, 0.0), 1 - shift_left(hidden, 1, 0.0))
+    targets = torch.full((rows, 200), -100)
+    targets[:, 100:198] = 1
+    compared, accepted = second_token_acceptance(hidden, drafts, targets, torch.nn.Identity())
+    assert compared == (rows if rows > 8 else 16 // rows * rows)
+    assert 0.2 <= accepted / compared <= 0.8
+
+
 class KeepGradients(TrainerCallback):
     def __init__(self):
         self.seen = []
@@ -271,10 +300,10 @@ def test_preference_training_is_left_alone(make_model, byte_tokenizer, tmp_path)
         assert_same_gradients(seen, expected, rtol=1e-6)
 
 
-def test_a_loss_of_another_kind_carries_nothing(make_model, caplog):
+def test_a_loss_of_another_kind_carries_nothing(make_model):
     """A trainer that computes something else from the last hidden state."""
     tokens, labels, _, _ = batch("plain")
-    seen = []
+    seen, left_out = [], []
     for weight in (MTP, 0.0):
         model = make_model(mtp_loss_weight=weight, seq_aux_loss_weight=weight).train()
 
@@ -286,6 +315,8 @@ def test_a_loss_of_another_kind_carries_nothing(make_model, caplog):
         model.forward = forward
         model(input_ids=tokens, labels=labels).backward()
         seen.append(gradients(model))
+        left_out.append(int(model.model.losses_left_out or 0) + (weight == 0))
     mtp = {name: value for name, value in seen[0].items() if "layers.2" in name}
     assert mtp and not any(value.any() for value in mtp.values())
+    assert left_out == [1, 1]
     assert_same_gradients({k: v for k, v in seen[0].items() if k not in mtp}, seen[1], rtol=1e-6)

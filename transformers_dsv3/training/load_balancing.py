@@ -30,8 +30,15 @@ LARGEST_DEFAULT_RATE = 0.05
 
 
 def routers(model: nn.Module) -> list[Dsv3TopkRouter]:
-    """The model's routers, in the order of its layers, those of MTP layers last."""
-    return [module for module in model.modules() if isinstance(module, Dsv3TopkRouter)]
+    """The model's routers, in the order of its layers, those of MTP layers last.
+
+    Of a router that PEFT trains whole (`modules_to_save`) the copy that is trained.
+    """
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, Dsv3TopkRouter) and "original_module" not in name.split(".")
+    ]
 
 
 def take_loads(model: nn.Module, valid: bool = True) -> tuple[torch.Tensor, bool]:
@@ -68,10 +75,13 @@ def move_correction_bias(model: nn.Module, loads_LE: torch.Tensor, update_rate: 
 
     Args:
         model: any model with the plugin's routers.
-        loads_LE: int64, as [`take_loads`] gives them. A layer that saw no token keeps its bias.
+        loads_LE: int64, as [`take_loads`] gives them. A layer that saw no token keeps its bias, and so does a router
+            that is frozen.
         update_rate: γ.
     """
     for loads_E, gate in zip(loads_LE, routers(model), strict=True):
+        if not gate.weight.requires_grad:
+            continue
         # In integers: E times a load beside the sum of all, so that no rounding decides a sign
         lacking_E = (loads_E.sum() - loads_E.numel() * loads_E).sign()
         bias_E = gate.e_score_correction_bias.double() + update_rate * lacking_E
@@ -94,6 +104,8 @@ class LoadBalancingCallback(MetricsCallback):
     `router/load_entropy` (1 when all are used alike), `router/dead_experts` (a sum; the others are means over layers),
     `router/bias_update_rate`, `tokens_per_second` over all ranks, and `mfu`, the share of the floating-point rate of
     large matrix products measured on this device that the model's own operations reach.
+
+    Padding is not counted where a 2D `attention_mask` tells it; a 4D mask does not.
 
     Args:
         bias_update_rate: γ. By default 0.001, DeepSeek-V3's, or more in a run of fewer than 4,000 steps, such that its
@@ -151,15 +163,13 @@ class LoadBalancingCallback(MetricsCallback):
             return rate * max(1 - done, 0.0) / self.decay_ratio
         return rate
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        base = base_model_of(kwargs["model"])
-        gates = routers(kwargs["model"])
+    def prepare(self, model: nn.Module, args: TrainingArguments) -> None:
+        base = base_model_of(model)
+        gates = routers(model)
         if base is None or not gates:
             raise ValueError(
                 "LoadBalancingCallback is for DeepSeek-V3 models of transformers_dsv3 with mixture-of-experts layers, "
-                f"not for a {type(kwargs['model']).__name__}. Import transformers_dsv3 before the model is loaded."
+                f"not for a {type(model).__name__}. Import transformers_dsv3 before the model is loaded."
             )
         for gate in gates:
             if gate.e_score_correction_bias.dtype != torch.float32:
@@ -167,14 +177,14 @@ class LoadBalancingCallback(MetricsCallback):
                     f"e_score_correction_bias is {gate.e_score_correction_bias.dtype}: balancing needs it in fp32, as "
                     "`from_pretrained` loads it."
                 )
-        if args is not None and args.n_gpu > 1:
+        if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (DataParallel) would count on copies of the routers that are "
                 "thrown away: start one process for each, with `accelerate launch` or `torchrun`."
             )
         base.load_balancing_is_settled = True
         if self.seq_aux_loss_weight is not None:
-            base.config.seq_aux_loss_weight = self.seq_aux_loss_weight
+            self.set_for_training(model, "seq_aux_loss_weight", self.seq_aux_loss_weight)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -192,11 +202,15 @@ class LoadBalancingCallback(MetricsCallback):
         self.loads_LE = None
         self.throughput = Throughput(model, args)
 
-    def on_step_begin(
+    def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.throughput is not None
-        self.throughput.start()
+        if self.throughput is not None:
+            self.throughput.start()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.throughput is not None:
+            self.throughput.start()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -216,7 +230,7 @@ class LoadBalancingCallback(MetricsCallback):
             if not self.holds_bias:
                 move_correction_bias(model, loads_LE, self.update_rate(state.global_step, state.max_steps))
         assert self.throughput is not None
-        self.throughput.stop(int(loads_LE[0].sum()) // routers(model)[0].top_k)
+        self.throughput.count(int(loads_LE[0].sum()) // routers(model)[0].top_k)
 
     def metrics(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         figures = {}

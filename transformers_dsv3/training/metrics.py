@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import DefaultFlowCallback
 
 from ..kernels.matmul_cpu import matmul
-from ..models.dsv3.modeling_dsv3 import Dsv3Model
+from ..models.dsv3.modeling_dsv3 import Dsv3Model, Dsv3PreTrainedModel
 
 
 def base_model_of(model: nn.Module) -> Dsv3Model | None:
@@ -21,7 +21,43 @@ def base_model_of(model: nn.Module) -> Dsv3Model | None:
 
 
 class MetricsCallback(TrainerCallback):
-    """A callback with figures of its own in every log entry of a training loss."""
+    """A callback with figures of its own in every log entry of a training loss, and settings for the time of a run."""
+
+    def prepare(self, model: nn.Module, args: TrainingArguments) -> None:
+        """Refuses a model that cannot be trained so, and puts settings into its config.
+
+        Called when the trainer is made, before the optimizer is, and again when training begins: callbacks may be
+        added in between, and with `model_init` the model is another one by then.
+        """
+        raise NotImplementedError
+
+    def set_for_training(self, model: nn.Module, name: str, value: float) -> None:
+        """Puts a value into the config; what stood there comes back when training ends."""
+        base = base_model_of(model)
+        assert base is not None
+        base.config_before_training.setdefault(name, getattr(base.config, name))
+        setattr(base.config, name, value)
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if model is None:
+            return  # `model_init` has not made it yet
+        if not any(cls.__module__.startswith("trl.") for cls in type(args).__mro__):
+            for module in model.modules():
+                if isinstance(module, Dsv3PreTrainedModel):
+                    module.trains_next_token_prediction = True  # whatever another trainer did with it before
+        self.prepare(model, args)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        base = base_model_of(kwargs["model"])
+        assert base is not None
+        for name, value in base.config_before_training.items():
+            setattr(base.config, name, value)
+        base.config_before_training = {}
 
     def metrics(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         """The figures since they were last asked for. Called on every rank."""
@@ -30,6 +66,7 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.prepare(kwargs["model"], args)
         # `Trainer` puts the callbacks it reports with before those it is given, and they would log without the
         # figures. It tells callbacks nothing of each other, so the list they are in is looked up.
         for callbacks in gc.get_referrers(self):
@@ -56,7 +93,7 @@ class MetricsCallback(TrainerCallback):
 class Throughput:
     """Tokens a second, and the share of the device's floating-point rate, over the optimizer steps between two logs.
 
-    Evaluation and saving are not in the time.
+    The time is that from one optimizer step to the next, waiting for data included, evaluation and saving not.
 
     Args:
         model: what is trained.
@@ -72,18 +109,19 @@ class Throughput:
         self.ranks = args.world_size
         # Ranks of one tensor-parallel group are given the same tokens
         self.copies = getattr(model, "_tp_size", None) or 1
-        self.started: float | None = None
         self.seconds, self.tokens = 0.0, 0
-
-    def start(self) -> None:
         self.started = time.perf_counter()
 
-    def stop(self, tokens: int) -> None:
-        """Ends an optimizer step of so many tokens, counted over all ranks."""
-        if self.started is not None:
-            self.seconds += time.perf_counter() - self.started
-            self.tokens += tokens // self.copies
-            self.started = None
+    def start(self) -> None:
+        """Begins a step, where something else than training came before it."""
+        self.started = time.perf_counter()
+
+    def count(self, tokens: int) -> None:
+        """Ends an optimizer step of so many tokens, counted over all ranks, and begins the next."""
+        now = time.perf_counter()
+        self.seconds += now - self.started
+        self.tokens += tokens // self.copies
+        self.started = now
 
     def take(self) -> dict[str, float]:
         if not self.seconds:
@@ -116,15 +154,24 @@ def multiplied_parameters(model: nn.Module) -> int:
     return count + (0 if head is None else head.weight.numel() * (1 + len(trained)))
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a square matrix product on a device, the best of five."""
-    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
 
-    def seconds() -> float:
-        started = time.perf_counter()
-        result = matmul(left, right)  # on a CPU by the faster of torch's libraries
-        result[0, 0].item()  # waits for the device
-        return time.perf_counter() - started
+    def seconds(size: int) -> float:
+        left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        matmul(left, right)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            result = matmul(left, right)  # on a CPU by the faster of torch's libraries
+            result[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - started)
+        return min(times)
 
-    seconds()
-    return 2 * size**3 / min(seconds() for _ in range(5))
+    # Large products tell the rate, but where small ones are slow (fp16 on CPUs) they would take minutes
+    size = 512
+    fastest = seconds(size)
+    if fastest < 0.02:
+        size = 2048
+        fastest = seconds(size)
+    return 2 * size**3 / fastest

@@ -8,8 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from .metrics import MetricsCallback, base_model_of
+
+
+logger = logging.get_logger(__name__)
 
 
 class MtpObjectiveCallback(MetricsCallback):
@@ -21,8 +25,9 @@ class MtpObjectiveCallback(MetricsCallback):
 
     The layers share embedding and output head with the model. λ is put into `config.mtp_loss_weight` at each step, and
     what stood there comes back when the training ends. Logged with every training loss, which is that of next-token
-    prediction alone: `mtp/loss` (mean over targets and layers, without λ), `mtp/acceptance` (share of second tokens,
-    of 16 positions a micro-batch, at which greedy decoding would accept the first layer's draft), `mtp/loss_weight`.
+    prediction alone: `mtp/loss` (mean over targets and layers, without λ), `mtp/acceptance` (share of second tokens
+    at which greedy decoding would accept the first layer's draft, of 16 positions a micro-batch, or one a row),
+    `mtp/loss_weight`.
 
     Args:
         weight: λ, 0.3 as DeepSeek-V3's.
@@ -30,33 +35,29 @@ class MtpObjectiveCallback(MetricsCallback):
         final_ratio: share of the run, at its end, with the final weight; DeepSeek-V3's last 4.8 of 14.8 T tokens.
 
     Raises:
-        ValueError: for arguments out of range; when training begins, for a model without MTP layers, one whose layers
-            are frozen (adapters), and in the hands of preference trainers (`DPOTrainer`).
+        ValueError: for arguments out of range; when the trainer is made or training begins, for a model without MTP
+            layers, one whose layers are frozen (adapters) or not in the optimizer, with label smoothing, and in the
+            hands of preference trainers (`DPOTrainer`).
     """
 
     def __init__(self, weight: float = 0.3, final_weight: float = 0.1, final_ratio: float = 0.32):
-        for name, value, most in (
-            ("weight", weight, float("inf")),
-            ("final_weight", final_weight, float("inf")),
-            ("final_ratio", final_ratio, 1.0),
-        ):
-            if not 0 <= value <= most:
-                raise ValueError(f"`{name}={value!r}` must lie between 0 and {most}.")
-        if not max(weight, final_weight):
-            raise ValueError("`weight` and `final_weight` are both 0: leave the callback out.")
+        for name, value in (("weight", weight), ("final_weight", final_weight)):
+            # At 0 the layers would come to rest within the run, and DistributedDataParallel wait for their gradients
+            if not 0 < value < float("inf"):
+                raise ValueError(
+                    f"`{name}={value!r}` must be above 0; without an MTP objective leave the callback out."
+                )
+        if not 0 <= final_ratio <= 1:
+            raise ValueError(f"`final_ratio={final_ratio!r}` must lie between 0 and 1.")
         self.weight = weight
         self.final_weight = final_weight
         self.final_ratio = final_ratio
-        self.weight_before = 0.0
 
     def weight_at(self, step: int, max_steps: int) -> float:
         """λ of optimizer step `step`, counted from 0, of a run of `max_steps`."""
         return self.final_weight if step >= max_steps * (1 - self.final_ratio) else self.weight
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        model = kwargs["model"]
+    def prepare(self, model: nn.Module, args: TrainingArguments) -> None:
         base = base_model_of(model)
         if base is None or not base.mtp_layers:
             raise ValueError(
@@ -67,37 +68,53 @@ class MtpObjectiveCallback(MetricsCallback):
             raise ValueError(
                 "MtpObjectiveCallback trains whole MTP layers, which are frozen under an adapter: leave it out."
             )
-        # Before the optimizer is made, which takes the parameters that are trainable by then
-        self.weight_before = base.config.mtp_loss_weight
-        base.config.mtp_loss_weight = max(self.weight, self.final_weight)
-        model.train(model.training)
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "With `label_smoothing_factor` the trainer keeps the labels to itself, and MTP cannot be trained: set "
+                "it to 0, or leave MtpObjectiveCallback out."
+            )
+        self.set_for_training(model, "mtp_loss_weight", self.weight)
+        model.train(model.training)  # thaws the layers
         if not any(layer.eh_proj.weight.requires_grad for layer in base.mtp_layers):
             raise ValueError("The MTP layers are frozen: make them trainable, or leave MtpObjectiveCallback out.")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
         model = kwargs["model"]
         if not getattr(model, "trains_next_token_prediction", True):
             raise ValueError("MTP is an objective of language modelling: leave MtpObjectiveCallback out here.")
+        super().on_train_begin(args, state, control, **kwargs)
         base = base_model_of(model)
         assert base is not None
+        optimizer = kwargs.get("optimizer")
+        if optimizer is not None:
+            trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if not any(id(parameter) in trained for layer in base.mtp_layers for parameter in layer.parameters()):
+                raise ValueError(
+                    "The optimizer was made without the MTP layers, which were frozen then. Give MtpObjectiveCallback "
+                    "to the trainer when it is made, in `callbacks`; with `model_init`, let it make models with "
+                    "`mtp_loss_weight` set."
+                )
         base.mtp_totals = None
+        base.losses_left_out = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         kwargs["model"].config.mtp_loss_weight = self.weight_at(state.global_step, state.max_steps)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        kwargs["model"].config.mtp_loss_weight = self.weight_before
-
     def metrics(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         base = base_model_of(model)
         assert base is not None
+        left_out = 0 if base.losses_left_out is None else int(base.losses_left_out)
+        if left_out:
+            base.losses_left_out = None
+            logger.warning_once(
+                "The trainer's loss is not next-token prediction with equal weights: MTP is not trained. Leave "
+                "MtpObjectiveCallback out."
+            )
+            return {"mtp/loss_weight": 0.0}
         figures = {"mtp/loss_weight": self.weight_at(max(state.global_step - 1, 0), state.max_steps)}
         totals = base.mtp_totals
         base.mtp_totals = None

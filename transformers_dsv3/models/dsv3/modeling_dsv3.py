@@ -89,6 +89,8 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedM
             )
         config.check_fields()
         super().__init__(config, *args, **kwargs)
+        # False in the hands of one of TRL's trainers for preferences or rewards
+        self.trains_next_token_prediction = True
         if not config.num_nextn_predict_layers:
             self._no_split_modules = ["Dsv3DecoderLayer"]  # accelerate's FSDP refuses names that it does not find
 
@@ -101,7 +103,7 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedM
         """Keeps MTP layers that no loss reaches out of the optimizer, and out of what DistributedDataParallel awaits.
 
         Only what was frozen here is made trainable again, when `config.mtp_loss_weight` was set in the meantime: what
-        users and adapters freeze stays so.
+        users and adapters freeze in layers that train stays so. Of layers that were idle it cannot be told apart.
         """
         if self.base_model is self:
             return  # the model around it knows the loss
@@ -116,11 +118,12 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedM
                 layer.requires_grad_(True)
                 layer.frozen_as_idle = False
 
-    @property
-    def trains_next_token_prediction(self) -> bool:
-        """False in the hands of one of TRL's trainers for preferences or rewards, which tag the models they train."""
-        tags = self.model_tags or []
-        return "trl" not in tags or tags[-1] == "sft"
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Transformers' own; TRL's trainers say by it what they train the model for, each when it is made."""
+        super().add_model_tags(tags)
+        names = [tags] if isinstance(tags, str) else tags
+        if "trl" in names:
+            self.trains_next_token_prediction = "sft" in names
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -165,6 +168,10 @@ class Dsv3Model(Dsv3PreTrainedModel):
         self.load_balancing_is_settled = False
         # Since it was last taken, fp32: sum of the MTP losses, their targets; second tokens compared, those accepted
         self.mtp_totals: torch.Tensor | None = None
+        # Passes whose loss was not next-token prediction, so that MTP and balance losses were left out
+        self.losses_left_out: torch.Tensor | None = None
+        # What a training run changed in the config, to be put back when it ends
+        self.config_before_training: dict[str, float] = {}
         self.post_init()
 
     @property
@@ -264,6 +271,9 @@ class Dsv3Model(Dsv3PreTrainedModel):
                     hidden_states, inputs_embeds, training_pass, token_mask, given_positions, layer_inputs | kwargs
                 )
             if not training_pass.loss_is_known:
+                if self.losses_left_out is None or self.losses_left_out.device != hidden_states.device:
+                    self.losses_left_out = torch.zeros((), dtype=torch.int64, device=hidden_states.device)
+                training_pass.left_out = self.losses_left_out
                 hidden_states = find_token_weight(hidden_states, training_pass)
             outputs.last_hidden_state = hidden_states
         return outputs
@@ -366,7 +376,7 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
         """
         if labels is None and shift_labels is None:
             return None
-        if not (self.training and torch.is_grad_enabled() and self.trains_next_token_prediction):
+        if not (self.training and torch.is_grad_enabled()):
             return None
         layers = self.model.mtp_layers
         # Frozen layers are those of users or adapters that train something else
@@ -409,8 +419,10 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
             are made part by part for the loss, and are None in the output.
         """
         shift_labels = kwargs.get("shift_labels")
-        check_labels(self.config, labels, input_ids if inputs_embeds is None else inputs_embeds)
-        if training_pass is None:
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        check_labels(self.config, labels, tokens if keeps_all else None)
+        if training_pass is None and keeps_all:
             training_pass = self.make_training_pass(labels, shift_labels)
         if training_pass is not None:
             training_pass.loss_is_known = True
@@ -466,8 +478,10 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
                     **kwargs,
                 )
             if training_pass is not None:
-                if training_pass.mtp_sum is not None:
-                    mtp_loss = training_pass.mtp_loss_weight * training_pass.mtp_sum / num_items
+                # Taken out: the graph behind it holds the pass, and a pass that holds the graph would never be freed
+                mtp_sum, training_pass.mtp_sum = training_pass.mtp_sum, None
+                if mtp_sum is not None:
+                    mtp_loss = training_pass.mtp_loss_weight * mtp_sum / num_items
                     loss = loss + (mtp_loss - mtp_loss.detach())  # its gradient, and nothing of its value
                 if training_pass.seq_aux_loss_weight:
                     loss = KnownLoss.apply(loss, training_pass, num_items)
@@ -490,6 +504,7 @@ def _tell_decoder_the_targets(
         return None  # the class's own forward sees the labels itself
     if not model.trains_next_token_prediction:
         model.model.load_balancing_is_settled = True
+        return None
     training_pass = model.make_training_pass(kwargs.get("labels"), kwargs.get("shift_labels"))
     return None if training_pass is None else (args, {**kwargs, "training_pass": training_pass})
 

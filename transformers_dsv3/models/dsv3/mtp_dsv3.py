@@ -102,7 +102,8 @@ def mtp_labels(
     return shift_left(labels, depth + 2, -100).masked_fill(~inside, -100)
 
 
-# Positions of a training batch at which the draft of the next but one token is compared with the model's own
+# Positions of a training batch at which the draft of the next but one token is compared with the model's own, divided
+# among its rows; one a row at least
 COMPARED = 16
 
 
@@ -122,8 +123,14 @@ def second_token_acceptance(
     if length < 3:
         return torch.zeros(2, device=mtp_targets.device).unbind()
     per_row = min(max(COMPARED // batch_size, 1), length - 2)
-    columns = torch.linspace(0, length - 3, per_row, device=mtp_targets.device).long()
-    drafts = head(mtp_states[:, columns]).argmax(-1)
-    own = head(hidden_states[:, columns + 1]).argmax(-1)
-    counted = mtp_targets[:, columns] != -100
-    return counted.sum().float(), ((drafts == own) & counted).sum().float()
+    # Anywhere in a row, but only where there is a target: an order by multiples of the golden ratio, other in each row
+    numbers = torch.arange(batch_size * length, dtype=torch.float64).mul_(0.6180339887498949).frac_()
+    order = numbers.view(batch_size, length).to(mtp_targets.device, torch.float32)
+    columns = torch.where(mtp_targets != -100, order, -1.0).topk(per_row, dim=1)[1]
+    counted = mtp_targets.gather(1, columns) != -100
+
+    def greedy(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return head(states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))).argmax(-1)
+
+    accepted = greedy(mtp_states, columns) == greedy(hidden_states, (columns + 1).clamp(max=length - 1))
+    return counted.sum().float(), (accepted & counted).sum().float()

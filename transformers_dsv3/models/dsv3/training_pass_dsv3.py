@@ -51,6 +51,7 @@ class TrainingPass:
             them from here, so that it does not choose, or count, a second time.
         sequence_ids: `(T,)`, the number of each token's sequence, where `seq_aux_loss_weight` needs it.
         sequence_weights: `(N,)`, how many targets each of the sequences has.
+        left_out: counter on the loss's device of the passes that carried nothing, since the loss was another one.
         mtp_sum: sum of the MTP losses over their targets, mean over the layers, where the loss is known.
         mtp_loss: mean over targets and MTP layers, without its weight and gradient.
     """
@@ -71,6 +72,7 @@ class TrainingPass:
         self.choices: dict[nn.Module, torch.Tensor] = {}
         self.sequence_ids: torch.Tensor | None = None
         self.sequence_weights: torch.Tensor | None = None
+        self.left_out: torch.Tensor | None = None
         self.mtp_sum: torch.Tensor | None = None
         self.mtp_loss: torch.Tensor | None = None
 
@@ -184,6 +186,8 @@ class FoundLoss(torch.autograd.Function):
         weight = (seen_PD * expected_PD).sum() / expected_PD.square().sum().clamp(min=1e-20)
         foreign = (seen_PD - weight * expected_PD).square().sum()
         is_prediction = foreign <= FOREIGN_SHARE * seen_PD.square().sum()
+        if ctx.training_pass.left_out is not None:
+            ctx.training_pass.left_out += (~is_prediction & seen_PD.isfinite().all()).long()
         if grad.device.type == "cpu" and not is_prediction and bool(grad.isfinite().all()):
             logger.warning_once(
                 "The loss is not next-token prediction with equal weights: MTP and sequence-wise balance losses are "
