@@ -2,6 +2,7 @@
 
     python examples/balancing_study.py --study sweep                # one seed, 250 steps: which γ, α and schedule
     python examples/balancing_study.py --study seeds                # three seeds, 500 steps: with and without
+    python examples/balancing_study.py --study long                 # the same, 1,000 steps
     python examples/balancing_study.py --study sweep --plot sweep.png
 
 Every run is written to `--results` when it is done; the same command goes on with those that are missing. Settings are
@@ -62,6 +63,11 @@ STUDIES = {
     "seeds": [
         Setting(rate=rate, alpha=alpha, mtp=mtp, steps=500, seed=seed)
         for rate, alpha, mtp in ((0.0, 0.0, 0.3), (None, ALPHA, 0.3), (None, ALPHA, 0.0))
+        for seed in (0, 1, 2)
+    ],
+    "long": [
+        Setting(rate=rate, alpha=alpha, steps=1000, seed=seed)
+        for rate, alpha in ((0.0, 0.0), (None, ALPHA))
         for seed in (0, 1, 2)
     ],
 }

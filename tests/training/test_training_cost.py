@@ -73,6 +73,7 @@ LONG = """
 import resource, sys, torch
 import transformers_dsv3
 from transformers_dsv3.models.dsv3 import modeling_dsv3
+torch.manual_seed(0)
 modeling_dsv3.LOGITS_BYTES = int(sys.argv[1])
 config = transformers_dsv3.Dsv3Config(
     vocab_size=64000, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
