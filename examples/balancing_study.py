@@ -33,7 +33,7 @@ class Setting:
     """One way to train. `rate` is γ, None the callback's default and 0 no balancing; `alpha` and `mtp` are α and λ."""
 
     rate: float | None = None
-    decay: float = 1.0
+    decay: float = 0.2
     alpha: float = 0.0
     mtp: float = 0.3
     steps: int = 250
@@ -48,26 +48,23 @@ class Setting:
         )
 
 
-ALPHA = 1e-1  # what the sweep shows to do best beside γ
-
 STUDIES = {
     "default": [Setting(steps=400)],
     "sweep": [
-        *(Setting(alpha=alpha) for alpha in (1e-2, 1e-1, 0.0, 1.0)),
-        Setting(rate=0.0),
-        *(Setting(rate=rate) for rate in (1e-3, 4e-3)),
-        *(Setting(rate=rate, alpha=1e-1) for rate in (4e-3, 0.0)),
-        *(Setting(rate=rate, decay=0.0) for rate in (1e-3, 4e-3, 1.6e-2)),
-        Setting(rate=6.4e-2),
+        *(Setting(rate=rate, decay=decay) for decay in (1.0, 0.0) for rate in (1e-3, 4e-3, 1.6e-2)),
+        *(Setting(rate=1.6e-2, decay=1.0, alpha=alpha) for alpha in (1e-2, 1e-1, 1.0)),
+        Setting(rate=4e-3, decay=1.0, alpha=1e-1),
+        *(Setting(rate=4e-3, alpha=alpha) for alpha in (0.0, 1e-1)),
+        *(Setting(rate=0.0, decay=1.0, alpha=alpha) for alpha in (0.0, 1e-1)),
     ],
     "seeds": [
-        Setting(rate=rate, alpha=alpha, mtp=mtp, steps=500, seed=seed)
-        for rate, alpha, mtp in ((0.0, 0.0, 0.3), (None, ALPHA, 0.3), (None, ALPHA, 0.0))
+        Setting(rate=rate, decay=1.0, alpha=alpha, mtp=mtp, steps=500, seed=seed)
+        for rate, alpha, mtp in ((0.0, 0.0, 0.3), (8e-3, 1e-1, 0.3), (8e-3, 1e-1, 0.0))
         for seed in (0, 1, 2)
     ],
     "long": [
         Setting(rate=rate, alpha=alpha, steps=1000, seed=seed)
-        for rate, alpha in ((0.0, 0.0), (None, ALPHA))
+        for rate, alpha in ((0.0, 0.0), (None, 1e-1))
         for seed in (0, 1, 2)
     ],
 }
@@ -151,7 +148,11 @@ def draw(results: list[dict], path: Path) -> None:
         ("utilisation", "held_out_loss"),
         ("held-out utilisation", "held-out loss, nats a token"),
     ):
-        for decay, name in ((1.0, "γ falls to 0"), (0.0, "γ constant")):
+        for decay, name in (
+            (1.0, "γ falls from the start"),
+            (0.0, "γ constant"),
+            (0.2, "γ falls over the last fifth"),
+        ):
             line = sorted(
                 (entry["setting"]["rate"], entry[key])
                 for entry in results

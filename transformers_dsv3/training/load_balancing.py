@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 # γ of the paper, for runs that are long enough for it
 LONG_RUN_RATE = 1e-3
 # How far the biases of a short run are able to move in all, in units of a sigmoid score
-REACH = 2.0
+REACH = 1.0
 # In a run of a few steps no rate leads anywhere; a larger one than this only throws the choices about
 LARGEST_DEFAULT_RATE = 0.05
 
@@ -108,11 +108,10 @@ class LoadBalancingCallback(MetricsCallback):
     Padding is not counted where a 2D `attention_mask` tells it; a 4D mask does not.
 
     Args:
-        bias_update_rate: γ. By default 0.001, DeepSeek-V3's, or more in a run of fewer than 4,000 steps, such that its
-            biases are able to move by 2 in all; never more than 0.05.
+        bias_update_rate: γ. By default 0.001, DeepSeek-V3's, or more in a run of fewer than about 1,100 steps, such
+            that its biases are able to move by 1 in all; never more than 0.05.
         warmup_ratio: share of the run over which γ rises from 0.
-        decay_ratio: share of the run, at its end, over which γ falls to 0 in a straight line. 1, the default, together
-            with `warmup_ratio=0` is one line from the first step to the last; 0 is a constant γ.
+        decay_ratio: share of the run, at its end, over which γ falls to 0 in a straight line; 0 is a constant γ.
         seq_aux_loss_weight: α of the sequence-wise balance loss, put into the model's config; 0.0001 in DeepSeek-V3.
             By default the config's own, which is 0.
 
@@ -125,7 +124,7 @@ class LoadBalancingCallback(MetricsCallback):
         self,
         bias_update_rate: float | None = None,
         warmup_ratio: float = 0.0,
-        decay_ratio: float = 1.0,
+        decay_ratio: float = 0.2,
         seq_aux_loss_weight: float | None = None,
     ):
         for name, value, most in (
@@ -153,7 +152,7 @@ class LoadBalancingCallback(MetricsCallback):
         """γ of optimizer step `step`, counted from 0, of a run of `max_steps`."""
         rate = self.bias_update_rate
         if rate is None:
-            # What the line down to zero leaves of γ * steps is half of it; a constant rate all
+            # Of γ times its steps, a line up or down leaves half
             rate = REACH / (max_steps * (1 - (self.warmup_ratio + self.decay_ratio) / 2))
             rate = min(max(rate, LONG_RUN_RATE), LARGEST_DEFAULT_RATE)
         done = (step + 0.5) / max_steps
