@@ -162,7 +162,7 @@ def draw(results: list[dict], path: Path) -> None:
         off = [e[key] for e in results if e["setting"]["rate"] == 0 and not e["setting"]["alpha"]]
         axis.axhline(math.fsum(off) / len(off), color="black", linestyle=":", label="no balancing")
         axis.set(xscale="log", xlabel="γ (bias update rate)", ylabel=label)
-    axis.legend()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
