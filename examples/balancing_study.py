@@ -63,8 +63,8 @@ STUDIES = {
         for seed in (0, 1, 2)
     ],
     "long": [
-        Setting(rate=rate, alpha=alpha, steps=1000, seed=seed)
-        for rate, alpha in ((0.0, 0.0), (None, 1e-1))
+        Setting(rate=rate, decay=decay, alpha=alpha, steps=1000, seed=seed)
+        for rate, decay, alpha in ((0.0, 1.0, 0.0), (None, 0.2, 1e-1), (None, 1.0, 1e-1))
         for seed in (0, 1, 2)
     ],
 }
