@@ -14,11 +14,15 @@ NAMES = [
     "Dsv3ForTokenClassification",
     "Dsv3Model",
     "Dsv3PreTrainedModel",
+    "ESFTCallback",
+    "ExpertSelection",
     "LoadBalancingCallback",
     "MtpObjectiveCallback",
     "explain",
     "is_registered",
     "register",
+    "score_experts",
+    "train_selected_experts",
     "unregister",
 ]
 

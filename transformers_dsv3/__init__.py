@@ -1,5 +1,6 @@
 """DeepSeek-V3 for Hugging Face Transformers: importing this package registers it over `deepseek_v3`."""
 
+from importlib import import_module
 from typing import Any
 
 from .kernels.registry import explain
@@ -22,25 +23,33 @@ __all__ = [
     "Dsv3ForTokenClassification",
     "Dsv3Model",
     "Dsv3PreTrainedModel",
+    "ESFTCallback",
+    "ExpertSelection",
     "LoadBalancingCallback",
     "MtpObjectiveCallback",
     "explain",
     "is_registered",
     "register",
+    "score_experts",
+    "train_selected_experts",
     "unregister",
 ]
 
 
+# Only who trains needs them, and the trainer's modules behind them
+_TRAINING = {
+    "ESFTCallback": ".training.esft",
+    "ExpertSelection": ".training.esft",
+    "LoadBalancingCallback": ".training.load_balancing",
+    "MtpObjectiveCallback": ".training.mtp_objective",
+    "score_experts": ".training.esft",
+    "train_selected_experts": ".training.esft",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # Only who trains needs them, and the trainer's modules behind them
-    if name == "LoadBalancingCallback":
-        from .training.load_balancing import LoadBalancingCallback
-
-        return LoadBalancingCallback
-    if name == "MtpObjectiveCallback":
-        from .training.mtp_objective import MtpObjectiveCallback
-
-        return MtpObjectiveCallback
+    if name in _TRAINING:
+        return getattr(import_module(_TRAINING[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
