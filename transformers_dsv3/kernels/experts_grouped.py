@@ -10,7 +10,7 @@ Against autograd through the plain loop or Transformers' `grouped_mm`:
 - outputs are summed over experts in fp32 (fp64 for fp64).
 
 Shape suffixes: T tokens, K experts chosen a token, E experts, S = T * K pairs of token and expert, sorted by expert,
-D hidden size, I width of an expert, N pairs of one expert, rounded up (see `_segments`). `w` is a mixing weight.
+D hidden size, I width of an expert, N pairs of one expert, rounded up (see `expert_segments`). `w` is a mixing weight.
 """
 
 import mmap
@@ -85,7 +85,7 @@ def _gradient(weight: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
     return lazy_zeros(weight.shape, weight.dtype)
 
 
-def _segments(counts_E: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
+def expert_segments(counts_E: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
     """For each active expert, its index, its first pair, its number of pairs, and that number rounded up."""
     start = 0
     for expert, count in enumerate(counts_E.tolist()):
@@ -94,7 +94,7 @@ def _segments(counts_E: torch.Tensor) -> Iterator[tuple[int, int, int, int]]:
         start += count
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -119,7 +119,7 @@ def _forward(
     """
     E, _, D = gate_up_EID.shape
     I = down_EDI.shape[2]
-    accumulator = _accumulator(dtype)
+    accumulator = accumulator_dtype(dtype)
     experts, pairs_S = index_TK.flatten().sort(stable=True)
     # Rows behind an expert's own make its products whole multiples of ROWS; their results are not used. Index E marks
     # an expert of another rank: sorted last, not counted, so never computed.
@@ -128,7 +128,7 @@ def _forward(
     w_S = F.pad(w_TK.flatten().to(accumulator)[pairs_S], [0, ROWS])
     kept_SI = hidden_TD.new_empty((len(tokens) if keep else 0, 2 * I), dtype=dtype)
     out_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=accumulator)
-    for expert, start, count, rows in _segments(counts_E):
+    for expert, start, count, rows in expert_segments(counts_E):
         x_ND = hidden_TD.index_select(0, tokens[start : start + rows]).to(dtype)
         # Rows past the expert's own are overwritten by the next
         kept = kept_SI[start : start + rows] if keep else None
@@ -169,14 +169,14 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden states, mixing weights, `gate_up_proj` and `down_proj`; empty where not needed."""
     I = down_EDI.shape[2]
-    accumulator = _accumulator(dtype)
+    accumulator = accumulator_dtype(dtype)
     tokens = F.pad(pairs_S // max(w_TK.shape[1], 1), [0, ROWS])
     w_S = F.pad(w_TK.flatten().to(accumulator)[pairs_S], [0, ROWS])
     d_hidden_TD = hidden_TD.new_zeros(hidden_TD.shape if needs_hidden else 0, dtype=accumulator)
     d_w = w_TK.new_zeros(w_TK.numel() if needs_w else 0)
     d_gate_up_EID = _gradient(gate_up_EID, counts_E) if needs_gate_up else gate_up_EID.new_empty(0)
     d_down_EDI = _gradient(down_EDI, counts_E) if needs_down else down_EDI.new_empty(0)
-    for expert, start, count, rows in _segments(counts_E):
+    for expert, start, count, rows in expert_segments(counts_E):
         g_ND = grad_TD.index_select(0, tokens[start : start + rows]).to(dtype)
         gate_up_NI = kept_SI[start : start + rows].to(accumulator, copy=rows > count)
         if rows > count:

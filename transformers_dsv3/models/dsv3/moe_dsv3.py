@@ -12,6 +12,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from ...kernels.experts_cpu import may_serve, mixture, mixture_refusal, route_refusal
+from ...kernels.experts_lora import low_rank_experts
+from .adapted_experts_dsv3 import adapted_experts
 from .configuration_dsv3 import Dsv3Config
 from .linear_dsv3 import Dsv3MLP
 from .training_pass_dsv3 import CarriedLoss, TrainingPass
@@ -244,5 +246,13 @@ class Dsv3MoE(nn.Module):
         ):
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
             return mixture(flat, self.experts, indices, weights, shared).view(hidden_states.shape)
-        routed = self.experts(hidden_states.flatten(0, 1), indices, weights).view_as(hidden_states)
+        flat = hidden_states.flatten(0, 1)
+        if isinstance(self.experts, Dsv3Experts) or (adapted := adapted_experts(self.experts)) is None:
+            routed = self.experts(flat, indices, weights)
+        else:
+            experts, added = adapted
+            routed = low_rank_experts(
+                experts, flat, indices, weights, added.get("gate_up_proj"), added.get("down_proj")
+            )
+        routed = routed.view_as(hidden_states)
         return routed if shared is None else routed + shared(hidden_states)

@@ -1,0 +1,225 @@
+"""Experts with low-rank adapters, without building a delta of the weights' size, forward or backward.
+
+An adapted weight is `W + B A` for each expert. PEFT adds `B A` to the whole stack of weights at every pass and asks for
+the stack's gradient, of which the adapter needs but two thin projections. Here the adapter is applied to the tokens that
+chose an expert, `W x + B (A x)`, and only the adapter's own gradients are computed.
+
+Shape suffixes: T tokens, K experts chosen a token, E experts, S = T * K pairs of token and expert, sorted by expert,
+N pairs of one expert, D hidden size, I width of an expert, R rank. `w` is a mixing weight.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .experts_auto import grouped_mm_refusal
+from .experts_grouped import ROWS, accumulator_dtype, expert_segments, is_silu
+from .matmul_cpu import matmul
+
+
+class LowRank(NamedTuple):
+    """What an adapter adds to a stack of weights `(E, out, in)`: `up_EOR @ down_ERI`, its scaling included."""
+
+    down_ERI: torch.Tensor
+    up_EOR: torch.Tensor
+
+
+def plain_low_rank_experts(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: LowRank | None,
+    down: LowRank | None,
+) -> torch.Tensor:
+    """The reference: a plain loop over experts, gradients by autograd. Arguments as [`low_rank_experts`]."""
+
+    def project(x_ND: torch.Tensor, weight: torch.Tensor, adapter: LowRank | None, expert: int) -> torch.Tensor:
+        y = F.linear(x_ND, weight[expert])
+        if adapter is not None:
+            y = y + F.linear(F.linear(x_ND, adapter.down_ERI[expert]), adapter.up_EOR[expert])
+        return y
+
+    experts, pairs_S = top_k_index.flatten().sort(stable=True)
+    out_TD = torch.zeros_like(hidden_states, dtype=accumulator_dtype(hidden_states.dtype))
+    start = 0
+    for expert, count in enumerate(torch.bincount(experts, minlength=module.num_experts).tolist()):
+        pairs = pairs_S[start : start + count]
+        start += count
+        if count and expert < module.num_experts:
+            tokens = pairs // top_k_index.shape[1]
+            gate, up = project(hidden_states[tokens], module.gate_up_proj, gate_up, expert).chunk(2, dim=-1)
+            y_ND = project(module.act_fn(gate) * up, module.down_proj, down, expert)
+            out_TD = out_TD.index_add(0, tokens, y_ND.to(out_TD.dtype) * top_k_weights.flatten()[pairs, None])
+    return out_TD.to(hidden_states.dtype)
+
+
+class _CpuExperts(torch.autograd.Function):
+    """The loop of `experts_grouped` with low-rank terms, for frozen weights.
+
+    As there, rows behind an expert's own make its products whole multiples of `ROWS`: their results are not used, and
+    in sums over an expert's pairs they are zero.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")  # so that autocast is off in the backward pass too
+    def forward(ctx, hidden_TD, index_TK, w_TK, gate_up_EID, down_EDI, a1, b1, a2, b2, dtype):  # type: ignore[no-untyped-def]
+        I = down_EDI.shape[2]
+        accumulator = accumulator_dtype(dtype)
+        keep = any(ctx.needs_input_grad)
+        experts, pairs_S = index_TK.flatten().sort(stable=True)
+        counts_E = torch.bincount(experts, minlength=len(down_EDI))[: len(down_EDI)]
+        tokens, w_S = _padded_pairs(pairs_S, w_TK, accumulator)
+        kept_SI = hidden_TD.new_empty((len(tokens) if keep else 0, 2 * I), dtype=dtype)
+        out_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=accumulator)
+        for expert, start, count, rows in expert_segments(counts_E):
+            x_ND = hidden_TD.index_select(0, tokens[start : start + rows]).to(dtype)
+            gate_up_NI = matmul(x_ND, gate_up_EID[expert].to(dtype).t())
+            if a1 is not None:
+                gate_up_NI.addmm_(torch.mm(x_ND, a1[expert].t()), b1[expert].t())
+            if keep:
+                kept_SI[start : start + rows] = gate_up_NI  # rows past the expert's own are overwritten by the next
+            gate_up_NI = gate_up_NI.to(accumulator)
+            act_NI = F.silu(gate_up_NI[:, :I]).mul_(gate_up_NI[:, I:]).mul_(w_S[start : start + rows, None]).to(dtype)
+            y_ND = matmul(act_NI, down_EDI[expert].to(dtype).t())
+            if a2 is not None:
+                y_ND.addmm_(torch.mm(act_NI, a2[expert].t()), b2[expert].t())
+            out_TD.index_add_(0, tokens[start : start + count], y_ND[:count].to(accumulator))
+        ctx.dtype = dtype
+        ctx.save_for_backward(hidden_TD, w_TK, gate_up_EID, down_EDI, a1, b1, a2, b2, kept_SI, pairs_S, counts_E)
+        return out_TD.to(hidden_TD.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+        hidden_TD, w_TK, gate_up_EID, down_EDI, a1, b1, a2, b2, kept_SI, pairs_S, counts_E = ctx.saved_tensors
+        dtype, I = ctx.dtype, down_EDI.shape[2]
+        accumulator = accumulator_dtype(dtype)
+        needs_hidden, _, needs_w = ctx.needs_input_grad[:3]
+        tokens, w_S = _padded_pairs(pairs_S, w_TK, accumulator)
+        d_hidden_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=accumulator) if needs_hidden else None
+        d_w = w_TK.new_zeros(w_TK.numel()) if needs_w else None
+        d_a1, d_b1, d_a2, d_b2 = (None if x is None else torch.zeros_like(x) for x in (a1, b1, a2, b2))
+        for expert, start, count, rows in expert_segments(counts_E):
+            w_N1 = w_S[start : start + rows, None]
+            g_ND = grad_TD.index_select(0, tokens[start : start + rows]).to(dtype)
+            gate_up_NI = kept_SI[start : start + rows].to(accumulator, copy=True)
+            g_ND[count:] = 0
+            gate_up_NI[count:] = 0
+            gate_NI, up_NI = gate_up_NI[:, :I], gate_up_NI[:, I:]
+            silu_NI = F.silu(gate_NI)
+            act_NI = silu_NI * up_NI
+            d_act_NI = matmul(g_ND, down_EDI[expert].to(dtype))
+            if a2 is not None:
+                weighted_NI = (act_NI * w_N1).to(dtype)
+                back_NR = torch.mm(g_ND, b2[expert])
+                torch.mm(g_ND.t(), torch.mm(weighted_NI, a2[expert].t()), out=d_b2[expert])
+                torch.mm(back_NR.t(), weighted_NI, out=d_a2[expert])
+                d_act_NI.addmm_(back_NR, a2[expert])
+            d_act_NI = d_act_NI.to(accumulator)
+            if d_w is not None:
+                d_w[pairs_S[start : start + count]] = act_NI.mul_(d_act_NI).sum(dim=1)[:count].to(d_w.dtype)
+            if a1 is None and d_hidden_TD is None:
+                continue
+            d_act_NI.mul_(w_N1)
+            d_gate_up_NI = torch.empty_like(gate_up_NI, dtype=dtype)
+            d_gate_up_NI[:, I:] = silu_NI.mul_(d_act_NI)
+            d_gate_up_NI[:, :I] = torch.ops.aten.silu_backward(d_act_NI.mul_(up_NI), gate_NI)
+            back_NR = None
+            if a1 is not None:
+                x_ND = hidden_TD.index_select(0, tokens[start : start + rows]).to(dtype)
+                x_ND[count:] = 0
+                back_NR = torch.mm(d_gate_up_NI, b1[expert])
+                torch.mm(d_gate_up_NI.t(), torch.mm(x_ND, a1[expert].t()), out=d_b1[expert])
+                torch.mm(back_NR.t(), x_ND, out=d_a1[expert])
+            if d_hidden_TD is not None:
+                d_x_ND = matmul(d_gate_up_NI, gate_up_EID[expert].to(dtype))
+                if back_NR is not None:
+                    d_x_ND.addmm_(back_NR, a1[expert])
+                d_hidden_TD.index_add_(0, tokens[start : start + count], d_x_ND[:count].to(accumulator))
+        if d_hidden_TD is not None:
+            d_hidden_TD = d_hidden_TD.to(hidden_TD.dtype)
+        return d_hidden_TD, None, None if d_w is None else d_w.view_as(w_TK), None, None, d_a1, d_b1, d_a2, d_b2, None
+
+
+def _padded_pairs(
+    pairs_S: torch.Tensor, w_TK: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mixing weights of the pairs, and of `ROWS` more."""
+    tokens = F.pad(pairs_S // w_TK.shape[1], [0, ROWS])
+    return tokens, F.pad(w_TK.flatten().to(dtype)[pairs_S], [0, ROWS])
+
+
+def _grouped_mm_experts(
+    module: nn.Module,
+    hidden_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    w_TK: torch.Tensor,
+    gate_up: LowRank | None,
+    down: LowRank | None,
+) -> torch.Tensor:
+    """One grouped product a projection, for GPUs; gradients by autograd, none for the frozen weights."""
+    experts_S, pairs_S = index_TK.flatten().sort(stable=True)
+    tokens_S = pairs_S // index_TK.shape[1]
+    offsets_E = torch.bincount(experts_S, minlength=module.num_experts)[: module.num_experts].cumsum(0).int()
+
+    def project(x: torch.Tensor, weight: torch.Tensor, adapter: LowRank | None) -> torch.Tensor:
+        y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets_E)
+        if adapter is None:
+            return y
+        # Rows and columns of whole 16 bytes, as grouped products want them: zeros do not change the sum
+        padding = -adapter.down_ERI.shape[1] % (16 // x.element_size())
+        a, b = F.pad(adapter.down_ERI, [0, 0, 0, padding]), F.pad(adapter.up_EOR, [0, padding])
+        low = F.grouped_mm(x, a.transpose(1, 2), offs=offsets_E)
+        return y + F.grouped_mm(low, b.transpose(1, 2), offs=offsets_E)
+
+    gate, up = project(hidden_TD[tokens_S], module.gate_up_proj, gate_up).chunk(2, dim=-1)
+    y_SD = project(module.act_fn(gate) * up, module.down_proj, down)
+    # Index E marks an expert of another rank: its rows lie behind the last group, where nothing was written
+    elsewhere = (experts_S >= module.num_experts).unsqueeze(-1)
+    weighted_SD = (y_SD.float() * w_TK.flatten()[pairs_S, None]).masked_fill(elsewhere, 0)
+    out_TD = torch.zeros_like(hidden_TD, dtype=weighted_SD.dtype)
+    return out_TD.index_add(0, tokens_S, weighted_SD).to(hidden_TD.dtype)
+
+
+def low_rank_experts(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: LowRank | None,
+    down: LowRank | None,
+) -> torch.Tensor:
+    """The weighted sum of the chosen experts' outputs, their weights being frozen and adapted.
+
+    Args:
+        module: has `gate_up_proj` `(E, 2I, D)` and `down_proj` `(E, D, I)` that need no gradient.
+        hidden_states: `(T, D)`.
+        top_k_index, top_k_weights: `(T, K)`, index E for an expert of another rank, which is left out.
+        gate_up, down: the adapters of both, `(E, R, in)` and `(E, out, R)`; ranks may differ.
+
+    Returns:
+        `(T, D)`, of the dtype of `hidden_states`; sums over experts in fp32 (fp64 for fp64).
+    """
+    device = hidden_states.device.type
+    dtype = hidden_states.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    gate_up, down = (
+        None if a is None else LowRank(a.down_ERI.to(dtype).contiguous(), a.up_EOR.to(dtype).contiguous())
+        for a in (gate_up, down)
+    )
+    if device == "cpu" and is_silu(module.act_fn):
+        weights = (module.gate_up_proj, module.down_proj)
+        with torch.autocast(device, enabled=False):
+            return _CpuExperts.apply(
+                hidden_states, top_k_index, top_k_weights, *weights, *(gate_up or (None, None)), *(down or (None, None)), dtype
+            )
+    if grouped_mm_refusal(module) is None and dtype == module.gate_up_proj.dtype:
+        with torch.autocast(device, enabled=False):
+            out = _grouped_mm_experts(module, hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down)
+        return out.to(hidden_states.dtype)
+    return plain_low_rank_experts(module, hidden_states, top_k_index, top_k_weights, gate_up, down)

@@ -1,0 +1,53 @@
+"""Experts under PEFT's LoRA on their stacked weights (`target_parameters`), without PEFT's full-size sums.
+
+PEFT wraps the module of experts once for each adapted weight, and each wrapper's forward replaces the weight by its sum
+with the adapter's product, `(E, out, in)`. Where that is all a wrapper would do, the adapter's two factors are read from
+it and applied to tokens instead. Everything else (merging, saving, switching adapters) stays PEFT's own.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels.experts_lora import LowRank
+
+
+def _factors(wrapper: Any, adapters: list[str]) -> LowRank:
+    """The sum of some adapters of a wrapper as one, of the sum of their ranks."""
+    downs, ups = [], []
+    for adapter in adapters:
+        # As PEFT lays them out: expert by expert, and rank by rank with the experts innermost
+        downs.append(wrapper.lora_A[adapter].weight.unflatten(0, (wrapper.num_experts, -1)))
+        up_ORE = wrapper.lora_B[adapter].weight.unflatten(1, (-1, wrapper.num_experts))
+        ups.append(up_ORE.permute(2, 0, 1) * wrapper.scaling[adapter])
+    return LowRank(torch.cat(downs, dim=1), torch.cat(ups, dim=2))
+
+
+def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] | None:
+    """The plain module within PEFT's wrappers, and what is added to each of its weights.
+
+    Args:
+        module: whatever stands where the experts were.
+
+    Returns:
+        The experts and, by the weight's name, the adapters' factors. None where the wrappers have to be called as they
+        are: without an active adapter, merged, hooked (PEFT's batches of mixed adapters), around trained or quantised
+        weights, or of another kind.
+    """
+    found: dict[str, LowRank] = {}
+    while type(module).__name__ == "ParamWrapper":
+        wrapper: Any = module
+        adapters = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+        if wrapper.disable_adapters or wrapper.merged or wrapper._forward_hooks or wrapper._forward_pre_hooks:
+            return None
+        if adapters:
+            found[wrapper.parameter_name] = _factors(wrapper, adapters)
+        module = wrapper.base_layer
+    weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    if not found or not found.keys() <= {"gate_up_proj", "down_proj"} or not hasattr(type(module), "is_plain_experts"):
+        return None
+    for weight in weights:
+        if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype.itemsize < 2:
+            return None
+    return module, found
