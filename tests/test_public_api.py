@@ -20,6 +20,7 @@ NAMES = [
     "MtpObjectiveCallback",
     "explain",
     "is_registered",
+    "lora_config",
     "register",
     "score_experts",
     "train_selected_experts",

@@ -29,6 +29,7 @@ __all__ = [
     "MtpObjectiveCallback",
     "explain",
     "is_registered",
+    "lora_config",
     "register",
     "score_experts",
     "train_selected_experts",
@@ -42,6 +43,7 @@ _TRAINING = {
     "ExpertSelection": ".training.esft",
     "LoadBalancingCallback": ".training.load_balancing",
     "MtpObjectiveCallback": ".training.mtp_objective",
+    "lora_config": ".training.lora",
     "score_experts": ".training.esft",
     "train_selected_experts": ".training.esft",
 }

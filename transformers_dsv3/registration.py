@@ -13,6 +13,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import is_peft_available
 
 from .compression.quantizer_fp8 import register_fp8
 from .kernels import experts_auto, experts_grouped
@@ -50,12 +51,20 @@ def register() -> None:
     register_fp8()
     experts_grouped.register()
     experts_auto.register()
+    if is_peft_available():
+        from .training import lora_tuner
+
+        lora_tuner.register()
 
 
 def unregister() -> None:
     """Gives `deepseek_v3` back to Transformers' native classes. Models already made keep working."""
     AutoConfig.register(MODEL_TYPE, DeepseekV3Config, exist_ok=True)
     register_checkpoint_conversion_mapping(MODEL_TYPE, NATIVE_CONVERSION, overwrite=True)
+    if is_peft_available():
+        from .training import lora_tuner
+
+        lora_tuner.unregister()
 
 
 def is_registered() -> bool:

@@ -1,8 +1,8 @@
 """Experts with low-rank adapters, without building a delta of the weights' size, forward or backward.
 
-An adapted weight is `W + B A` for each expert. PEFT adds `B A` to the whole stack of weights at every pass and asks for
-the stack's gradient, of which the adapter needs but two thin projections. Here the adapter is applied to the tokens that
-chose an expert, `W x + B (A x)`, and only the adapter's own gradients are computed.
+An adapted weight is `W + B A` for each expert. PEFT adds `B A` to the whole stack of weights at every pass and asks
+for the stack's gradient, of which the adapter needs two thin projections. Here the adapter is applied to the tokens
+that chose an expert, `W x + B (A x)`, and only the adapter's own gradients are computed.
 
 Shape suffixes: T tokens, K experts chosen a token, E experts, S = T * K pairs of token and expert, sorted by expert,
 N pairs of one expert, D hidden size, I width of an expert, R rank. `w` is a mixing weight.
@@ -113,7 +113,7 @@ class _CpuExperts(torch.autograd.Function):
             silu_NI = F.silu(gate_NI)
             act_NI = silu_NI * up_NI
             d_act_NI = matmul(g_ND, down_EDI[expert].to(dtype))
-            if a2 is not None:
+            if a2 is not None and d_a2 is not None and d_b2 is not None:
                 weighted_NI = (act_NI * w_N1).to(dtype)
                 back_NR = torch.mm(g_ND, b2[expert])
                 torch.mm(g_ND.t(), torch.mm(weighted_NI, a2[expert].t()), out=d_b2[expert])
@@ -129,7 +129,7 @@ class _CpuExperts(torch.autograd.Function):
             d_gate_up_NI[:, I:] = silu_NI.mul_(d_act_NI)
             d_gate_up_NI[:, :I] = torch.ops.aten.silu_backward(d_act_NI.mul_(up_NI), gate_NI)
             back_NR = None
-            if a1 is not None:
+            if a1 is not None and d_a1 is not None and d_b1 is not None:
                 x_ND = hidden_TD.index_select(0, tokens[start : start + rows]).to(dtype)
                 x_ND[count:] = 0
                 back_NR = torch.mm(d_gate_up_NI, b1[expert])
@@ -145,9 +145,7 @@ class _CpuExperts(torch.autograd.Function):
         return d_hidden_TD, None, None if d_w is None else d_w.view_as(w_TK), None, None, d_a1, d_b1, d_a2, d_b2, None
 
 
-def _padded_pairs(
-    pairs_S: torch.Tensor, w_TK: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded_pairs(pairs_S: torch.Tensor, w_TK: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and mixing weights of the pairs, and of `ROWS` more."""
     tokens = F.pad(pairs_S // w_TK.shape[1], [0, ROWS])
     return tokens, F.pad(w_TK.flatten().to(dtype)[pairs_S], [0, ROWS])
@@ -166,21 +164,24 @@ def _grouped_mm_experts(
     tokens_S = pairs_S // index_TK.shape[1]
     offsets_E = torch.bincount(experts_S, minlength=module.num_experts)[: module.num_experts].cumsum(0).int()
 
+    # Index E marks an expert of another rank. Its rows lie behind the last group, where grouped products write
+    # nothing, neither results nor gradients: zeros take the place of both.
+    elsewhere_S1 = (experts_S >= module.num_experts).unsqueeze(-1)
+
     def project(x: torch.Tensor, weight: torch.Tensor, adapter: LowRank | None) -> torch.Tensor:
         y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets_E)
-        if adapter is None:
-            return y
-        # Rows and columns of whole 16 bytes, as grouped products want them: zeros do not change the sum
-        padding = -adapter.down_ERI.shape[1] % (16 // x.element_size())
-        a, b = F.pad(adapter.down_ERI, [0, 0, 0, padding]), F.pad(adapter.up_EOR, [0, padding])
-        low = F.grouped_mm(x, a.transpose(1, 2), offs=offsets_E)
-        return y + F.grouped_mm(low, b.transpose(1, 2), offs=offsets_E)
+        if adapter is not None:
+            # Rows and columns of whole 16 bytes, as grouped products want them: zeros do not change the sum
+            padding = -adapter.down_ERI.shape[1] % (16 // x.element_size())
+            a, b = F.pad(adapter.down_ERI, [0, 0, 0, padding]), F.pad(adapter.up_EOR, [0, padding])
+            low = F.grouped_mm(x, a.transpose(1, 2), offs=offsets_E).masked_fill(elsewhere_S1, 0)
+            y = y + F.grouped_mm(low, b.transpose(1, 2), offs=offsets_E)
+        return y.masked_fill(elsewhere_S1, 0)
 
-    gate, up = project(hidden_TD[tokens_S], module.gate_up_proj, gate_up).chunk(2, dim=-1)
-    y_SD = project(module.act_fn(gate) * up, module.down_proj, down)
-    # Index E marks an expert of another rank: its rows lie behind the last group, where nothing was written
-    elsewhere = (experts_S >= module.num_experts).unsqueeze(-1)
-    weighted_SD = (y_SD.float() * w_TK.flatten()[pairs_S, None]).masked_fill(elsewhere, 0)
+    x_SD = hidden_TD[tokens_S].masked_fill(elsewhere_S1, 0)
+    gate, up = project(x_SD, module.gate_up_proj, gate_up).chunk(2, dim=-1)
+    act_SI = (module.act_fn(gate) * up).masked_fill(elsewhere_S1, 0)
+    weighted_SD = project(act_SI, module.down_proj, down).float() * w_TK.flatten()[pairs_S, None]
     out_TD = torch.zeros_like(hidden_TD, dtype=weighted_SD.dtype)
     return out_TD.index_add(0, tokens_S, weighted_SD).to(hidden_TD.dtype)
 
@@ -214,10 +215,9 @@ def low_rank_experts(
     )
     if device == "cpu" and is_silu(module.act_fn):
         weights = (module.gate_up_proj, module.down_proj)
+        factors = (*(gate_up or (None, None)), *(down or (None, None)))
         with torch.autocast(device, enabled=False):
-            return _CpuExperts.apply(
-                hidden_states, top_k_index, top_k_weights, *weights, *(gate_up or (None, None)), *(down or (None, None)), dtype
-            )
+            return _CpuExperts.apply(hidden_states, top_k_index, top_k_weights, *weights, *factors, dtype)
     if grouped_mm_refusal(module) is None and dtype == module.gate_up_proj.dtype:
         with torch.autocast(device, enabled=False):
             out = _grouped_mm_experts(module, hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down)

@@ -1,8 +1,8 @@
 """Experts under PEFT's LoRA on their stacked weights (`target_parameters`), without PEFT's full-size sums.
 
-PEFT wraps the module of experts once for each adapted weight, and each wrapper's forward replaces the weight by its sum
-with the adapter's product, `(E, out, in)`. Where that is all a wrapper would do, the adapter's two factors are read from
-it and applied to tokens instead. Everything else (merging, saving, switching adapters) stays PEFT's own.
+PEFT wraps the module of experts once for each adapted weight, and each wrapper's forward replaces the weight by its
+sum with the adapter's product, `(E, out, in)`. Where that is all a wrapper would do, the adapter's two factors are
+read from it and applied to tokens instead. All else (merging, saving, switching adapters) stays PEFT's own.
 """
 
 from typing import Any
@@ -48,6 +48,6 @@ def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] |
     if not found or not found.keys() <= {"gate_up_proj", "down_proj"} or not hasattr(type(module), "is_plain_experts"):
         return None
     for weight in weights:
-        if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype.itemsize < 2:
+        if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.dtype.itemsize < 2:
             return None
     return module, found

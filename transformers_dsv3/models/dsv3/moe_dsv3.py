@@ -247,7 +247,7 @@ class Dsv3MoE(nn.Module):
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
             return mixture(flat, self.experts, indices, weights, shared).view(hidden_states.shape)
         flat = hidden_states.flatten(0, 1)
-        if isinstance(self.experts, Dsv3Experts) or (adapted := adapted_experts(self.experts)) is None:
+        if (adapted := adapted_experts(self.experts)) is None:
             routed = self.experts(flat, indices, weights)
         else:
             experts, added = adapted

@@ -1,0 +1,139 @@
+"""LoRA (arXiv 2106.09685) within a budget: which layers of a DeepSeek-V3 to adapt, and with what rank."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+PARTS = ("attention", "dense", "shared_experts", "experts")
+PLACES: dict[str, tuple[str, ...]] = {
+    **{part: (part,) for part in PARTS},
+    "linear": ("attention", "dense", "shared_experts"),
+    "mlp": ("dense", "shared_experts", "experts"),
+    "all": PARTS,
+}
+
+
+def part_of(name: str) -> str | None:
+    """Which part of a decoder layer a linear layer belongs to; None outside of them."""
+    for key, part in ((".self_attn.", "attention"), (".shared_experts.", "shared_experts"), (".mlp.", "dense")):
+        if key in name:
+            return part
+    return None
+
+
+def adaptable(model: nn.Module) -> dict[str, dict[str, int]]:
+    """The weights that LoRA can adapt, by part of the layer: name, and the adapter's parameters a unit of rank.
+
+    MTP layers, routers, embeddings and heads are left out.
+    """
+    from .lora_targets import base_modules, is_mtp, layer_index
+
+    found: dict[str, dict[str, int]] = {part: {} for part in PARTS}
+    for name, module in base_modules(model):
+        if layer_index(name) is None or is_mtp(model, name):
+            continue
+        part = part_of(name)
+        if isinstance(module, nn.Linear) and part is not None and min(module.weight.shape):
+            found[part][name] = sum(module.weight.shape)
+        elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+            for parameter in ("gate_up_proj", "down_proj"):
+                experts, *shape = getattr(module, parameter).shape
+                found["experts"][f"{name}.{parameter}"] = experts * sum(shape)
+    return found
+
+
+def lora_config(
+    model: nn.Module,
+    budget: float | None = None,
+    rank: int | None = None,
+    where: str | Collection[str] = "auto",
+    lora_alpha: float | None = None,
+    **options: Any,
+) -> LoraConfig:
+    """A plain `peft.LoraConfig` for a DeepSeek-V3, within a budget of trainable parameters. Prints what it chose.
+
+    Routed experts are adapted by `target_parameters`, each with a matrix pair of its own.
+
+    Args:
+        model: the model to adapt, before PEFT has touched it.
+        budget: greatest share of trainable parameters, adapter over model, as 0.001.
+        rank: rank of every adapted weight, in place of a budget.
+        where: `"attention"`, `"dense"` (the MLPs of the first layers), `"shared_experts"`, `"experts"` (routed),
+            `"linear"` (all but routed experts), `"mlp"` (all but attention), `"all"`, or several of them. `"auto"`
+            takes "all" if the budget gives it a rank of at least 4, else "linear", else "attention"; with `rank`,
+            "all".
+        lora_alpha: scale of the adapter over its rank; twice the rank by default.
+        options: further arguments of `LoraConfig`.
+
+    Raises:
+        ValueError: if neither or both of budget and rank are given, for a name that is no part, a part that the model
+            lacks, or a budget too small for rank 1.
+    """
+    from peft import LoraConfig, TaskType
+
+    from .lora_targets import suffixes
+
+    if (budget is None) == (rank is None):
+        raise ValueError("lora_config: give one of budget, the share of trainable parameters, and rank.")
+    if budget is not None and not 0 < budget < 1:
+        raise ValueError(f"lora_config: budget={budget} is a share of the model's parameters, between 0 and 1.")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"lora_config: rank={rank} must be a whole number from 1 on.")
+    if hasattr(model, "peft_config"):
+        raise ValueError("lora_config: the model has adapters already; choose before PEFT wraps it.")
+    by_part = adaptable(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if not any(by_part.values()):
+        raise ValueError(f"lora_config: {type(model).__name__} has no layers that are known here.")
+
+    def parts_of(place: str) -> list[str]:
+        if place not in PLACES:
+            raise ValueError(f"lora_config: where={place!r} is none of auto, {', '.join(PLACES)}.")
+        parts = [part for part in PLACES[place] if by_part[part]]
+        if not parts:
+            raise ValueError(f"lora_config: where={place!r}, but the model has none of it.")
+        return parts
+
+    def cost(parts: Collection[str]) -> int:
+        return sum(sum(by_part[part].values()) for part in parts)
+
+    def largest_rank(parts: Collection[str]) -> int:
+        return int(budget * total) // cost(parts) if budget is not None else rank or 0
+
+    if where == "auto":
+        choices = [parts_of(place) for place in ("all", "linear", "attention")]
+        least = (4 if rank is None else 1, 1, 1)
+        parts = next((p for p, r in zip(choices, least) if largest_rank(p) >= r), choices[-1])
+    else:
+        wanted = {part for place in ([where] if isinstance(where, str) else where) for part in parts_of(place)}
+        parts = [part for part in PARTS if part in wanted]
+    chosen = largest_rank(parts)
+    if chosen < 1:
+        fits = ", ".join(f"{part} {cost([part]) / total:.3%}" for part in PARTS if by_part[part])
+        raise ValueError(
+            f"lora_config: budget={budget} of {total:,} parameters is too small for rank 1 on {' and '.join(parts)}. "
+            f"Rank 1 takes: {fits}."
+        )
+    names = [name for part in parts if part != "experts" for name in by_part[part]]
+    stacked = list(by_part["experts"]) if "experts" in parts else []
+    trainable = chosen * cost(parts)
+    alpha = 2 * chosen if lora_alpha is None else lora_alpha
+    print(
+        f"LoRA of rank {chosen}, alpha {alpha:g}, on {', '.join(parts).replace('_', ' ')}: {trainable:,} trainable "
+        f"parameters, {trainable / total:.3%} of {total:,}."
+    )
+    options.setdefault("task_type", TaskType.CAUSAL_LM if hasattr(model, "generate") else None)
+    return LoraConfig(
+        r=chosen,
+        lora_alpha=alpha,
+        target_modules=suffixes(names, model),
+        target_parameters=suffixes(stacked, model, parameters=True) or None,
+        **options,
+    )
