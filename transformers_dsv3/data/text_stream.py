@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .text_files import STDLIB_SKIPPED, TextError
+from .text_files import STDLIB_SKIPPED, Corpus, TextError
 
 
 logger = logging.get_logger(__name__)
@@ -141,6 +141,18 @@ def stream_files(
         held_out=tuple(example["text"] for example in read_spans(ends)),
         split=split,
         fingerprint=_fingerprint([(name, size) for name, _, size in spans]),
+    )
+
+
+def stream_corpus(corpus: Corpus, seed: int = 0) -> TextStream:
+    """A corpus that is in memory, as a stream. Each pass reads its documents in another order, drawn from `seed`."""
+    return TextStream(
+        source=corpus.source,
+        texts_of_pass=partial(_texts_of_pass, [document.text for document in corpus.train], seed),
+        text_column="text",
+        held_out=tuple(document.text for document in corpus.held_out),
+        split=corpus.split,
+        fingerprint=corpus.fingerprint,
     )
 
 
@@ -270,6 +282,18 @@ def _files_of_pass(pieces: Sequence[Span], seed: int, pass_number: int) -> Any:
     return IterableDataset.from_generator(read_spans, gen_kwargs={"spans": [pieces[i] for i in order]})
 
 
+def _texts_of_pass(texts: Sequence[str], seed: int, pass_number: int) -> Any:
+    from datasets import IterableDataset
+
+    order = np.random.default_rng((seed, pass_number)).permutation(len(texts))
+    return IterableDataset.from_generator(_as_examples, gen_kwargs={"texts": [texts[i] for i in order]})
+
+
+def _as_examples(texts: Sequence[str]) -> Iterator[dict[str, str]]:
+    for text in texts:
+        yield {"text": text}
+
+
 def _dataset_of_pass(dataset: Any, pass_number: int) -> Any:
     # A copy, because a dataset that was sent to a saved position starts there from then on
     fresh = copy.deepcopy(dataset)
@@ -281,4 +305,4 @@ def _fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest()
 
 
-__all__ = ["Span", "TextStream", "read_spans", "stream_dataset", "stream_files"]
+__all__ = ["Span", "TextStream", "read_spans", "stream_corpus", "stream_dataset", "stream_files"]
