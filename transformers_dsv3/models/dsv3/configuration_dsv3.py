@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
 
@@ -27,7 +28,8 @@ class Dsv3Config(DeepseekV3Config):
         num_key_value_heads (`int`, *optional*):
             Kept for its official key: always `num_attention_heads`.
         output_router_logits (`bool`, *optional*, defaults to `False`):
-            Whether the models return the router logits of each mixture-of-experts layer.
+            Whether the models return the router logits of each mixture-of-experts layer. While it is False, the
+            attribute is absent: libraries take its presence for a softmax router, and would train one (see below).
         mtp_loss_weight (`float`, *optional*, defaults to 0.0):
             λ of the multi-token prediction objective (section 2.2): its loss, averaged over the MTP layers, is trained
             with this weight beside next-token prediction. 0 leaves the MTP layers out of training. A setting of a
@@ -58,9 +60,38 @@ class Dsv3Config(DeepseekV3Config):
     n_shared_experts: int | None = 1
     num_key_value_heads: int | None = None
     moe_layer_freq: int = 1
-    output_router_logits: bool = False
     mtp_loss_weight: float | int = 0.0
     seq_aux_loss_weight: float | int = 0.0
+
+    @property
+    def output_router_logits(self) -> bool:
+        """Whether the models return their router logits; absent (`AttributeError`) where they do not.
+
+        TRL takes the mere presence of this attribute for a router with Mixtral's loss over a softmax, and would
+        compute that, wrongly, from the logits of a sigmoid router. Where it is absent, `router_aux_loss_coef` is
+        refused when the trainer is made.
+        """
+        if "output_router_logits" not in self.__dict__:
+            raise AttributeError("`output_router_logits` is present only where it is True")
+        return True
+
+    @output_router_logits.setter
+    def output_router_logits(self, value: bool) -> None:
+        if value:
+            self.__dict__["output_router_logits"] = True
+        else:
+            self.__dict__.pop("output_router_logits", None)
+
+    def __eq__(self, other: object) -> bool:
+        # A dataclass's own would read every field
+        return isinstance(other, PreTrainedConfig) and self.__dict__ == other.__dict__
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # Transformers takes from `kwargs` the attributes that are there
+        if "output_router_logits" in kwargs:
+            config_dict = {**config_dict, "output_router_logits": kwargs.pop("output_router_logits")}
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any):
         # A repository with remote code of its own (Moonlight's, for one) names that code here. These classes serve
@@ -150,6 +181,7 @@ class Dsv3Config(DeepseekV3Config):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
+        output.setdefault("output_router_logits", False)
         # The classes that a reader without this package finds
         if output.get("architectures"):
             output["architectures"] = [_official_architecture(name) for name in output["architectures"]]

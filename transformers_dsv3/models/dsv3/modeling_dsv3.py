@@ -119,11 +119,22 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedM
                 layer.frozen_as_idle = False
 
     def add_model_tags(self, tags: list[str] | str) -> None:
-        """Transformers' own; TRL's trainers say by it what they train the model for, each when it is made."""
+        """Transformers' own; TRL's trainers say by it what they train the model for, each when it is made.
+
+        Raises:
+            ValueError: TRL would compute Mixtral's balance loss, over a softmax, from the logits of sigmoid routers.
+        """
         super().add_model_tags(tags)
         names = [tags] if isinstance(tags, str) else tags
         if "trl" in names:
+            if getattr(self.config, "output_router_logits", False):
+                raise ValueError(
+                    "`output_router_logits=True` in the model's config: TRL would compute Mixtral's softmax loss of "
+                    "these logits, but DeepSeek-V3's routers are sigmoid. Set it to False; to balance the experts, "
+                    "give SFTTrainer `callbacks=[transformers_dsv3.LoadBalancingCallback(seq_aux_loss_weight=...)]`."
+                )
             self.trains_next_token_prediction = "sft" in names
+            self._freeze_idle_mtp_layers()
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
