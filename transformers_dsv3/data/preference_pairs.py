@@ -1,0 +1,201 @@
+"""Preference pairs from Python source: a function's own body, and the same body with one corruption.
+
+The prompt is a function's signature with its docstring, the preferred completion its body. The rejected one parses as
+well, so that grammar does not tell them apart, and is of about the same length, so that length does not either.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import random
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .text_files import Document
+
+
+logger = logging.get_logger(__name__)
+
+
+class PairError(ValueError):
+    """A preference pair cannot be trained on; the message names the pair and says why."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of a file: its source up to the body (signature, docstring), and its body. Both end their lines."""
+
+    file: str
+    prompt: str
+    body: str
+
+
+def parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def functions_of(document: Document) -> list[Function]:
+    """The functions and methods of a Python file, each moved to the left margin; none where the file is not Python.
+
+    Left out are bodies of one line, and functions with decorators or comments that keep them from the margin.
+    """
+    try:
+        tree = ast.parse(document.text)
+    except (SyntaxError, ValueError):
+        return []
+    lines = document.text.split("\n")
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        has_docstring = ast.get_docstring(node) is not None
+        first = node.body[0]
+        before_body = (first.end_lineno if has_docstring else first.lineno - 1) or 0
+        source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]) + "\n")
+        parts = source.splitlines(keepends=True)
+        signature = before_body - node.lineno + 1
+        prompt, body = "".join(parts[:signature]), "".join(parts[signature:])
+        if prompt.startswith(("def ", "async def ")) and len(body.splitlines()) > 1 and parses(source):
+            found.append(Function(document.name, prompt, body))
+    return found
+
+
+def repeated_lines(function: Function, others: Sequence[Function]) -> list[str]:
+    """A line gives way to a repetition of the one before it: what language models fall into by themselves."""
+    lines = function.body.splitlines()
+    return [
+        "\n".join([*lines[:at], lines[at - 1], *lines[at + 1 :]]) + "\n"
+        for at in range(1, len(lines))
+        if lines[at].strip() and lines[at - 1].strip()
+    ]
+
+
+def wrong_names(function: Function, others: Sequence[Function]) -> list[str]:
+    """One use of a name gives way to another name of the function."""
+    source = function.prompt + function.body
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [node for node in nodes if isinstance(node, ast.Name) and not hasattr(builtins, node.id)]
+    known = sorted({node.id for node in names} | {node.arg for node in nodes if isinstance(node, ast.arg)})
+    signature, lines = function.prompt.count("\n"), source.split("\n")
+    made = []
+    for node in names:
+        if node.lineno <= signature:
+            continue
+        line = lines[node.lineno - 1].encode()  # columns are bytes
+        for name in known:
+            changed = (line[: node.col_offset] + name.encode() + line[node.end_col_offset :]).decode()
+            made.append("\n".join([*lines[signature : node.lineno - 1], changed, *lines[node.lineno :]]))
+    return made
+
+
+def other_bodies(function: Function, others: Sequence[Function]) -> list[str]:
+    """The body of another function of the file, of about the same length: not what the docstring says."""
+    size = len(function.body)
+    return [other.body for other in others if abs(len(other.body) - size) <= 0.15 * size]
+
+
+CORRUPTIONS: dict[str, Callable[[Function, Sequence[Function]], list[str]]] = {
+    "repeated_line": repeated_lines,
+    "wrong_name": wrong_names,
+    "other_body": other_bodies,
+}
+
+
+def function_pairs(
+    documents: Iterable[Document],
+    kinds: Sequence[str],
+    *,
+    limit: int,
+    seed: int = 0,
+    most_characters: int = 600,
+) -> list[dict[str, str]]:
+    """Pairs of a function's body and a corrupted one, in an order drawn from `seed`.
+
+    Args:
+        kinds: names in `CORRUPTIONS`; the pairs are of each in turn.
+        limit: how many pairs at most.
+        most_characters: longer functions are left out.
+
+    Returns:
+        Rows with `prompt`, `chosen`, `rejected`, `kind` and `file`, no function in two of them.
+
+    Raises:
+        PairError: unknown kinds, or documents without a function that can be corrupted so.
+    """
+    unknown = sorted(set(kinds) - CORRUPTIONS.keys())
+    if unknown or not kinds:
+        raise PairError(f"no such kind of corruption: {unknown}; there are {', '.join(CORRUPTIONS)}")
+    chance = random.Random(seed)
+    by_file = {document.name: functions_of(document) for document in documents}
+    functions = [f for found in by_file.values() for f in found if len(f.prompt + f.body) <= most_characters]
+    chance.shuffle(functions)
+    rows: list[dict[str, str]] = []
+    seen = set()
+    for function in functions:
+        if len(rows) == limit:
+            break
+        kind = kinds[len(rows) % len(kinds)]
+        made = CORRUPTIONS[kind](function, by_file[function.file])
+        made = [body for body in made if body != function.body and parses(function.prompt + body)]
+        if made and (function.prompt, function.body) not in seen:
+            seen.add((function.prompt, function.body))
+            fields = {"prompt": function.prompt, "chosen": function.body, "rejected": chance.choice(made)}
+            rows.append({**fields, "kind": kind, "file": function.file})
+    if not rows:
+        raise PairError("the text has no Python function that can be corrupted")
+    return rows
+
+
+def check_pairs(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """Refuses pairs that teach nothing, before anything is computed, and says what of the others is cut.
+
+    Args:
+        rows: with `prompt`, `chosen` and `rejected`, texts.
+        max_length: tokens of prompt and completion that are kept, from the start.
+
+    Returns:
+        What is cut, in words; also logged as a warning where anything is.
+
+    Raises:
+        PairError: a column is missing or no text, a side is empty, both sides are equal, in all or in what is kept.
+    """
+    number = cut = dropped = lost = 0
+    for number, row in enumerate(rows, 1):
+        for column in ("prompt", "chosen", "rejected"):
+            if not isinstance(row.get(column), str):
+                raise PairError(f"pair {number}: the column {column!r} is missing or holds no text")
+            if column != "prompt" and not row[column].strip():
+                raise PairError(f"pair {number}: {column!r} is empty")
+        if row["chosen"] == row["rejected"]:
+            raise PairError(f"pair {number}: 'chosen' and 'rejected' are equal")
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        sides = [tokenizer(row["prompt"] + row[side])["input_ids"] for side in ("chosen", "rejected")]
+        if len(prompt) >= max_length:
+            dropped += 1
+        elif max(map(len, sides)) > max_length:
+            if sides[0][:max_length] == sides[1][:max_length]:
+                raise PairError(f"pair {number}: its sides are equal in the first max_length={max_length} tokens")
+            cut += 1
+            lost += sum(max(len(side) - max_length, 0) for side in sides)
+    if number == 0:
+        raise PairError("there are no preference pairs")
+    if dropped == number:
+        raise PairError(f"every prompt fills max_length={max_length} tokens: nothing is left to learn")
+    if not (cut or dropped):
+        return f"{number:,} pairs, none longer than {max_length} tokens"
+    said = (
+        f"{number:,} pairs at max_length={max_length} tokens: {cut:,} lose the end of a completion "
+        f"({lost:,} tokens in all), {dropped:,} are left out, since their prompt alone is as long"
+    )
+    logger.warning(said)
+    return said
