@@ -48,6 +48,7 @@ class PairArguments:
         metadata={"help": f"What is wrong in the rejected bodies: {', '.join(CORRUPTIONS)}."},
     )
     eval_pairs: int = field(default=200, metadata={"help": "Pairs held out, of other files than the training's."})
+    results: str | None = field(default=None, metadata={"help": "A JSON file that collects the results by seed."})
 
 
 def make_pairs(arguments: PairArguments, number: int, seed: int) -> tuple[list[dict], list[dict], str]:
@@ -69,6 +70,7 @@ def main(arguments: PairArguments, args: DPOConfig) -> None:
     folder = RunFolder(args.output_dir)
     kept = ("seed", "beta", "loss_type", "max_steps", "max_length")
     settings = {**asdict(arguments), **{name: getattr(args, name) for name in kept}}
+    settings.pop("results")
     try:  # whatever is wrong with what was asked for, before anything is trained
         folder.check(settings)
         tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer or arguments.model)
@@ -110,7 +112,12 @@ def main(arguments: PairArguments, args: DPOConfig) -> None:
     after = measure()
     model.config.use_cache = True  # the trainer turns it off
     save_whole(trainer, folder.path)
-    write_json(folder.path / "dpo_results.json", {"settings": settings, "before": before, "after": after})
+    record = {"settings": settings, "before": before, "after": after}
+    write_json(folder.path / "dpo_results.json", record)
+    if arguments.results is not None:
+        path = Path(arguments.results)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**(json.loads(path.read_text()) if path.exists() else {}), f"seed {args.seed}": record})
     for name, value in before.items():
         print(f"{name:18} {value:.4f} -> {after[name]:.4f}")
     print(f'{args.output_dir} is an official checkpoint: pipeline("text-generation", model="{args.output_dir}")')
