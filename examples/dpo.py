@@ -18,14 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from trl import DPOConfig, DPOTrainer
 
 import transformers_dsv3  # noqa: F401  registers the architecture
-from transformers_dsv3.data.preference_pairs import CORRUPTIONS, check_pairs, function_pairs
+from transformers_dsv3.data.preference_pairs import CORRUPTIONS, check_pairs, dataset_pairs, function_pairs
 from transformers_dsv3.data.text_files import build_corpus, standard_library
-from transformers_dsv3.data.text_stream import BUILDERS
 from transformers_dsv3.evaluation.preferences import preference_accuracy
 from transformers_dsv3.evaluation.text_quality import bits_per_byte
 from transformers_dsv3.training.checkpoints import checkpoint_step, write_json
@@ -58,12 +57,7 @@ def make_pairs(arguments: PairArguments, number: int, seed: int) -> tuple[list[d
     if arguments.dataset is None:
         train = function_pairs(corpus.train, arguments.kinds, limit=number, seed=seed)
         return train, function_pairs(corpus.held_out, arguments.kinds, limit=arguments.eval_pairs), text
-    builder = BUILDERS.get(Path(arguments.dataset).suffix)
-    files = {"data_files": arguments.dataset} if builder else {}
-    rows = load_dataset(builder or arguments.dataset, split="train", **files).to_list()
-    if len(rows) <= arguments.eval_pairs:
-        raise ValueError(f"--dataset {arguments.dataset} has {len(rows)} pairs, all of which --eval_pairs holds out")
-    return rows[arguments.eval_pairs :], rows[: arguments.eval_pairs], text
+    return *dataset_pairs(arguments.dataset, held_out=arguments.eval_pairs), text
 
 
 def main(arguments: PairArguments, args: DPOConfig) -> None:

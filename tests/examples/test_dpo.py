@@ -81,7 +81,7 @@ def test_killed_and_repeated(model_folder, pairs, tmp_path):
     "changes, message",
     [
         ({"rejected": " return 30"}, "pair 23: 'chosen' and 'rejected' are equal"),
-        ({"chosen": ""}, "'chosen' is empty"),
+        ({"chosen": ""}, "pair 23: 'chosen' is empty"),
     ],
 )
 def test_bad_pairs_are_refused_before_training(model_folder, pairs, tmp_path, changes, message):

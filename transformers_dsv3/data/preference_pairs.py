@@ -12,12 +12,14 @@ import random
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .text_files import Document
+from .text_stream import BUILDERS
 
 
 logger = logging.get_logger(__name__)
@@ -154,6 +156,24 @@ def function_pairs(
     if not rows:
         raise PairError("the text has no Python function that can be corrupted")
     return rows
+
+
+def dataset_pairs(name: str, *, held_out: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Pairs to train on and the first `held_out` of a dataset's `train` split, which are kept apart.
+
+    Args:
+        name: as for `datasets.load_dataset`, or a file that ends in .jsonl, .json, .parquet, .csv or .arrow.
+
+    Raises:
+        PairError: it has no more pairs than are held out.
+    """
+    from datasets import load_dataset
+
+    builder = BUILDERS.get(Path(name).suffix)
+    rows = load_dataset(builder or name, split="train", **({"data_files": name} if builder else {})).to_list()
+    if len(rows) <= held_out:
+        raise PairError(f"{name} has {len(rows)} pairs, all of which would be held out ({held_out})")
+    return rows[held_out:], rows[:held_out]
 
 
 def check_pairs(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
