@@ -121,10 +121,10 @@ if __name__ == "__main__":
     parser = HfArgumentParser((PairArguments, DPOConfig), description=__doc__)
     parser.set_defaults(
         output_dir="./dsv3-dpo",
-        max_steps=100,
+        max_steps=150,
         per_device_train_batch_size=8,
-        learning_rate=3e-4,
-        warmup_steps=10,
+        learning_rate=5e-4,
+        warmup_steps=15,
         # The reference's log-probabilities once, beforehand; the SFT term keeps the chosen side likely
         precompute_ref_log_probs=True,
         loss_type=["sigmoid", "sft"],
