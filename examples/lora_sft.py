@@ -44,7 +44,8 @@ class LoraArguments:
         default="auto", metadata={"help": "auto, attention, dense, shared_experts, experts, linear, mlp or all."}
     )
     text: list[str] | None = field(
-        default=None, metadata={"help": "Files or folders to train on. Default: the reference documentation of Python."}
+        default=None,
+        metadata={"help": "Files or folders to train on. Default: the reference documentation of Python."},
     )
     dataset: str | None = field(
         default=None, metadata={"help": "In place of --text, a dataset's name, or a .jsonl, .parquet or .csv file."}
@@ -111,7 +112,7 @@ def main(lora_args: LoraArguments, training_args: SFTConfig) -> None:
     if not before_path.exists():
         write_json(before_path, trainer.evaluate())
     if checkpoint is not None and checkpoint_step(checkpoint) == training_args.max_steps:
-        trainer._load_from_checkpoint(str(checkpoint))  # only the end is left to do
+        trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)  # only the end is left to do
     folder.train_evaluate_save(trainer, checkpoint)
     trainer.model.merge_and_unload().save_pretrained(folder.path / "merged")
     tokenizer.save_pretrained(folder.path / "merged")

@@ -30,16 +30,16 @@ from transformers_dsv3.training.checkpoints import write_json
 
 
 # Share of trainable parameters and where they are; learning rates to try
-METHODS: dict[str, tuple[float, str, tuple[float, ...]]] = {
-    "none": (0.0, "", (0.0,)),
-    "full": (1.0, "", (1e-4, 3e-4, 1e-3)),
-    "0.1% attention": (0.001, "attention", (3e-3, 1e-2, 3e-2)),
-    "0.1% shared experts": (0.001, "shared_experts", (3e-3, 1e-2, 3e-2)),
-    "0.1% linear": (0.001, "linear", (3e-3, 1e-2, 3e-2)),
-    "0.3% linear": (0.003, "linear", (3e-3, 1e-2)),
-    "1% linear": (0.01, "linear", (1e-3, 3e-3, 1e-2)),
-    "1% all": (0.01, "all", (3e-3, 1e-2)),
-    "3% all": (0.03, "all", (1e-3, 3e-3)),
+METHODS: dict[str, tuple[float, tuple[str, ...], tuple[float, ...]]] = {
+    "none": (0.0, (), (0.0,)),
+    "full": (1.0, (), (1e-4, 3e-4, 1e-3)),
+    "0.1% attention": (0.001, ("attention",), (3e-3, 1e-2, 3e-2)),
+    "0.1% attention, head": (0.001, ("attention", "head"), (1e-2, 3e-2)),
+    "0.1% linear, head": (0.001, ("linear", "head"), (1e-2, 3e-2)),
+    "0.3% linear, head": (0.003, ("linear", "head"), (3e-3, 1e-2, 3e-2)),
+    "1% linear, head": (0.01, ("linear", "head"), (3e-3, 1e-2)),
+    "1% all, head": (0.01, ("all", "head"), (3e-3, 1e-2)),
+    "3% all, head": (0.03, ("all", "head"), (1e-3, 3e-3)),
 }
 
 
@@ -114,7 +114,12 @@ def main() -> None:
 
     def result_of(method: str, rate: float, seed: int) -> dict:
         for entry in results:
-            if (entry["method"], entry["rate"], entry["seed"], entry["steps"]) == (method, rate, seed, arguments.steps):
+            if (entry["method"], entry["rate"], entry["seed"], entry["steps"]) == (
+                method,
+                rate,
+                seed,
+                arguments.steps,
+            ):
                 return entry
         results.append(run(method, rate, seed, arguments, texts))
         write_json(path, results)

@@ -11,12 +11,12 @@ from torch import nn
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-PARTS = ("attention", "dense", "shared_experts", "experts")
+PARTS = ("attention", "dense", "shared_experts", "experts", "head")
 PLACES: dict[str, tuple[str, ...]] = {
     **{part: (part,) for part in PARTS},
     "linear": ("attention", "dense", "shared_experts"),
     "mlp": ("dense", "shared_experts", "experts"),
-    "all": PARTS,
+    "all": ("attention", "dense", "shared_experts", "experts"),
 }
 
 
@@ -31,12 +31,16 @@ def part_of(name: str) -> str | None:
 def adaptable(model: nn.Module) -> dict[str, dict[str, int]]:
     """The weights that LoRA can adapt, by part of the layer: name, and the adapter's parameters a unit of rank.
 
-    MTP layers, routers, embeddings and heads are left out.
+    MTP layers, routers and embeddings are left out, as is an output head that shares the embedding's weight.
     """
     from .lora_targets import base_modules, is_mtp, layer_index
 
     found: dict[str, dict[str, int]] = {part: {} for part in PARTS}
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
     for name, module in base_modules(model):
+        if module is head and not tied:
+            found["head"][name] = sum(head.weight.shape)
         if layer_index(name) is None or is_mtp(model, name):
             continue
         part = part_of(name)
@@ -125,6 +129,14 @@ def lora_config(
     stacked = list(by_part["experts"]) if "experts" in parts else []
     trainable = chosen * cost(parts)
     alpha = 2 * chosen if lora_alpha is None else lora_alpha
+    if "head" in parts and budget is not None and len(parts) > 1:
+        # One layer's rank can use what is too little for all layers'
+        more = (int(budget * total) - trainable) // cost(["head"])
+        if more:
+            (head,) = by_part["head"]
+            options["rank_pattern"] = {head: chosen + more}
+            options["alpha_pattern"] = {head: alpha / chosen * (chosen + more)}
+            trainable += more * cost(["head"])
     print(
         f"LoRA of rank {chosen}, alpha {alpha:g}, on {', '.join(parts).replace('_', ' ')}: {trainable:,} trainable "
         f"parameters, {trainable / total:.3%} of {total:,}."
