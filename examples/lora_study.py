@@ -32,7 +32,7 @@ from transformers_dsv3.training.checkpoints import write_json
 # Share of trainable parameters and where they are; learning rates to try
 METHODS: dict[str, tuple[float, tuple[str, ...], tuple[float, ...]]] = {
     "none": (0.0, (), (0.0,)),
-    "full": (1.0, (), (1e-4, 3e-4, 1e-3)),
+    "full": (1.0, (), (1e-4, 3e-4, 1e-3, 3e-3)),
     "0.1% attention": (0.001, ("attention",), (3e-3, 1e-2, 3e-2)),
     "0.1% attention, head": (0.001, ("attention", "head"), (1e-2, 3e-2)),
     "0.1% linear, head": (0.001, ("linear", "head"), (1e-2, 3e-2)),
