@@ -4,6 +4,9 @@ import copy
 import itertools
 import json
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,11 +231,20 @@ def test_training_is_that_of_the_slices_alone(make_model, tmp_path, measured):
     assert sum(moments) == share.trained == 5 * 3 * 24 * 32
 
 
+def test_two_ranks_train_as_one():
+    script = Path(__file__).with_name("ddp_esft_steps.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "as one process" in run.stdout
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused"])
-def test_no_optimizer_reaches_the_others(make_model, tmp_path, optim):
+def test_no_optimizer_reaches_the_others(make_model, tmp_path, optim, bf16):
     model = make_model(**THREE_LAYERS, mtp_loss_weight=0.3).train()
     before, all_before = unselected(model.state_dict()), copy.deepcopy(model.state_dict())
-    train(model, tmp_path, optim=optim, gradient_checkpointing=True)
+    train(model, tmp_path, optim=optim, gradient_checkpointing=True, bf16=bf16)
     state = model.state_dict()
     assert_same(unselected(state), before)
     for layer, experts in SELECTION.experts.items():
