@@ -4,6 +4,7 @@
 
 Every method trains on the same tokens in the same order. Its learning rate is the one with the lowest loss on
 validation topics, of a grid that grows until the best is not at its end, with seed 0; the other seeds repeat that one.
+Two other selections of experts, by gate and at random, have the learning rate of the selection by token.
 A seed is the order of the text and LoRA's start. Test topics and general text (files of the standard library that the
 quickstart holds out) decide nothing. Every run is written to --results when it is done; the same command goes on with
 those that are missing. Two cores take about a quarter of an hour.
@@ -28,8 +29,10 @@ from transformers_dsv3.training.checkpoints import write_json
 
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-FIRST_TRIED = (3e-4, 1e-3, 3e-3)
+FIRST_TRIED = (3e-3, 1e-2)
 METHODS = ("esft token", "lora", "full", "random experts", "esft gate")
+# Other ways to select as many experts or fewer, with the learning rate of the first method
+SAME_RATE = ("random experts", "esft gate")
 # Experts are scored on every so many blocks
 SCORED = 6
 
@@ -164,14 +167,15 @@ def main() -> None:
     before = result("none", 0.0, 0)
     table = []
     for method in arguments.methods:
-        tried = {rate: result(method, rate, 0) for rate in FIRST_TRIED}
+        searched = "esft token" if method in SAME_RATE else method
+        tried = {rate: result(searched, rate, 0) for rate in FIRST_TRIED}
         while True:
             best = min(tried, key=lambda rate: tried[rate]["validation"])
             place = GRID.index(best)
             missing = [rate for rate in GRID[max(place - 1, 0) : place + 2] if rate not in tried]
             if not missing:
                 break
-            tried.update({rate: result(method, rate, 0) for rate in missing})
+            tried.update({rate: result(searched, rate, 0) for rate in missing})
         table.append((method, best, [result(method, best, seed) for seed in range(arguments.seeds)]))
     print("\n| method | trained share | learning rate | domain loss | general loss |\n|---|---|---|---|---|")
     print(f"| before | | | {before['test']:.3f} | {before['general']:.3f} |")
