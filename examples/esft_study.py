@@ -4,10 +4,10 @@
 
 Every method trains on the same tokens in the same order. Its learning rate is the one with the lowest loss on
 validation topics, of a grid that grows until the best is not at its end, with seed 0; the other seeds repeat that one.
-Two other selections of experts, by gate and at random, have the learning rate of the selection by token.
+Runs with more parameters (p = 0.5) and with experts drawn at random have the rate of their counterpart.
 A seed is the order of the text and LoRA's start. Test topics and general text (files of the standard library that the
 quickstart holds out) decide nothing. Every run is written to --results when it is done; the same command goes on with
-those that are missing. Two cores take about a quarter of an hour.
+those that are missing. Two cores take about half an hour.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from transformers_dsv3.training.checkpoints import write_json
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST_TRIED = (3e-3, 1e-2)
-METHODS = ("esft token", "lora", "full", "random experts", "esft gate")
-# Other ways to select as many experts or fewer, with the learning rate of the first method
-SAME_RATE = ("random experts", "esft gate")
+# "half": p = 0.5 instead of the default
+METHODS = ("esft token", "lora", "full", "random experts", "esft half", "lora half")
+# Methods with the learning rate that was found for another
+SAME_RATE = {"random experts": "esft token", "esft half": "esft token", "lora half": "lora"}
 # Experts are scored on every so many blocks
 SCORED = 6
 
@@ -74,7 +75,7 @@ def prepare(method: str, model, texts: Texts, seed: int):
     if method == "full":
         return model, [transformers_dsv3.LoadBalancingCallback(1e-3)]
     scores = transformers_dsv3.score_experts(model, [{"input_ids": texts.train.blocks[::SCORED]}])
-    selection = scores.select(by="gate" if method == "esft gate" else "token")
+    selection = scores.select(by="token", p=0.5 if method.endswith("half") else None)
     if method == "random experts":
         generator = torch.Generator().manual_seed(seed)
         chosen = {
@@ -82,7 +83,7 @@ def prepare(method: str, model, texts: Texts, seed: int):
             for layer, experts in selection.experts.items()
         }
         selection = transformers_dsv3.ExpertSelection(chosen, selection.n_experts, "random", selection.p)
-    if method != "lora":
+    if not method.startswith("lora"):
         return model, [transformers_dsv3.ESFTCallback(selection)]
     wanted = (
         sum(map(len, selection.experts.values())) * 3 * model.config.hidden_size * model.config.moe_intermediate_size
@@ -137,8 +138,9 @@ def run(method: str, rate: float, seed: int, arguments: Arguments, texts: Texts)
         prediction_loss_only=True,
     )
     trainer = Trainer(model=model, args=args, train_dataset=texts.train, callbacks=callbacks)
-    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    if rate:
+    trained = 0
+    if method != "none":
+        trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
         trainer.train()
     parts = {name: getattr(texts, name) for name in ("validation", "test", "general")}
     losses = {name: trainer.evaluate(part)["eval_loss"] for name, part in parts.items()}
@@ -167,7 +169,7 @@ def main() -> None:
     before = result("none", 0.0, 0)
     table = []
     for method in arguments.methods:
-        searched = "esft token" if method in SAME_RATE else method
+        searched = SAME_RATE.get(method, method)
         tried = {rate: result(searched, rate, 0) for rate in FIRST_TRIED}
         while True:
             best = min(tried, key=lambda rate: tried[rate]["validation"])
