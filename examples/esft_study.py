@@ -1,6 +1,6 @@
 """Expert-specialised fine-tuning beside LoRA at an equal trainable share and full fine-tuning, on held-out text.
 
-    transformers-dsv3 quickstart && python examples/esft_study.py
+    transformers-dsv3 quickstart && python examples/esft_study.py --results ./esft_study.json
 
 Every method trains on the same tokens in the same order. Its learning rate is the one with the lowest loss on
 validation topics, of a grid that grows until the best is not at its end, with seed 0; the other seeds repeat that one.
@@ -41,7 +41,7 @@ SCORED = 6
 @dataclass
 class Arguments:
     model: str = field(default="./dsv3-quickstart", metadata={"help": "The checkpoint to specialise."})
-    results: Path = field(default=Path("model_cards/esft/study.json"), metadata={"help": "JSON file."})
+    results: Path = field(default=Path("esft_study.json"), metadata={"help": "JSON file."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Which ones."})
     steps: int = field(default=150, metadata={"help": "Optimizer steps of 4 x 256 tokens."})
     seeds: int = field(default=3, metadata={"help": "How many."})
