@@ -7,9 +7,9 @@ moe_intermediate_size=256,n_routed_experts=32,num_nextn_predict_layers=0,q_lora_
 
 The domain is the reference documentation that comes with Python, English prose that the model, trained on the standard
 library's source, has not seen. Every method trains on the same tokens; its learning rate is the one with the lowest
-loss on validation topics, of a grid, with seed 0, and the other seeds repeat it. Test topics and general text (files of
-the standard library that pre-training held out) decide nothing. Every run is written to --results when it is done; the
-same command goes on with those that are missing.
+loss on validation topics, of a grid, with seed 0, and the other seeds repeat it. Test topics and general text (files
+of the standard library that pre-training held out) decide nothing. Every run is written to --results when it is done;
+the same command goes on with those that are missing.
 """
 
 from __future__ import annotations
