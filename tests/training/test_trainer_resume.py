@@ -1,5 +1,7 @@
 """`Trainer` resumes from its own checkpoints, which are official ones: the experts come back too."""
 
+import logging
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -32,11 +34,13 @@ def train(model, folder, steps, **resume):
     return model
 
 
-def test_resumed_run_equals_an_uninterrupted_one(make_model, tmp_path):
+def test_resumed_run_equals_an_uninterrupted_one(make_model, tmp_path, caplog, monkeypatch):
     whole = train(make_model(mtp_loss_weight=0.3), tmp_path / "whole", 6)
     train(make_model(mtp_loss_weight=0.3), tmp_path / "parts", 3)
     # Other weights, which the checkpoint must replace
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     resumed = train(make_model(mtp_loss_weight=0.3, seed=1), tmp_path / "parts", 6, resume_from_checkpoint=True)
+    assert "keys" not in caplog.text  # it would warn of missing ones and of the MTP layers' copies
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -62,6 +66,11 @@ def test_state_dicts_of_official_names(make_model):
         target.load_state_dict({name: state[name] for name in shard}, strict=False)
     for name, tensor in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], tensor), name
+
+    copies = {f"model.layers.2.{name}": torch.ones(1) for name in ("embed_tokens.weight", "shared_head.head.weight")}
+    assert target.load_state_dict({**state, **copies}, strict=False) == ([], [])
+    result = target.load_state_dict({**state, "model.layers.1.embed_tokens.weight": torch.ones(1)}, strict=False)
+    assert result.unexpected_keys == ["model.layers.1.embed_tokens.weight"]  # of a layer that is no MTP layer
 
     target.load_state_dict(state)
     broken = {name: tensor for name, tensor in state.items() if not name.endswith("experts.3.down_proj.weight")}

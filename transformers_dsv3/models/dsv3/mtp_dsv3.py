@@ -17,6 +17,10 @@ from .linear_dsv3 import Dsv3Linear
 from .norm_dsv3 import Dsv3RMSNorm
 
 
+# What official checkpoints repeat in each MTP layer
+COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+
+
 class Dsv3MtpHead(nn.Module):
     """The norm before the shared output head. Its own module for the official name `shared_head.norm`."""
 
@@ -38,6 +42,16 @@ class Dsv3MtpLayer(Dsv3DecoderLayer):
         self.eh_proj = Dsv3Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = Dsv3MtpHead(config)
         self.frozen_as_idle = False  # see `Dsv3PreTrainedModel._freeze_idle_mtp_layers`
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """`load_state_dict` of official checkpoints, which hold a copy of the shared embedding and head in each layer.
+
+        `from_pretrained` leaves the copies out by `_keys_to_ignore_on_load_unexpected`, which `Trainer` does not
+        consult when it resumes: it would warn of unexpected keys in the very file that it saved.
+        """
+        for name in COPIES:
+            state_dict.pop(prefix + name, None)  # torch's own dictionary for this layer, not the caller's
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(  # type: ignore[override]
         self, previous_hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs: Any
