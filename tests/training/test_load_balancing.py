@@ -13,7 +13,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 import transformers_dsv3
@@ -328,7 +328,7 @@ class TestOtherWaysToTrain:
         dense = make_model(first_k_dense_replace=2, num_nextn_predict_layers=0)
         trainer = self.trainer(make_model, tmp_path, model=dense)
         trainer.add_callback(LoadBalancingCallback())
-        with pytest.raises(ValueError, match="LoadBalancingCallback is for DeepSeek-V3"):
+        with pytest.raises(ValueError, match="LoadBalancingCallback is for mixture-of-experts layers"):
             trainer.train()
 
     def test_settings_come_back_after_several_trainers(self, make_model, tmp_path):
@@ -405,11 +405,19 @@ class TestSchedule:
 
 class TestBadInput:
     def test_other_models_are_refused(self, make_model, native_twin, tmp_path):
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                             num_attention_heads=2))  # fmt: skip
+        adapted = get_peft_model(llama, LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM"))
+        for callback in (LoadBalancingCallback(), MtpObjectiveCallback()):
+            for model in (llama, adapted):
+                with pytest.raises(ValueError, match=f"{type(callback).__name__} .*, not for LlamaForCausalLM.$"):
+                    train(model, tmp_path, random_rows(8), [callback])
+            with pytest.raises(ValueError, match="not for DeepseekV3ForCausalLM. Import transformers_dsv3 before"):
+                train(native_twin(make_model()), tmp_path, random_rows(8), [callback])
         dense = make_model(first_k_dense_replace=2, num_nextn_predict_layers=0)
-        for model in (native_twin(make_model()), dense):
-            with pytest.raises(ValueError, match="LoadBalancingCallback is for DeepSeek-V3"):
-                train(model, tmp_path, random_rows(8), [LoadBalancingCallback()])
-        with pytest.raises(ValueError, match="num_nextn_predict_layers"):
+        with pytest.raises(ValueError, match="`first_k_dense_replace=2` are dense"):
+            train(dense, tmp_path, random_rows(8), [LoadBalancingCallback()])
+        with pytest.raises(ValueError, match="this model has none .`num_nextn_predict_layers=0`"):
             train(dense, tmp_path, random_rows(8), [MtpObjectiveCallback()])
 
     def test_rounded_bias_is_refused(self, make_model):

@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..models.dsv3.moe_dsv3 import Dsv3TopkRouter
-from .metrics import MetricsCallback, Throughput, base_model_of
+from .metrics import MetricsCallback, Throughput, require_base_model
 from .routing_statistics import routing_statistics
 
 
@@ -163,12 +163,13 @@ class LoadBalancingCallback(MetricsCallback):
         return rate
 
     def prepare(self, model: nn.Module, args: TrainingArguments) -> None:
-        base = base_model_of(model)
+        base = require_base_model(model, type(self).__name__)
         gates = routers(model)
-        if base is None or not gates:
+        if not gates:
             raise ValueError(
-                "LoadBalancingCallback is for DeepSeek-V3 models of transformers_dsv3 with mixture-of-experts layers, "
-                f"not for a {type(model).__name__}. Import transformers_dsv3 before the model is loaded."
+                "LoadBalancingCallback is for mixture-of-experts layers, and this model has none: of its "
+                f"{base.config.num_hidden_layers} layers the first `first_k_dense_replace="
+                f"{base.config.first_k_dense_replace}` are dense."
             )
         for gate in gates:
             if gate.e_score_correction_bias.dtype != torch.float32:

@@ -20,6 +20,18 @@ def base_model_of(model: nn.Module) -> Dsv3Model | None:
     return next((module for module in model.modules() if isinstance(module, Dsv3Model)), None)
 
 
+def require_base_model(model: nn.Module, callback: str) -> Dsv3Model:
+    """[`base_model_of`]; raises ValueError for other models, naming the callback that needs one."""
+    base = base_model_of(model)
+    if base is None:
+        adapted = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper names nothing
+        message = f"{callback} is for the DeepSeek-V3 models of transformers_dsv3, not for {type(adapted).__name__}."
+        if getattr(getattr(model, "config", None), "model_type", None) == "deepseek_v3":
+            message += " Import transformers_dsv3 before the model is loaded."
+        raise ValueError(message)
+    return base
+
+
 class MetricsCallback(TrainerCallback):
     """A callback with figures of its own in every log entry of a training loss, and settings for the time of a run."""
 

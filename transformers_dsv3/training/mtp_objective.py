@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .metrics import MetricsCallback, base_model_of
+from .metrics import MetricsCallback, base_model_of, require_base_model
 
 
 logger = logging.get_logger(__name__)
@@ -58,11 +58,11 @@ class MtpObjectiveCallback(MetricsCallback):
         return self.final_weight if step >= max_steps * (1 - self.final_ratio) else self.weight
 
     def prepare(self, model: nn.Module, args: TrainingArguments) -> None:
-        base = base_model_of(model)
-        if base is None or not base.mtp_layers:
+        base = require_base_model(model, type(self).__name__)
+        if not base.mtp_layers:
             raise ValueError(
-                "MtpObjectiveCallback is for DeepSeek-V3 models of transformers_dsv3 with MTP layers "
-                "(`num_nextn_predict_layers` above 0)."
+                "MtpObjectiveCallback trains MTP layers, and this model has none (`num_nextn_predict_layers=0`): "
+                "leave it out."
             )
         if hasattr(model, "peft_config"):
             raise ValueError(
