@@ -140,7 +140,10 @@ class Throughput:
             return {}
         rate = self.tokens / self.seconds
         self.seconds, self.tokens = 0.0, 0
-        return {"tokens_per_second": rate, "mfu": rate * self.operations_per_token / (self.device_rate * self.ranks)}
+        return {
+            "tokens_per_second": round(rate),
+            "mfu": rate * self.operations_per_token / (self.device_rate * self.ranks),
+        }
 
 
 def multiplied_parameters(model: nn.Module) -> int:
