@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from .local_paths import BUILDERS, local_or_hub
 from .text_files import STDLIB_SKIPPED, Corpus, TextError
 
 
@@ -26,8 +27,6 @@ logger = logging.get_logger(__name__)
 
 # Bytes that are read at once and make one document at most: a file of any size streams.
 PIECE_BYTES = 1_000_000
-# The builder of `datasets` that reads a file of this ending
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
 
 
 @dataclass(frozen=True)
@@ -182,6 +181,10 @@ def stream_dataset(
     """
     from datasets import load_dataset
 
+    try:
+        name = local_or_hub(name)
+    except ValueError as error:
+        raise TextError(str(error)) from None
     builder = BUILDERS.get(Path(name).suffix) if Path(name).is_file() else None
     if Path(name).is_file() and builder is None:
         raise TextError(f"{name}: the ending is none of {', '.join(BUILDERS)}")

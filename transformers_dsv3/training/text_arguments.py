@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..data.byte_bpe import train_byte_bpe
+from ..data.local_paths import local_or_hub
 from ..data.packed_stream import HeldOutBlocks, PackedStream, check_boundary_tokens
 from ..data.text_files import TextError
 from ..data.text_stream import TextStream, stream_dataset, stream_files
@@ -104,7 +105,7 @@ class TextArguments:
             )
         else:
             stream = stream_files(
-                [Path(path) for path in self.text] if self.text else None, seed=seed, exclude=exclude
+                [Path(path).expanduser() for path in self.text] if self.text else None, seed=seed, exclude=exclude
             )
         found = sum(len(text.encode("utf-8")) for text in stream.head(MIN_TEXT_BYTES))
         if found < MIN_TEXT_BYTES:
@@ -152,12 +153,12 @@ def given_or_trained_tokenizer(
         config: of the model: the size of its vocabulary and its context.
 
     Raises:
-        ValueError: it has more tokens than the model.
+        ValueError: it has more tokens than the model, or is a folder that is not there or holds no tokenizer.
         OSError: it cannot be opened.
     """
     if given is None:
         return train_byte_bpe(stream.head(TOKENIZER_BYTES), config.vocab_size, config.max_position_embeddings)
-    tokenizer = AutoTokenizer.from_pretrained(given)
+    tokenizer = AutoTokenizer.from_pretrained(local_or_hub(str(given), one_of=("tokenizer*", "vocab*", "*.model")))
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer {given} has {len(tokenizer):,} tokens, more than the model's vocabulary of "
