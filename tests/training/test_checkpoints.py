@@ -64,6 +64,40 @@ def test_folder_of_a_run(tmp_path):
         RunFolder(folder.path / "run.json.partial").check({})
 
 
+def test_finished_run(tmp_path):
+    folder, args = RunFolder(tmp_path), TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=60)
+    folder.record({}, train_byte_bpe(["some words"], 260, 64))
+    assert folder.finished_step is None and not folder.is_finished(args)
+    (tmp_path / "config.json").write_text("{}")
+    for torn in ("", '{"eval_loss": 1.0}', "[]"):
+        (tmp_path / "eval_results.json").write_text(torn)
+        assert folder.finished_step is None
+    (tmp_path / "eval_results.json").write_text('{"eval_loss": 1.0, "step": 60}')
+    assert folder.finished_step == 60 and folder.is_finished(args)
+    args.max_steps = 61
+    assert not folder.is_finished(args)
+    assert folder.checkpoint_to_resume(args) is None
+    args.max_steps = 59
+    with pytest.raises(RunFolderError, match="trained up to step 60, past --max_steps 59"):
+        folder.checkpoint_to_resume(args)  # though its checkpoints were removed
+
+
+def test_interruption_is_explained(tmp_path, capsys):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    folder = RunFolder(tmp_path / "run")
+    checkpoint(folder.path, 50)
+    for step, said in (
+        (60, "before the first checkpoint"),
+        (70, f"goes on from the last checkpoint, {folder.path / 'checkpoint-50'}."),
+    ):
+        with pytest.raises(SystemExit) as caught, folder.explaining_interruption(args):
+            raise KeyboardInterrupt
+        assert caught.value.code == 130 and said in capsys.readouterr().err
+        folder.record({}, train_byte_bpe(["some words"], 260, 64))
+        checkpoint(folder.path, step, "half wri")
+    assert (folder.path / "checkpoint-60").exists()  # another process may be writing it
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -17,10 +17,13 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest `checkpoint-N` of the folder that was written to its end; half-written ones are removed.
+def latest_checkpoint(folder: Path, remove_others: bool = True) -> Path | None:
+    """The newest `checkpoint-N` of the folder that was written to its end.
 
     The trainer writes `trainer_state.json` after everything else, so a checkpoint where it reads is whole.
+
+    Args:
+        remove_others: remove the half-written ones; the trainer that writes them must have ended.
     """
     whole = []
     for checkpoint in folder.glob("checkpoint-*"):
@@ -32,7 +35,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
                 raise ValueError
             whole.append(checkpoint)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            if remove_others:
+                shutil.rmtree(checkpoint, ignore_errors=True)
     return max(whole, key=checkpoint_step, default=None)
 
 

@@ -1,6 +1,6 @@
 """A folder that one training run owns: it remembers what it was started with and is resumed by the same command.
 
-FOLDER/                 the official checkpoint and its tokenizer, once the run has ended
+FOLDER/                 the official checkpoint and its tokenizer, once the run has ended, and eval_results.json
 FOLDER/run.json         what the run was started with
 FOLDER/tokenizer/       its tokenizer, from the start
 FOLDER/checkpoint-N/    the trainer's resumable checkpoints
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from .checkpoints import checkpoint_step, checkpoint_to_resume, move_in, write_json
+from .checkpoints import checkpoint_step, checkpoint_to_resume, latest_checkpoint, move_in, write_json
 
 
 class RunFolderError(ValueError):
@@ -37,6 +40,35 @@ class RunFolder:
         """Folder of the run's own tokenizer, None where no run has kept one."""
         kept = self.path / "tokenizer"
         return kept if kept.is_dir() and self.record_path.exists() else None
+
+    @property
+    def finished_step(self) -> int | None:
+        """Step that the official checkpoint in the folder is of, None where no run has ended there."""
+        try:
+            # The last file of a run; longer runs in the same folder write it again
+            results = json.loads((self.path / "eval_results.json").read_text(encoding="utf-8"))
+            return int(results["step"]) if (self.path / "config.json").exists() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def is_finished(self, args: TrainingArguments) -> bool:
+        """Whether a run has ended at the very step that is asked for, so that nothing is left to do."""
+        return self.record_path.exists() and self.finished_step == args.max_steps
+
+    @contextmanager
+    def explaining_interruption(self, args: TrainingArguments) -> Iterator[None]:
+        """Where Ctrl-C stops what is done within, say how to go on in place of a traceback, and exit."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if args.process_index == 0:
+                checkpoint = latest_checkpoint(self.path, remove_others=False) if self.record_path.exists() else None
+                if checkpoint is None:
+                    message = "Stopped before the first checkpoint: the same command starts again."
+                else:
+                    message = f"Stopped. The same command goes on from the last checkpoint, {checkpoint}."
+                print(f"\n{message}", file=sys.stderr)  # below the progress bar
+            sys.exit(130)  # what shells expect of a program that Ctrl-C has ended
 
     def check(self, settings: dict[str, Any]) -> None:
         """Refuse a folder that holds something else than a run with these settings. Writes nothing.
@@ -89,7 +121,7 @@ class RunFolder:
             RunFolderError: it is past the end of the run.
         """
         checkpoint = checkpoint_to_resume(self.path, args.save_total_limit)
-        done = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        done = max(0 if checkpoint is None else checkpoint_step(checkpoint), self.finished_step or 0)
         if done > args.max_steps:
             raise RunFolderError(f"{self.path} is trained up to step {done:,}, past --max_steps {args.max_steps:,}")
         return checkpoint
@@ -103,11 +135,11 @@ class RunFolder:
         """
         if checkpoint is None or checkpoint_step(checkpoint) < trainer.args.max_steps:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        metrics = trainer.evaluate()
+        metrics = {**trainer.evaluate(), "step": trainer.args.max_steps}
         trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics, combined=False)
         trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # the trainer turns it off
         save_whole(trainer, self.path)
+        trainer.save_metrics("eval", metrics, combined=False)  # see `finished_step`
 
 
 def save_whole(trainer: Trainer, folder: Path) -> None:
