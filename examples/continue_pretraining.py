@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 from transformers_dsv3 import Dsv3Config, LoadBalancingCallback, MtpObjectiveCallback
+from transformers_dsv3.data.local_paths import local_or_hub
 from transformers_dsv3.training.checkpoints import checkpoint_step
 from transformers_dsv3.training.held_out_metrics import BitsPerByteMetric, nats_of_rows
 from transformers_dsv3.training.run_folder import RunFolder
+from transformers_dsv3.training.script_arguments import ScriptArgumentParser, check_reporting
 from transformers_dsv3.training.stream_position import StreamPosition, check_stream_arguments
 from transformers_dsv3.training.text_arguments import TextArguments, given_or_trained_tokenizer
 
@@ -39,6 +41,7 @@ class ModelArguments:
 
 
 def read_config(arguments: ModelArguments) -> Dsv3Config:
+    arguments.model = local_or_hub(arguments.model, one_of=["config.json"])
     config = AutoConfig.from_pretrained(arguments.model)
     if not isinstance(config, Dsv3Config):
         raise ValueError(f"--model {arguments.model} is of model type {config.model_type!r}, not deepseek_v3")
@@ -47,13 +50,19 @@ def read_config(arguments: ModelArguments) -> Dsv3Config:
 
 def main(model_args: ModelArguments, text_args: TextArguments, training_args: TrainingArguments) -> None:
     folder = RunFolder(training_args.output_dir)
+    is_main_process = training_args.process_index == 0
     try:  # whatever is wrong with what was asked for, before anything is trained
         check_stream_arguments(training_args)
+        check_reporting(training_args)
         config = read_config(model_args)
         text_args.check(config.max_position_embeddings)
         text = text_args.stream(training_args.seed, exclude=folder.path)
         settings = {**asdict(model_args), **text_args.settings(text), "seed": training_args.seed}
         folder.check(settings)
+        if folder.is_finished(training_args):
+            if is_main_process:
+                print(f"{folder.path} is finished, at step {training_args.max_steps:,}: more --max_steps train it on.")
+            return
         with training_args.main_process_first():
             name = folder.tokenizer or model_args.tokenizer or model_args.model
             tokenizer = given_or_trained_tokenizer(name, text, config)
@@ -62,7 +71,8 @@ def main(model_args: ModelArguments, text_args: TextArguments, training_args: Tr
             folder.record(settings, tokenizer)
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"continue_pretraining.py: {error}")
-    print(f"Text: {text.source}, {text.split}. From {checkpoint or model_args.model}.")
+    if is_main_process:
+        print(f"Text: {text.source}, {text.split}. From {checkpoint or model_args.model}.")
 
     set_seed(training_args.seed)
     if checkpoint is not None and checkpoint_step(checkpoint) == training_args.max_steps:
@@ -83,16 +93,18 @@ def main(model_args: ModelArguments, text_args: TextArguments, training_args: Tr
         compute_metrics=BitsPerByteMetric(eval_dataset.bytes_per_token),
     )
     folder.train_evaluate_save(trainer, checkpoint)
+    if is_main_process:
+        print(f"Saved in {folder.path}, an official checkpoint, which AutoModelForCausalLM and pipeline open.")
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser((ModelArguments, TextArguments, TrainingArguments), description=__doc__)
+    parser = ScriptArgumentParser((ModelArguments, TextArguments, TrainingArguments), description=__doc__)
     parser.set_defaults(
         output_dir="./dsv3-continued",
         max_steps=500,
         per_device_train_batch_size=4,
         learning_rate=3e-4,
-        warmup_steps=50,
+        warmup_steps=0.1,  # below 1, a share of the run
         lr_scheduler_type="cosine",
         weight_decay=0.1,
         adam_beta2=0.95,
@@ -106,4 +118,6 @@ if __name__ == "__main__":
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.accelerator.is_available(),  # else several processes would each train by themselves
     )
-    main(*parser.parse_args_into_dataclasses())
+    arguments = parser.parse_args_into_dataclasses()
+    with RunFolder(arguments[-1].output_dir).explaining_interruption(arguments[-1]):
+        main(*arguments)

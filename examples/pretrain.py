@@ -17,14 +17,16 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 from transformers_dsv3 import Dsv3Config, LoadBalancingCallback, MtpObjectiveCallback
+from transformers_dsv3.data.local_paths import local_or_hub
 from transformers_dsv3.training.checkpoints import checkpoint_step
 from transformers_dsv3.training.held_out_metrics import BitsPerByteMetric, nats_of_rows
 from transformers_dsv3.training.parallel import ParallelArguments, distribute
 from transformers_dsv3.training.quickstart_run import QuickstartSettings
 from transformers_dsv3.training.run_folder import RunFolder
+from transformers_dsv3.training.script_arguments import ScriptArgumentParser, check_reporting, override_config
 from transformers_dsv3.training.stream_position import StreamPosition, check_stream_arguments
 from transformers_dsv3.training.text_arguments import TextArguments, given_or_trained_tokenizer
 
@@ -65,11 +67,11 @@ def make_config(arguments: ModelArguments) -> Dsv3Config:
         fields = {name: value for name, value in settings.model.items() if name != "mtp_loss_weight"}
         config = Dsv3Config(vocab_size=settings.vocab_size, **fields)
     else:
-        config = AutoConfig.from_pretrained(arguments.config)
+        config = AutoConfig.from_pretrained(local_or_hub(arguments.config, one_of=["config.json"]))
         if not isinstance(config, Dsv3Config):
             raise ValueError(f"--config {arguments.config} is of model type {config.model_type!r}, not deepseek_v3")
     if arguments.config_overrides:
-        config.update_from_string(arguments.config_overrides)
+        override_config(config, arguments.config_overrides)
     config.check_fields()
     return config
 
@@ -81,14 +83,20 @@ def main(
     training_args: TrainingArguments,
 ) -> None:
     folder = RunFolder(training_args.output_dir)
+    is_main_process = training_args.process_index == 0
     try:  # whatever is wrong with what was asked for, before anything is trained
         check_stream_arguments(training_args)
+        check_reporting(training_args)
         parallel_args.prepare(training_args)
         config = make_config(model_args)
         text_args.check(config.max_position_embeddings)
         text = text_args.stream(training_args.seed, exclude=folder.path)
         settings = {**asdict(model_args), **text_args.settings(text), "seed": training_args.seed}
         folder.check(settings)
+        if folder.is_finished(training_args):
+            if is_main_process:
+                print(f"{folder.path} is finished, at step {training_args.max_steps:,}: more --max_steps train it on.")
+            return
         with training_args.main_process_first():
             tokenizer = given_or_trained_tokenizer(folder.tokenizer or model_args.tokenizer, text, config)
             train_dataset, eval_dataset = text_args.datasets(text, tokenizer, training_args.seed)
@@ -96,7 +104,8 @@ def main(
             folder.record(settings, tokenizer)
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"pretrain.py: {error}")
-    print(f"Text: {text.source}, {text.split}. From {checkpoint or 'a new model'}.")
+    if is_main_process:
+        print(f"Text: {text.source}, {text.split}. From {checkpoint or 'a new model'}.")
 
     if model_args.config is None:
         config.vocab_size = len(tokenizer)  # a small text does not have as many distinct pieces as were asked for
@@ -122,10 +131,12 @@ def main(
         compute_metrics=BitsPerByteMetric(eval_dataset.bytes_per_token),
     )
     folder.train_evaluate_save(trainer, checkpoint)
+    if is_main_process:
+        print(f"Saved in {folder.path}, an official checkpoint, which AutoModelForCausalLM and pipeline open.")
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(
+    parser = ScriptArgumentParser(
         (ModelArguments, TextArguments, ParallelArguments, TrainingArguments), description=__doc__
     )
     parser.set_defaults(
@@ -133,7 +144,7 @@ if __name__ == "__main__":
         max_steps=500,
         per_device_train_batch_size=4,
         learning_rate=3e-3,
-        warmup_steps=50,
+        warmup_steps=0.1,  # below 1, a share of the run
         weight_decay=0.1,
         adam_beta2=0.95,
         logging_steps=10,
@@ -146,4 +157,6 @@ if __name__ == "__main__":
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.accelerator.is_available(),  # else several processes would each train by themselves
     )
-    main(*parser.parse_args_into_dataclasses())
+    arguments = parser.parse_args_into_dataclasses()
+    with RunFolder(arguments[-1].output_dir).explaining_interruption(arguments[-1]):
+        main(*arguments)

@@ -1,8 +1,10 @@
 """The pre-training examples as users run them, killed at any moment included."""
 
+import importlib.util
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -112,6 +114,13 @@ def assert_same_run(one, other, step):
     assert not [name for name in names if "partial" in name]
 
 
+def test_finished_it_says_so_and_does_nothing(whole, notes, tiny):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    printed = run("pretrain.py", whole, "--config", tiny, "--text", notes, "--max_steps", 60)
+    assert f"{whole} is finished, at step 60: more --max_steps train it on" in printed
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
 def test_trains_and_saves_an_official_checkpoint(whole):
     losses = [entry["loss"] for entry in log_of(whole, 60) if "loss" in entry]
     assert losses[-1] < losses[0] - 0.5
@@ -168,8 +177,26 @@ def test_killed_in_several_places_it_ends_at_the_same_weights(tmp_path, whole, n
     # After the last step, while the official checkpoint is put together
     assert killed(output, lambda: (output / "saving.partial").exists(), *options)
     assert not (output / "config.json").exists()
-    assert f"From {output / 'checkpoint-60'}" in run("pretrain.py", output, *options)
+    printed = run("pretrain.py", output, *options)
+    assert f"From {output / 'checkpoint-60'}" in printed
+    assert f"Saved in {output}, an official checkpoint" in printed
     assert_same_run(whole, output, 60)
+
+
+def test_interrupted_it_says_how_to_go_on(tmp_path, notes, tiny):
+    output = tmp_path / "out"
+    options = ["--config", tiny, "--text", notes, "--max_steps", 60, "--save_steps", 2]
+    process = subprocess.Popen(
+        command("pretrain.py", output, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT,
+    )  # fmt: skip
+    while process.poll() is None and not (output / "checkpoint-4").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert re.search(rf"Stopped. The same command goes on from the last checkpoint, {output}/checkpoint-\d+\.$", said)
 
 
 @pytest.mark.slow
@@ -282,8 +309,20 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, whole, note
         ("pretrain.py", whole, [*base, "--text", notes, "--seed", 7], "seed was 42 and is 7 now"),
         ("pretrain.py", whole, [*base, "--text", notes], "is trained up to step 60, past --max_steps 4"),
         ("continue_pretraining.py", fresh, ["--model", tmp_path / "llama", "--text", notes], "not deepseek_v3"),
-        ("continue_pretraining.py", fresh, ["--model", tmp_path / "nowhere", "--text", notes], "nowhere"),
+        ("continue_pretraining.py", fresh, ["--model", "./nowhere"], "./nowhere: no such file or folder"),
+        ("continue_pretraining.py", fresh, ["--model", tmp_path / "other"], f"no config.json in {tmp_path / 'other'}"),
+        ("pretrain.py", fresh, ["--config", tmp_path / "other"], "no config.json in"),
+        ("pretrain.py", fresh, [*base, "--tokenizer", tmp_path / "llama"], "no tokenizer* or vocab* or *.model in"),
+        ("pretrain.py", fresh, ["--dataset", "nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
+        ("pretrain.py", fresh, ["--config_overrides", "hidden=8"], "a deepseek_v3 config has no field 'hidden'"),
+        ("pretrain.py", fresh, ["--config_overrides", "update=8"], "a deepseek_v3 config has no field 'update'"),
+        ("pretrain.py", fresh, ["--config_overrides", "hidden_size"], "'hidden_size' is not of the form NAME=VALUE"),
+        ("pretrain.py", fresh, ["--config_overrides", "hidden_size=a"], "hidden_size: invalid literal for int"),
+        ("pretrain.py", fresh, ["--config_overrides", "rope_parameters=3"], "rope_parameters: You can only update"),
+        ("pretrain.py", fresh, ["--report_to", "abacus"], "--report_to abacus: abacus is not supported"),
     ]
+    if importlib.util.find_spec("wandb") is None:
+        cases.append(("pretrain.py", fresh, ["--report_to", "wandb"], "requires wandb to be installed"))
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     for script, output, options, message in cases:
         assert message in refusal(script, output, *options)
@@ -291,8 +330,21 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, whole, note
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
 
 
+def test_wrong_flags_are_refused_in_a_few_lines(capsys):
+    for options, message in (
+        (["--batch_sise", 4], "pretrain.py: error: unrecognized arguments: --batch_sise 4"),
+        (["--load_best_model_at_end", "true"], "pretrain.py: error: --load_best_model_at_end requires"),
+    ):
+        assert refusal("pretrain.py", "x", *options) == "2"
+        printed = capsys.readouterr().err
+        assert message in printed and len(printed.splitlines()) < 5
+
+
 def test_help_teaches(capsys):
     for script in ("pretrain.py", "continue_pretraining.py"):
         assert refusal(script, "x", "--help") == "0"
         printed = capsys.readouterr().out
         assert "--reset_positions" in printed and "--gradient_checkpointing" in printed and "DeepSeek-V3" in printed
+        assert printed.splitlines()[0] == f"usage: {script} [-h] [--FLAG VALUE ...]"
+        warmup = " ".join(printed.split("--warmup_steps")[1].split("--optim")[0].split())
+        assert "float in [0, 1) (ratio of total steps). (default: 0.1)" in warmup

@@ -77,7 +77,8 @@ class ParallelArguments:
         if args.parallelism_config is None and not torch.accelerator.is_available():
             args.parallelism_config = CpuParallelismConfig()
         if args.save_strategy != "no":
-            logger.warning("A sharded run cannot be resumed: only the end of it is saved.")
+            if args.should_log:
+                logger.warning("A sharded run cannot be resumed: only the end of it is saved.")
             args.save_strategy = "no"
 
 
