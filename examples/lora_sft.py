@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 from trl import SFTConfig, SFTTrainer
 
 from transformers_dsv3 import Dsv3Config, lora_config
+from transformers_dsv3.data.local_paths import BUILDERS, local_or_hub
 from transformers_dsv3.data.python_reference import python_reference
 from transformers_dsv3.data.text_stream import stream_corpus, stream_files
 from transformers_dsv3.training.checkpoints import checkpoint_step, write_json
@@ -38,7 +39,9 @@ class LoraArguments:
         default="./dsv3-quickstart",
         metadata={"help": "An official deepseek_v3 checkpoint: a folder, or a name on the Hub."},
     )
-    budget: float = field(default=0.01, metadata={"help": "Greatest share of trainable parameters."})
+    budget: float | None = field(
+        default=None, metadata={"help": "Greatest share of trainable parameters. Default: 0.01, without --rank."}
+    )
     rank: int | None = field(default=None, metadata={"help": "In place of --budget, the rank of every adapter."})
     where: str = field(
         default="auto", metadata={"help": "auto, attention, dense, shared_experts, experts, linear, mlp or all."}
@@ -61,12 +64,17 @@ def domain_data(arguments: LoraArguments, seed: int, exclude: Path) -> tuple[Dat
     if arguments.text and arguments.dataset:
         raise ValueError("--text and --dataset: give one of them")
     if arguments.dataset:
-        path = Path(arguments.dataset)
-        kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(path.suffix)
-        if (kind or path.is_absolute() or arguments.dataset.startswith(".")) and not path.exists():
-            raise ValueError(f"--dataset {path}: no such file or folder")
-        data = load_dataset(kind, data_files=str(path)) if kind else load_dataset(arguments.dataset)
-        parts = data["train"].train_test_split(min(200, max(1, len(data["train"]) // 10)), seed=seed)
+        name = local_or_hub(arguments.dataset)
+        builder = BUILDERS.get(Path(name).suffix)
+        try:
+            data = load_dataset(builder or name, split="train", **({"data_files": name} if builder else {}))
+        except Exception as error:  # of many kinds, by the file's format
+            raise ValueError(f"--dataset {name} cannot be read: {error}") from error
+        if len(data) < 2:
+            raise ValueError(f"--dataset {name}: {len(data)} examples, some are to train on and some are held out")
+        if not {"text", "prompt", "messages"} & set(data.column_names):
+            raise ValueError(f"--dataset {name} has no column text, prompt or messages: {data.column_names}")
+        parts = data.train_test_split(min(200, max(1, len(data) // 10)), seed=seed)
         return parts["train"], parts["test"], arguments.dataset
     if arguments.text:
         stream = stream_files([Path(path) for path in arguments.text], seed=seed, exclude=exclude)
@@ -79,19 +87,23 @@ def domain_data(arguments: LoraArguments, seed: int, exclude: Path) -> tuple[Dat
 def main(lora_args: LoraArguments, training_args: SFTConfig) -> None:
     folder = RunFolder(training_args.output_dir)
     try:  # whatever is wrong with what was asked for, before anything is trained
-        config = AutoConfig.from_pretrained(lora_args.model)
+        config = AutoConfig.from_pretrained(local_or_hub(lora_args.model, one_of=["config.json"]))
         if not isinstance(config, Dsv3Config):
             raise ValueError(f"--model {lora_args.model} is of model type {config.model_type!r}, not deepseek_v3")
         train, held_out, source = domain_data(lora_args, training_args.seed, folder.path)
         general = stream_files([Path(path) for path in lora_args.general] if lora_args.general else None)
+        if training_args.max_steps < 1:
+            raise ValueError("--max_steps: give the length of the run in steps")
+        if "head" in lora_args.where:
+            raise ValueError("--where head: TRL reads the output head's weights past an adapter; use Trainer for it")
         settings = {**asdict(lora_args), "text": source, "seed": training_args.seed}
         folder.check(settings)
         checkpoint = folder.checkpoint_to_resume(training_args)
         tokenizer = AutoTokenizer.from_pretrained(lora_args.model)
         set_seed(training_args.seed)
         model = AutoModelForCausalLM.from_pretrained(lora_args.model, dtype=torch.float32)
-        budget = {"budget": lora_args.budget} if lora_args.rank is None else {"rank": lora_args.rank}
-        peft_config = lora_config(model, where=lora_args.where, **budget)
+        budget = 0.01 if lora_args.budget is None and lora_args.rank is None else lora_args.budget
+        peft_config = lora_config(model, budget, lora_args.rank, where=lora_args.where)
         folder.record(settings, tokenizer)
     except (ValueError, OSError) as error:
         sys.exit(f"lora_sft.py: {error}")

@@ -38,7 +38,7 @@ OPTIONAL = {
     "fastapi",
 }
 # Modules that are such a place, imported themselves inside functions only
-LATE = {"training/lora_tuner.py": {"peft"}, "training/lora_targets.py": {"peft"}}
+LATE = {f"training/lora_{name}.py": {"peft"} for name in ("export", "targets", "tuner")}
 # Verbs import these inside their functions; server.py is imported by its verb alone.
 HEAVY = {"torch", "transformers", "transformers_dsv3"}
 

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
@@ -394,3 +396,195 @@ def test_the_base_model_opens_with_its_adapter(make_model, tmp_path):
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(opened(TOKENS).logits, wrapped.eval()(TOKENS).logits)
+
+
+def deltas(model, folder):
+    """What an adapter adds to each weight, by name, as PEFT merges it."""
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    opened = PeftModel.from_pretrained(model, folder)
+    after = opened.merge_and_unload().state_dict()
+    return {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
+
+
+def test_hooked_and_offloaded_experts_are_left_to_peft(make_model):
+    model = make_model()
+    seen = []
+    model.model.layers[1].mlp.experts.register_forward_hook(lambda *_: seen.append(1))
+    adapted(model, target_modules=[], target_parameters=ROUTED).eval()(TOKENS)
+    assert seen
+    offloaded = cpu_offload(adapted(make_model(), target_modules=[], target_parameters=ROUTED).eval(), "cpu")
+    with pytest.raises(RuntimeError):  # PEFT's own, in place of wrong results
+        offloaded(TOKENS)
+
+
+def test_adapters_of_other_parameters_are_refused_beside_the_first(model):
+    wrapped = adapted(model, target_modules=[], target_parameters=ROUTED[:1])
+    for options in ({"target_modules": [], "target_parameters": ROUTED}, {"target_modules": "all-linear"}):
+        with pytest.raises(ValueError, match="must target the same set of"):
+            wrapped.add_adapter("other", LoraConfig(**options))
+
+
+def test_a_refused_config_stays_as_it_was(model):
+    wrapped = adapted(model, target_modules=["o_proj"], bias="all")
+    config = LoraConfig(target_modules=["kv_b_proj"], bias="all")
+    with pytest.raises(ValueError, match="bias"):
+        wrapped.add_adapter("other", config)
+    assert config.target_modules == {"kv_b_proj"}
+    with pytest.raises(ValueError, match="nowhere"):
+        wrapped.add_adapter("third", LoraConfig(target_modules=["nowhere"]))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_per_expert_adapters_keep_their_scale(use_rslora, make_model, tmp_path):
+    expected = make_model()
+    before = {name: weight.clone() for name, weight in expected.state_dict().items()}
+    per_expert_adapter(expected, tmp_path / "adapter", rank=4)  # alpha 8, so a scale of 2; 4 with rslora
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": use_rslora}))
+    seen = deltas(make_model(), tmp_path / "adapter")
+    assert any("experts.gate_up_proj" in name for name in seen)
+    for name, delta in seen.items():
+        by_hand = expected.state_dict()[name] - before[name]
+        torch.testing.assert_close(delta, by_hand * (2 if use_rslora else 1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": [], "target_parameters": ["gate_up_proj"]},
+        {"target_modules": ["o_proj"], "target_parameters": ["gate_up_proj", "down_proj", "mlp.gate.weight"]},
+        {"target_modules": "all-linear", "rank_pattern": {"experts.gate_up_proj": 2, "down_proj": 5}},
+        {"target_modules": "all-linear", "alpha_pattern": {".*experts.*": 7}},
+    ],
+)
+def test_export_keeps_function_and_ranks(options, use_rslora, make_model, tmp_path):
+    wrapped = adapted(make_model(), use_rslora=use_rslora, **options).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    export_per_expert(tmp_path / "adapter", tmp_path / "apart", 8)
+    for folder in ("adapter", "apart"):
+        opened = PeftModel.from_pretrained(make_model(), tmp_path / folder).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(opened(TOKENS).logits, wrapped(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_many_names_are_read_back_as_they_were_meant(make_model, tmp_path):
+    """PEFT shortens lists of 20 names and more by what modules there are, among which routed experts are not."""
+    fields = {"num_hidden_layers": 12, "num_nextn_predict_layers": 0}
+    excluded = ["model.layers.0.self_attn.o_proj"]
+    targets = ["o_proj", "mlp.gate_proj", "shared_experts.gate_proj"]
+    wrapped = adapted(make_model(**fields), target_modules=targets, exclude_modules=excluded)
+    wrapped.save_pretrained(tmp_path)
+    assert places(PeftModel.from_pretrained(make_model(**fields), tmp_path)) == places(wrapped)
+    assert not any("mlp.experts" in name for name in places(wrapped))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w, name: w.update({name.format(9): w[name.format(1)].clone()}), r"does not adapt or have.*layers\.9"),
+        (lambda w, name: w.pop(name.format(1)), r"lacks weights of .*layers\.1\.self_attn\.o_proj"),
+    ],
+)
+def test_transformers_own_loader_refuses_too(edit, message, make_model, tmp_path):
+    adapted(make_model(), target_modules=["o_proj"]).save_pretrained(tmp_path)
+    change(tmp_path, lambda weights: edit(weights, "base_model.model.model.layers.{}.self_attn.o_proj.lora_A.weight"))
+    with pytest.raises(ValueError, match=message):
+        make_model().load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "excluded",
+    [["experts"], ["mlp.experts"], r".*\.experts", r".*\.experts\..*", ["gate_up_proj", "experts.down_proj"]],
+)
+def test_routed_experts_are_excluded(excluded, model):
+    wrapped = adapted(model, target_modules="all-linear", exclude_modules=excluded)
+    assert places(wrapped) == sorted([*EVERY_ATTENTION, *mlp(*GATE_UP_DOWN, routed=False)])
+
+
+@pytest.mark.parametrize("excluded", [["experts.3.gate_proj"], r".*experts\.3\..*"])
+def test_some_experts_cannot_be_excluded(excluded, model):
+    with pytest.raises(
+        ValueError, match=r"name or exclude some of a layer's routed experts, such as .*experts\.3\.gate"
+    ):
+        adapted(model, target_modules="all-linear", exclude_modules=excluded)
+
+
+def ranks_and_scales(wrapped):
+    """Of layer 1: down and gate_up of the routed experts, and a shared expert's gate."""
+    block = wrapped.base_model.model.model.layers[1].mlp
+    layers = (block.experts, block.experts.base_layer, block.shared_experts.gate_proj)
+    return [(layer.r["default"], layer.scaling["default"]) for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [(8, 2), (16, 2), (8, 2)]),
+        ({"rank_pattern": {"experts.gate_up_proj": 4}}, [(8, 2), (4, 4), (8, 2)]),
+        ({"rank_pattern": {"gate_proj": 4, "up_proj": 4, "down_proj": 4}}, [(4, 4), (8, 4), (4, 4)]),
+        ({"alpha_pattern": {"gate_proj": 32, "up_proj": 32, "down_proj": 32}}, [(8, 4), (16, 4), (8, 4)]),
+        ({"rank_pattern": {r".*experts\.\d+\.(gate|up|down)_proj": 2}}, [(2, 8), (4, 8), (8, 2)]),
+    ],
+)
+def test_patterns_of_rank_and_alpha(options, expected, model, recwarn):
+    wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", r=8, lora_alpha=16, **options))
+    assert ranks_and_scales(wrapped) == expected
+    wrapped.add_adapter("other", LoraConfig(target_modules="all-linear", r=2))
+    assert not [w for w in recwarn if "did not match any targeted module" in str(w.message)]
+
+
+def test_gates_and_ups_have_one_rank(model):
+    with pytest.raises(ValueError, match="rank_pattern: gates and ups of routed experts are one parameter"):
+        adapted(model, target_modules="all-linear", rank_pattern={"gate_proj": 4})
+
+
+def test_missing_parameters_are_said(model, caplog):
+    adapted(model, target_modules=[], target_parameters=[ROUTED[0], "mlp.experts.down_prj"])
+    assert "target_parameters: this model has no mlp.experts.down_prj" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model", "self_attn"])
+def test_names_of_adapters(name, make_model, tmp_path):
+    wrapped = adapted(make_model(), target_modules=["o_proj"])
+    wrapped.save_pretrained(tmp_path)
+    opened = PeftModel.from_pretrained(make_model(), tmp_path)
+    opened.load_adapter(str(tmp_path), name)
+    assert name in opened.peft_config
+
+
+def test_classification_heads_are_trained_beside(make_model):
+    model = make_model(cls=transformers_dsv3.Dsv3ForSequenceClassification, num_labels=2)
+    wrapped = get_peft_model(model, lora_config(model, rank=2, where="attention"))
+    assert any("score" in name for name, weight in wrapped.named_parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2, "where": []}, "where is empty"),
+        ({"rank": 2, "where": None}, "where is empty"),
+        ({"rank": 2, "r": 3}, "lora_config chooses r"),
+        ({"budget": 0.1, "target_modules": ["o_proj"]}, "lora_config chooses target_modules"),
+        ({"budget": 0.1, "rank_pattern": {}}, "lora_config chooses rank_pattern"),
+    ],
+)
+def test_lora_config_refuses_what_it_chooses(options, message, model):
+    with pytest.raises(ValueError, match=message):
+        lora_config(model, **options)
+
+
+def test_lora_config_without_peft(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="pip install peft"):
+        lora_config(model, rank=2)
+
+
+def test_the_head_takes_what_is_left_of_a_budget(model):
+    total = sum(p.numel() for p in model.parameters())
+    config = lora_config(model, budget=0.05, where=["attention", "head"])
+    wrapped = get_peft_model(model, config)
+    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert trainable <= 0.05 * total < trainable + 32 + 96 and config.rank_pattern["lm_head"] > config.r
+    assert wrapped.base_model.model.lm_head.scaling["default"] == 2

@@ -20,6 +20,11 @@ PLACES: dict[str, tuple[str, ...]] = {
 }
 
 
+# Arguments of `LoraConfig` that `lora_config` fills in
+CHOSEN = {"r", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern"}
+TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+
+
 def part_of(name: str) -> str | None:
     """Which part of a decoder layer a linear layer belongs to; None outside of them."""
     for key, part in ((".self_attn.", "attention"), (".shared_experts.", "shared_experts"), (".mlp.", "dense")):
@@ -74,13 +79,18 @@ def lora_config(
             takes "all" if the budget gives it a rank of at least 4, else "linear", else "attention"; with `rank`,
             "all".
         lora_alpha: scale of the adapter over its rank; twice the rank by default.
-        options: further arguments of `LoraConfig`.
+        options: further arguments of `LoraConfig`. What they train beside the factors (`modules_to_save`, `use_dora`)
+            comes on top of the budget.
 
     Raises:
+        ImportError: if PEFT is missing.
         ValueError: if neither or both of budget and rank are given, for a name that is no part, a part that the model
-            lacks, or a budget too small for rank 1.
+            lacks, a budget too small for rank 1, or an option that is chosen here.
     """
-    from peft import LoraConfig, TaskType
+    try:
+        from peft import LoraConfig, TaskType
+    except ImportError as error:
+        raise ImportError("lora_config needs PEFT: pip install peft") from error
 
     from .lora_targets import suffixes
 
@@ -92,6 +102,10 @@ def lora_config(
         raise ValueError(f"lora_config: rank={rank} must be a whole number from 1 on.")
     if hasattr(model, "peft_config"):
         raise ValueError("lora_config: the model has adapters already; choose before PEFT wraps it.")
+    if clash := CHOSEN & options.keys():
+        raise ValueError(f"lora_config chooses {', '.join(sorted(clash))}: to set it yourself, use peft.LoraConfig.")
+    if not where:
+        raise ValueError(f"lora_config: where is empty; it takes auto, {', '.join(PLACES)}.")
     by_part = adaptable(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     if not any(by_part.values()):
@@ -141,7 +155,9 @@ def lora_config(
         f"LoRA of rank {chosen}, alpha {alpha:g}, on {', '.join(parts).replace('_', ' ')}: {trainable:,} trainable "
         f"parameters, {trainable / total:.3%} of {total:,}."
     )
-    options.setdefault("task_type", TaskType.CAUSAL_LM if hasattr(model, "generate") else None)
+    # By the task PEFT knows that a classification head, which starts at random, is trained beside the adapter
+    task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
+    options.setdefault("task_type", None if task is None else TaskType(task))
     return LoraConfig(
         r=chosen,
         lora_alpha=alpha,

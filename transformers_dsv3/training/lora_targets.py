@@ -31,13 +31,13 @@ class Placement:
     Attributes:
         modules: names of linear layers (and of others that were named).
         parameters: names of stacked parameters of routed experts, and of routers that were named.
-        doubled: those of them whose gates and ups were named apart, which PEFT adapts with twice the rank.
+        halves: those of them whose gates and ups were named apart, which PEFT adapts with twice the rank.
         names: all names that were found among the targets, those of single experts' projections included.
     """
 
     modules: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
-    doubled: list[str] = field(default_factory=list)
+    halves: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
 
@@ -94,50 +94,56 @@ def place(config: LoraConfig, model: nn.Module) -> Placement:
     )
     placement = Placement()
     partly: list[str] = []
-    halves: list[str] = []
+    single: list[str] = []
 
-    def named(name: str) -> bool:
-        found = check_target_module_exists(lookup, name)
-        if not found or isinstance(found, _ExcludedModule):
-            return False
-        placement.names.append(name)
-        return True
+    def found(name: str) -> bool | None:
+        """Whether a name is among the targets; None if it is excluded."""
+        match = check_target_module_exists(lookup, name)
+        if isinstance(match, _ExcludedModule):
+            return None
+        if match:
+            placement.names.append(name)
+        return bool(match)
 
     for name, module in base_modules(model):
         if not name or (is_mtp(model, name) and (everything or name not in listed)):
             continue
         if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
             whole = set()
-            for projection in STACKED:
-                experts = [e for e in range(module.num_experts) if named(f"{name}.{e}.{projection}")]
-                if len(experts) == module.num_experts or named(f"{name}.{projection}"):
-                    whole.add(projection)
-                elif experts:
-                    partly.append(f"{name}.{experts[0]}.{projection}")
-            if named(f"{name}.gate_up_proj"):
+            for projection, stack in STACKED.items():
+                if found(name) is None or found(f"{name}.{stack}") is None:
+                    continue
+                each = [found(f"{name}.{expert}.{projection}") for expert in range(module.num_experts)]
+                together = found(f"{name}.{projection}")
+                if together is None or (together and None not in each) or all(each):
+                    whole.update([projection] if together is not None else [])
+                elif any(each) or together:
+                    expert = each.index(None) if None in each else next(e for e, hit in enumerate(each) if hit)
+                    partly.append(f"{name}.{expert}.{projection}")
+            if found(f"{name}.gate_up_proj"):
                 placement.parameters.append(f"{name}.gate_up_proj")
             elif {"gate_proj", "up_proj"} <= whole:
                 placement.parameters.append(f"{name}.gate_up_proj")
-                placement.doubled.append(f"{name}.gate_up_proj")
+                placement.halves.append(f"{name}.gate_up_proj")
             else:
-                halves.extend(f"{name}.{projection}" for projection in whole - {"down_proj"})
+                single.extend(f"{name}.{projection}" for projection in whole - {"down_proj"})
             if "down_proj" in whole:
                 placement.parameters.append(f"{name}.down_proj")
         elif hasattr(module, "e_score_correction_bias"):
-            # A regular expression that matches a whole MLP does not name the router
-            if (listed or re.search(r"gate(?!_)", str(targets))) and named(name):
+            # A regular expression that matches more of an MLP does not name the router, though it may match it
+            if (listed or re.search(r"gate\)*\$?$", str(targets))) and found(name):
                 placement.parameters.append(f"{name}.weight")
-        elif (name in linear or listed) and named(name):
+        elif (name in linear or listed) and found(name):
             placement.modules.append(name)  # PEFT says what it cannot adapt
     if partly:
         raise ValueError(
-            f"target_modules names some of a layer's routed experts, such as {partly[0]}. Their weights are one "
+            f"Targets name or exclude some of a layer's routed experts, such as {partly[0]}. Their weights are one "
             "parameter, which LoRA adapts for all experts or none: name `experts.gate_proj`, `experts.up_proj` and "
             "`experts.down_proj`. To train some experts only, see ESFT (examples/esft.md)."
         )
-    if halves:
+    if single:
         raise ValueError(
-            f"target_modules names {halves[0]} without its other half: gates and ups of routed experts are one "
+            f"target_modules names {single[0]} without its other half: gates and ups of routed experts are one "
             "parameter. Name both, or leave the routed experts out by `shared_experts.gate_proj`, `mlp.gate_proj`."
         )
     return placement
@@ -165,30 +171,139 @@ def suffixes(names: list[str], model: nn.Module, parameters: bool = False) -> li
     return sorted(set(short))
 
 
-def resolve(config: LoraConfig, model: nn.Module) -> tuple[set[str], set[str], set[str]]:
-    """`target_modules` and `target_parameters` for what the config names, and which of the latter get twice the rank.
+@dataclass
+class Resolved:
+    """What a config stands for, in PEFT's terms.
+
+    Attributes:
+        modules, parameters: `target_modules` and `target_parameters`.
+        rank_pattern, alpha_pattern: the config's own, with what stacked parameters need.
+        module_names: full names of the modules.
+        parameter_names: full names of the parameters, and those of their halves and experts.
+    """
+
+    modules: list[str]
+    parameters: list[str]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    module_names: list[str]
+    parameter_names: list[str]
+
+
+def applies(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a key of PEFT's rank or alpha pattern is for one of the names."""
+    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+
+
+def single_names(parameter: str) -> list[str]:
+    """Names of what a stacked parameter holds: its projections, and a first expert's."""
+    experts, stack = parameter.rsplit(".", 1)
+    projections = [projection for projection, of in STACKED.items() if of == stack]
+    return [f"{experts}.{within}{p}" for p in projections for within in ("", "0.")]
+
+
+def resolve(config: LoraConfig, model: nn.Module) -> Resolved:
+    """What PEFT has to be told for the layers that the config's names stand for.
 
     Names that stand for nothing are left out, and said: PEFT says so only if nothing at all is found.
+
+    Raises:
+        ValueError: see [`place`]; and if gates and ups of routed experts are given different ranks or alphas.
     """
     placement = place(config, model)
     if placement.names and not isinstance(config.target_modules, str):
-        found = [
-            target
-            for target in config.target_modules or []
-            if any(name == target or name.endswith(f".{target}") for name in placement.names)
-        ]
-        if lost := sorted(set(config.target_modules or []) - set(found)):
+        targets = set(config.target_modules or [])
+        lost = {t for t in targets if not any(name == t or name.endswith(f".{t}") for name in placement.names)}
+        if lost:
             linear = sorted({name.split(".")[-1] for name, m in base_modules(model) if isinstance(m, nn.Linear)})
             logger.warning(
-                f"target_modules: this model has no {', '.join(lost)}, nothing is adapted for it. Its linear layers "
-                f"are {', '.join(linear)}."
+                f"target_modules: this model has no {', '.join(sorted(lost))}, nothing is adapted for it. Its linear "
+                f"layers are {', '.join(linear)}."
             )
-    # Of parameters, which PEFT finds by the end of their names too, those of MTP layers are left out
     given = set(config.target_parameters or [])
     existing = [re.sub(r"(\.base_layer)+", "", name) for name, _ in model.named_parameters()]
     hit = [name for name in existing if any(name == end or name.endswith(f".{end}") for end in given)]
+    if lost := {end for end in given if not any(name == end or name.endswith(f".{end}") for name in hit)}:
+        logger.warning(f"target_parameters: this model has no {', '.join(sorted(lost))}, nothing is adapted for it.")
+    # Of parameters, which PEFT finds by the end of their names too, those of MTP layers are left out
     if any(is_mtp(model, name) and name not in given for name in hit):
         given = {name for name in hit if name in given or not is_mtp(model, name)}
-    doubled = suffixes(placement.doubled, model, parameters=True)
-    parameters = given | set(suffixes(placement.parameters, model, parameters=True))
-    return set(suffixes(placement.modules, model)), parameters, set(doubled)
+    ranks, alphas = _stacked_patterns(config, placement)
+    return Resolved(
+        suffixes(placement.modules, model),
+        sorted(given | set(suffixes(placement.parameters, model, parameters=True))),
+        {key: round(value) for key, value in _pattern(config.rank_pattern, ranks, placement, model).items()},
+        _pattern(config.alpha_pattern, alphas, placement, model),
+        placement.modules,
+        [name for parameter in {*hit, *placement.parameters} for name in (parameter, *_halves(parameter))],
+    )
+
+
+def _halves(parameter: str) -> list[str]:
+    return single_names(parameter) if parameter.endswith(tuple(STACKED.values())) else []
+
+
+def _stacked_patterns(config: LoraConfig, placement: Placement) -> tuple[dict[str, float], dict[str, float]]:
+    """Rank and alpha of stacked parameters where these are not what PEFT would take for their names.
+
+    A pattern for `gate_proj` is for the gates within `gate_up_proj`. Gates and ups named apart get twice the rank on
+    their stack, and the alpha that keeps the scale.
+    """
+    ranks: dict[str, float] = {}
+    alphas: dict[str, float] = {}
+    for parameter in placement.parameters:
+        if not parameter.endswith(tuple(STACKED.values())):
+            continue
+        rank, of_stack = _given("rank", config.rank_pattern, parameter, config.r)
+        alpha, _ = _given("alpha", config.alpha_pattern, parameter, config.lora_alpha)
+        if parameter in placement.halves and not of_stack:
+            rank, alpha = 2 * rank, alpha * (2**0.5 if config.use_rslora else 2)
+        ranks[parameter], alphas[parameter] = rank, alpha
+    return (
+        {name: rank for name, rank in ranks.items() if rank != config.r or config.rank_pattern},
+        {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha or config.alpha_pattern},
+    )
+
+
+def _given(what: str, pattern: dict[str, float], parameter: str, default: float) -> tuple[float, bool]:
+    """The value that a pattern has for a stacked parameter, and whether by the stack's own name."""
+    key = next((key for key in pattern if applies(key, [parameter, *single_names(parameter)])), None)
+    if key is None:
+        return default, False
+    if applies(key, [parameter]):
+        return pattern[key], True
+    values = {}
+    for projection in (name for name, stack in STACKED.items() if parameter.endswith(stack)):
+        names = [name for name in single_names(parameter) if name.endswith(projection)]
+        values[projection] = next((value for key, value in pattern.items() if applies(key, names)), default)
+    if len(set(values.values())) > 1:
+        raise ValueError(
+            f"{what}_pattern: gates and ups of routed experts are one parameter, {parameter}: give them one {what}"
+        )
+    return next(iter(values.values())), False
+
+
+def _pattern(
+    given: dict[str, float], stacked: dict[str, float], placement: Placement, model: nn.Module
+) -> dict[str, float]:
+    """The config's pattern with the values of stacked parameters.
+
+    PEFT takes the first key that matches, and sorts keys when it saves. So where a key of the config matches a stacked
+    parameter that has another value, all keys give way to names.
+    """
+    values = stacked
+    if any(applies(key, [name]) and value != stacked[name] for key, value in given.items() for name in stacked):
+        values = {
+            name: value
+            for name in [*placement.modules, *placement.parameters]
+            if (value := stacked.get(name, next((v for k, v in given.items() if applies(k, [name])), None)))
+            is not None
+        }
+        given = {}
+    pattern = {}
+    for value in set(values.values()):
+        names = [name for name in values if values[name] == value]
+        for parameters in (False, True):
+            of_kind = [name for name in names if (name in placement.parameters) == parameters]
+            pattern.update({re.escape(short): value for short in suffixes(of_kind, model, parameters)})
+    return {**pattern, **given}

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from ..models.dsv3.modeling_dsv3 import Dsv3PreTrainedModel
-from .lora_targets import resolve
+from .lora_targets import applies, resolve
 
 
 class Dsv3LoraModel(LoraModel):
@@ -23,56 +23,76 @@ class Dsv3LoraModel(LoraModel):
         if not isinstance(model, Dsv3PreTrainedModel) or kwargs.get("state_dict") is not None:
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: LoraConfig = self.peft_config[adapter_name]
-        modules, parameters, doubled = resolve(config, model)
-        if modules or parameters:  # else PEFT says that nothing was found
-            for name in map(re.escape, doubled):
-                config.rank_pattern.setdefault(name, 2 * config.r)
-                config.alpha_pattern.setdefault(name, 2 * config.lora_alpha)
-            # Given back in `_prepare_adapter_config`, which PEFT calls after it has read the names its own way
-            config.target_modules, config.target_parameters = set(), []
-            self._resolved = modules, parameters
-        with warnings.catch_warnings():
-            # PEFT looks for the patterns' keys among modules only, though they apply to parameters as well
-            names = [name for name, _ in model.named_parameters() if name.endswith(tuple(parameters))]
-            names += [name.replace("gate_up_proj", half) for name in names for half in ("gate_proj", "up_proj")]
-            for pattern in (config.rank_pattern, config.alpha_pattern):
-                applied = sorted(key for key in pattern if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
-                warnings.filterwarnings("ignore", f".*did not match any targeted module.*{re.escape(str(applied))}")
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        resolved = resolve(config, model)
+        if not resolved.modules and not resolved.parameters:
+            return super().inject_adapter(model, adapter_name, *args, **kwargs)  # PEFT says that nothing was found
+        given = config.target_modules, config.target_parameters, config.rank_pattern, config.alpha_pattern
+        config.rank_pattern, config.alpha_pattern = resolved.rank_pattern, resolved.alpha_pattern
+        # PEFT reads names its own way first, then calls `_check_new_adapter_config`, where these are given back
+        config.target_modules, config.target_parameters = set(), []
+        self._resolved = set(resolved.modules), sorted(resolved.parameters)
+        try:
+            with warnings.catch_warnings():
+                # PEFT looks for the patterns' keys among modules only, though they apply to parameters as well
+                for pattern in (config.rank_pattern, config.alpha_pattern):
+                    unmatched = [key for key in pattern if not applies(key, resolved.module_names)]
+                    applied = sorted(key for key in unmatched if applies(key, resolved.parameter_names))
+                    message = f".*did not match any targeted module.*{re.escape(str(applied))}"
+                    warnings.filterwarnings("ignore", message)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            # From 20 names on PEFT shortens them, by what modules there are: `gate_proj` would mean routed experts too
+            config.target_modules = set(resolved.modules)
+        except BaseException:
+            config.target_modules, config.target_parameters, config.rank_pattern, config.alpha_pattern = given
+            raise
+        finally:
+            self.__dict__.pop("_resolved", None)
 
-    def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: Any) -> LoraConfig:
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
         if (resolved := self.__dict__.pop("_resolved", None)) is not None:
-            peft_config.target_modules, peft_config.target_parameters = resolved[0], sorted(resolved[1])
-        return super()._prepare_adapter_config(peft_config, model_config)
+            config.target_modules, config.target_parameters = resolved
+        super()._check_new_adapter_config(config)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Refuses adapters whose tensors do not all have their place, or leave a place empty."""
-        state_dict = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
+        remap = super()._remap_adapter_state_dict_for_load
+        options = {"model": model, "config": config, "adapter_name": adapter_name}
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if isinstance(base, Dsv3PreTrainedModel):
-            check_adapter_fits(model, adapter_name, state_dict)
+        if not isinstance(base, Dsv3PreTrainedModel):
+            return remap(state_dict=state_dict, **options)
+        places = adapter_places(model, adapter_name)
+        # PEFT takes it that gates and ups are adapted within a second wrapper, the down projections'
+        renamed = {}
+        for name, tensor in state_dict.items():
+            outer = name.replace(".experts.base_layer.", ".experts.")
+            inner_place = _bare(name).replace(".weight", f".{adapter_name}.weight")
+            renamed[name if outer in state_dict or inner_place in places else outer] = tensor
+        state_dict = remap(state_dict=renamed, **options)
+        check_adapter_fits(places, adapter_name, state_dict)
         return state_dict
 
 
-def check_adapter_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+def _bare(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def adapter_places(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
+    """Names and shapes of an adapter's tensors in a model."""
+    own = re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")
+    return {_bare(name): tensor.shape for name, tensor in model.state_dict().items() if own.search(name)}
+
+
+def check_adapter_fits(places: dict[str, torch.Size], adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Raises ValueError unless an adapter's tensors are those that the model has places for.
 
     Args:
-        model: with the adapter's layers in place, its weights not read yet.
+        places: of the adapter in the model.
         state_dict: the adapter's weights by the names of the model's.
     """
-    prefix = "base_model.model."
-    given = {name.removeprefix(prefix): tensor.shape for name, tensor in state_dict.items() if ".lora_" in name}
-    places = {
-        name.removeprefix(prefix): tensor.shape
-        for name, tensor in model.state_dict().items()
-        if ".lora_" in name and f".{adapter_name}." in f"{name}."
-    }
+    given = {_bare(name): tensor.shape for name, tensor in state_dict.items() if ".lora_" in name}
     problems = []
     if extra := sorted(given.keys() - places.keys()):
         problems.append(f"it has weights for what this model does not adapt or have: {_some(extra)}")

@@ -24,6 +24,10 @@ def _factors(wrapper: Any, adapters: list[str]) -> LowRank:
     return LowRank(torch.cat(downs, dim=1), torch.cat(ups, dim=2))
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] | None:
     """The plain module within PEFT's wrappers, and what is added to each of its weights.
 
@@ -32,14 +36,14 @@ def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] |
 
     Returns:
         The experts and, by the weight's name, the adapters' factors. None where the wrappers have to be called as they
-        are: without an active adapter, merged, hooked (PEFT's batches of mixed adapters), around trained or quantised
-        weights, or of another kind.
+        are: without an active adapter, merged, around trained or quantised weights, of another kind, or hooked (PEFT's
+        batches of mixed adapters; accelerate's offloading, which also replaces `forward`).
     """
     found: dict[str, LowRank] = {}
     while type(module).__name__ == "ParamWrapper":
         wrapper: Any = module
         adapters = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
-        if wrapper.disable_adapters or wrapper.merged or wrapper._forward_hooks or wrapper._forward_pre_hooks:
+        if wrapper.disable_adapters or wrapper.merged or _is_hooked(wrapper):
             return None
         if adapters:
             found[wrapper.parameter_name] = _factors(wrapper, adapters)
@@ -47,7 +51,9 @@ def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] |
     weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     if not found or not found.keys() <= {"gate_up_proj", "down_proj"} or not hasattr(type(module), "is_plain_experts"):
         return None
+    if _is_hooked(module):
+        return None
     for weight in weights:
-        if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.dtype.itemsize < 2:
+        if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.is_meta or weight.dtype.itemsize < 2:
             return None
     return module, found

@@ -118,7 +118,7 @@ class Dsv3CheckpointMixin(_Base):
     ) -> Any:
         """Transformers' step between the model on the meta device and its weights: check the headers, read lazily.
 
-        `expected_keys` comes with adapter weights, which are none of our business.
+        `expected_keys` comes with an adapter's weights: these are refused unless they fit as a whole.
         """
         files = checkpoint_files or []
         if state_dict is None and expected_keys is None and files and all(f.endswith(".safetensors") for f in files):
@@ -138,6 +138,8 @@ class Dsv3CheckpointMixin(_Base):
                         "in one process, `save_pretrained` it, and load that"
                     )
         loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        if expected_keys is not None and any(".lora_" in key for key in expected_keys):
+            _check_adapter(loaded[0])
         used = getattr(model, "_weight_conversions", None)
         if expected_keys is None and used is not None and not any(isinstance(step, WeightConverter) for step in used):
             # Saving reverts what loading used, which for another model's state dict, of fused experts, is nothing
@@ -210,6 +212,17 @@ class Dsv3CheckpointMixin(_Base):
             if tensor.device.type != "meta" and f"{base}layers.{layer}.eh_proj.weight" in state_dict
         }
         return {**state_dict, **copies}
+
+
+def _check_adapter(info: Any) -> None:
+    """Transformers lists what an adapter has no place for, or lacks, and goes on."""
+    for keys, problem in (
+        (info.unexpected_keys, "it has weights for what this model does not adapt or have"),
+        (info.missing_keys, "it lacks weights of"),
+    ):
+        if names := sorted(key for key in keys if ".lora_" in key):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"the adapter does not fit this model: {problem} {', '.join(names[:3])}{more}")
 
 
 def _rename(stored: Mapping[str, StoredTensor], renamings: list[WeightRenaming]) -> dict[str, StoredTensor]:
