@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[float, tuple[str, ...], tuple[float, ...]]] = {
     "0.1% attention, head": (0.001, ("attention", "head"), (1e-2, 3e-2)),
     "0.1% linear, head": (0.001, ("linear", "head"), (1e-2, 3e-2)),
     "0.3% linear, head": (0.003, ("linear", "head"), (3e-3, 1e-2, 3e-2)),
-    "1% linear, head": (0.01, ("linear", "head"), (3e-3, 1e-2)),
+    "1% linear, head": (0.01, ("linear", "head"), (3e-3, 5e-3, 1e-2)),
     "1% all, head": (0.01, ("all", "head"), (3e-3, 1e-2)),
     "3% all, head": (0.03, ("all", "head"), (1e-3, 3e-3)),
 }

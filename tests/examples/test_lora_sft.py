@@ -35,6 +35,8 @@ def base(tmp_path_factory, make_model):
     (folder / "general.txt").write_text("\n".join(lines))
     rows = [json.dumps({"prompt": line[:20], "completion": line[20:]}) for line in lines[:60]]
     (folder / "pairs.jsonl").write_text("\n".join(rows))
+    (folder / "broken.jsonl").write_text('{"text": \n')
+    (folder / "columns.jsonl").write_text('{"body": "a"}\n{"body": "b"}\n')
     tokenizer = train_byte_bpe(["\n".join(lines), SCRIPT.read_text()], 320, 256)
     tokenizer.save_pretrained(folder / "model")
     make_model(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=1).save_pretrained(
@@ -98,8 +100,8 @@ def test_killed_and_resumed_it_ends_at_the_same_weights(base, whole, tmp_path):
 
 @pytest.mark.slow
 def test_prompts_and_completions(base, tmp_path):
-    printed = run(base, tmp_path / "out", "--dataset", base / "pairs.jsonl", "--packing", "false", "--rank", "2")
-    assert "LoRA of rank 2" in printed and "held-out loss" in printed
+    printed = run(base, tmp_path / "out", "--dataset", base / "pairs.jsonl", "--packing", "false", "--where", "linear")
+    assert "on attention, dense, shared experts" in printed and "held-out loss" in printed
 
 
 def test_wrong_input_is_refused_before_anything_is_written(base, whole, tmp_path):
@@ -107,6 +109,11 @@ def test_wrong_input_is_refused_before_anything_is_written(base, whole, tmp_path
     for output, options, message in (
         (fresh, ["--budget", "1e-6"], "too small for rank 1"),
         (fresh, ["--where", "everywhere"], "none of auto"),
+        (fresh, ["--where", "head"], "use Trainer for it"),
+        (fresh, ["--rank", "2"], "one of budget"),
+        (fresh, ["--max_steps", "-1"], "give the length of the run"),
+        (fresh, ["--dataset", base / "broken.jsonl"], "cannot be read"),
+        (fresh, ["--dataset", base / "columns.jsonl"], "no column text, prompt or messages"),
         (fresh, ["--text", base / "nowhere"], "nowhere does not exist"),
         (fresh, ["--dataset", base / "nowhere.jsonl"], "no such file"),
         (fresh, ["--text", base, "--dataset", base / "pairs.jsonl"], "one of them"),
