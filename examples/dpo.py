@@ -43,7 +43,7 @@ class PairArguments:
         },
     )
     kinds: list[str] = field(
-        default_factory=lambda: ["repeated_line"],
+        default_factory=lambda: ["single_quotes"],
         metadata={"help": f"What is wrong in the rejected bodies: {', '.join(CORRUPTIONS)}."},
     )
     eval_pairs: int = field(default=200, metadata={"help": "Pairs held out, of other files than the training's."})
@@ -123,7 +123,7 @@ if __name__ == "__main__":
         output_dir="./dsv3-dpo",
         max_steps=150,
         per_device_train_batch_size=8,
-        learning_rate=5e-4,
+        learning_rate=1e-4,
         warmup_steps=15,
         # The reference's log-probabilities once, beforehand; the SFT term keeps the chosen side likely
         precompute_ref_log_probs=True,

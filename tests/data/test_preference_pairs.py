@@ -1,11 +1,13 @@
 """Preference pairs: what is made of source code, and what is refused before anything is computed."""
 
+import ast
 import random
 
 import pytest
 
 from transformers_dsv3.data.preference_pairs import (
     CORRUPTIONS,
+    PREFERRED,
     PairError,
     check_pairs,
     function_pairs,
@@ -30,14 +32,17 @@ class TestEachKind:
         for row in rows:
             assert row["chosen"] != row["rejected"]
             assert parses(row["prompt"] + row["chosen"]) and parses(row["prompt"] + row["rejected"])
-            # A function of the file, but for its margin
-            assert all(line.strip() in texts[row["file"]] for line in row["chosen"].splitlines())
+            if kind not in PREFERRED:  # a function of the file, but for its margin
+                assert all(line.strip() in texts[row["file"]] for line in row["chosen"].splitlines())
 
     def test_no_kind_is_told_by_length(self, corpus, kind):
         rows = function_pairs(corpus.train, [kind], limit=200)
         sizes = [len(row["rejected"]) - len(row["chosen"]) for row in rows]
         mean = sum(len(row["chosen"]) for row in rows) / len(rows)
         assert abs(sum(sizes) / len(sizes)) < 0.05 * mean
+        if kind == "single_quotes":
+            assert not any(sizes)
+            return
         assert 0.2 < sum(size > 0 for size in sizes) / sum(size != 0 for size in sizes) < 0.8
 
     def test_a_seed_makes_the_same_pairs(self, corpus, kind):
@@ -72,10 +77,24 @@ def test_a_repeated_line_stands_for_the_one_behind_it():
     assert made == ["    a = 1\n    a = 1\n    return a\n", "    a = 1\n    b = 2\n    b = 2\n"]
 
 
+def test_quotes_are_a_matter_of_style():
+    body = '''    a = b"x" + r'y' + "it's" + """three"""\n    return f(a, 'z',  # 'no'\n        "\\n")\n'''
+    (function,) = functions_of(Document("a.py", f"def f(x):\n{body}"))
+    (rejected,) = CORRUPTIONS["single_quotes"](function, [])
+    assert rejected == body.replace('b"x"', "b'x'")
+    assert PREFERRED["single_quotes"](function) == body.replace("r'y'", 'r"y"').replace("'z'", '"z"')
+
+
+def test_both_styles_are_the_same_to_the_interpreter(corpus):
+    for row in function_pairs(corpus.train, ["single_quotes"], limit=100):
+        chosen, rejected = (ast.dump(ast.parse(row["prompt"] + row[side])) for side in ("chosen", "rejected"))
+        assert chosen == rejected
+
+
 def test_text_without_functions():
     with pytest.raises(PairError, match="no Python function"):
         function_pairs([Document("a.txt", "prose")], ["wrong_name"], limit=3)
-    with pytest.raises(PairError, match=r"\['typo'\]; there are repeated_line"):
+    with pytest.raises(PairError, match=r"\['typo'\]; there are single_quotes"):
         function_pairs([], ["typo"], limit=3)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+import io
 import random
 import textwrap
+import tokenize
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +108,36 @@ def other_bodies(function: Function, others: Sequence[Function]) -> list[str]:
     return [other.body for other in others if abs(len(other.body) - size) <= 0.15 * size]
 
 
+def with_quotes(function: Function, quote: str) -> str:
+    """The body with its strings in these quotes, where that takes no escape; the same to the interpreter."""
+    source = function.prompt + function.body
+    lines = source.splitlines(keepends=True)
+    signature = function.prompt.count("\n")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        (row, start), (last, end) = token.start, token.end
+        if token.type != tokenize.STRING or row != last or row <= signature:
+            continue
+        prefix, inner = token.string.split(token.string[-1], 1)
+        if not set(inner[:-1]) & set("\"'\\"):  # triple quotes have quotes within
+            line = lines[row - 1]
+            lines[row - 1] = line[:start] + prefix + quote + inner[:-1] + quote + line[end:]
+    return "".join(lines[signature:])
+
+
+def single_quotes(function: Function, others: Sequence[Function]) -> list[str]:
+    """Strings in single quotes: the same to the interpreter, another style."""
+    return [with_quotes(function, "'")]
+
+
 CORRUPTIONS: dict[str, Callable[[Function, Sequence[Function]], list[str]]] = {
+    "single_quotes": single_quotes,
     "repeated_line": repeated_lines,
     "wrong_name": wrong_names,
     "other_body": other_bodies,
 }
+
+# Kinds whose preferred side is rewritten too: a style that the text does not keep
+PREFERRED: dict[str, Callable[[Function], str]] = {"single_quotes": lambda function: with_quotes(function, '"')}
 
 
 def function_pairs(
@@ -147,6 +174,8 @@ def function_pairs(
         if len(rows) == limit:
             break
         kind = kinds[len(rows) % len(kinds)]
+        if kind in PREFERRED:
+            function = replace(function, body=PREFERRED[kind](function))
         made = CORRUPTIONS[kind](function, by_file[function.file])
         made = [body for body in made if body != function.body and parses(function.prompt + body)]
         if made and (function.prompt, function.body) not in seen:
