@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from esft_study import read_texts  # the script beside this one
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 import transformers_dsv3
-from transformers_dsv3.data.byte_bpe import TokenBlocks, token_stream
-from transformers_dsv3.data.python_reference import python_reference
-from transformers_dsv3.data.text_files import build_corpus, standard_library
+from transformers_dsv3.data.byte_bpe import TokenBlocks
 from transformers_dsv3.training.checkpoints import write_json
 
 
@@ -51,21 +50,6 @@ class Arguments:
     steps: int = field(default=150, metadata={"help": "Optimizer steps of 4 x 256 tokens."})
     seeds: int = field(default=3, metadata={"help": "How many."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
-
-
-def read_texts(tokenizer) -> dict[str, TokenBlocks]:
-    domain = python_reference()
-    halves: tuple[list[str], list[str]] = ([], [])
-    for document in sorted(domain.held_out, key=lambda document: -document.n_bytes):
-        min(halves, key=lambda half: sum(map(len, half))).append(document.text)
-    general = build_corpus(standard_library(), "").held_out
-    texts = {
-        "train": [d.text for d in domain.train],
-        "validation": halves[0],
-        "test": halves[1],
-        "general": [d.text for d in general],
-    }
-    return {name: TokenBlocks(token_stream(tokenizer, text), 256) for name, text in texts.items()}
 
 
 def run(method: str, rate: float, seed: int, arguments: Arguments, texts: dict[str, TokenBlocks]) -> dict:
@@ -110,7 +94,7 @@ def main() -> None:
     path = Path(arguments.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    texts = read_texts(AutoTokenizer.from_pretrained(arguments.model))
+    texts = vars(read_texts(AutoTokenizer.from_pretrained(arguments.model)))
 
     def result_of(method: str, rate: float, seed: int) -> dict:
         for entry in results:
