@@ -188,7 +188,8 @@ def test_interrupted_it_says_how_to_go_on(tmp_path, notes, tiny):
     options = ["--config", tiny, "--text", notes, "--max_steps", 60, "--save_steps", 2]
     process = subprocess.Popen(
         command("pretrain.py", output, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env=ENVIRONMENT,
+        # A shell's background jobs are started with Ctrl-C ignored, and so would be what they start
+        env=ENVIRONMENT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while process.poll() is None and not (output / "checkpoint-4").exists():
         time.sleep(0.001)
