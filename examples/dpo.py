@@ -19,16 +19,18 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer
 
 import transformers_dsv3  # noqa: F401  registers the architecture
+from transformers_dsv3.data.local_paths import local_or_hub
 from transformers_dsv3.data.preference_pairs import CORRUPTIONS, check_pairs, dataset_pairs, function_pairs
 from transformers_dsv3.data.text_files import build_corpus, standard_library
 from transformers_dsv3.evaluation.preferences import preference_accuracy
 from transformers_dsv3.evaluation.text_quality import bits_per_byte
 from transformers_dsv3.training.checkpoints import checkpoint_step, write_json
 from transformers_dsv3.training.run_folder import RunFolder, save_whole
+from transformers_dsv3.training.script_arguments import ScriptArgumentParser
 
 
 @dataclass
@@ -68,7 +70,9 @@ def main(arguments: PairArguments, args: DPOConfig) -> None:
     try:  # whatever is wrong with what was asked for, before anything is trained
         folder.check(settings)
         tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer or arguments.model)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            local_or_hub(arguments.model, one_of=["config.json"]), dtype=torch.float32
+        )
         number = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
         train, held_out, text = make_pairs(arguments, number, args.seed)
         for name, rows in (("Training", train), ("Held out", held_out)):
@@ -118,7 +122,7 @@ def main(arguments: PairArguments, args: DPOConfig) -> None:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser((PairArguments, DPOConfig), description=__doc__)
+    parser = ScriptArgumentParser((PairArguments, DPOConfig), description=__doc__)
     parser.set_defaults(
         output_dir="./dsv3-dpo",
         max_steps=150,
@@ -137,4 +141,6 @@ if __name__ == "__main__":
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    main(*parser.parse_args_into_dataclasses())
+    arguments = parser.parse_args_into_dataclasses()
+    with RunFolder(arguments[-1].output_dir).explaining_interruption(arguments[-1]):
+        main(*arguments)

@@ -20,15 +20,17 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 from transformers_dsv3 import Dsv3Config, ESFTCallback, ExpertSelection, score_experts
+from transformers_dsv3.data.local_paths import local_or_hub
 from transformers_dsv3.data.packed_stream import HeldOutBlocks
 from transformers_dsv3.data.python_reference import python_reference
 from transformers_dsv3.data.text_stream import stream_corpus, stream_files
 from transformers_dsv3.training.checkpoints import checkpoint_step, write_json
 from transformers_dsv3.training.expert_scores import SELECTION_FILE
 from transformers_dsv3.training.run_folder import RunFolder
+from transformers_dsv3.training.script_arguments import ScriptArgumentParser
 from transformers_dsv3.training.stream_position import StreamPosition, check_stream_arguments
 from transformers_dsv3.training.text_arguments import TextArguments, given_or_trained_tokenizer
 
@@ -59,7 +61,7 @@ def main(esft_args: EsftArguments, text_args: TextArguments, training_args: Trai
     folder = RunFolder(training_args.output_dir)
     try:  # whatever is wrong with what was asked for, before anything is trained
         check_stream_arguments(training_args)
-        config = AutoConfig.from_pretrained(esft_args.model)
+        config = AutoConfig.from_pretrained(local_or_hub(esft_args.model, one_of=["config.json"]))
         if not isinstance(config, Dsv3Config):
             raise ValueError(f"--model {esft_args.model} is of model type {config.model_type!r}, not deepseek_v3")
         text_args.check(config.max_position_embeddings)
@@ -111,7 +113,7 @@ def main(esft_args: EsftArguments, text_args: TextArguments, training_args: Trai
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser((EsftArguments, TextArguments, TrainingArguments), description=__doc__)
+    parser = ScriptArgumentParser((EsftArguments, TextArguments, TrainingArguments), description=__doc__)
     parser.set_defaults(
         output_dir="./dsv3-esft",
         max_steps=150,
@@ -126,4 +128,6 @@ if __name__ == "__main__":
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.accelerator.is_available(),
     )
-    main(*parser.parse_args_into_dataclasses())
+    arguments = parser.parse_args_into_dataclasses()
+    with RunFolder(arguments[-1].output_dir).explaining_interruption(arguments[-1]):
+        main(*arguments)

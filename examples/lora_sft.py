@@ -8,7 +8,7 @@ general text on what was held out. The same command again, after any interruptio
 Your own domain, any dataset that TRL reads (text, prompt and completion, messages), any flag of SFTConfig:
 
     python examples/lora_sft.py --model ./my-model --text ./manuals --general ./notes --budget 0.001
-    python examples/lora_sft.py --model ./my-model --dataset ./chats.jsonl --where attention --rank 8 --packing false
+    python examples/lora_sft.py --model ./my-model --dataset ./pairs.jsonl --where attention --rank 8 --packing false
 
 examples/adapt.md says what to expect of a budget. Needs `datasets`.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from transformers_dsv3 import Dsv3Config, lora_config
@@ -29,6 +29,7 @@ from transformers_dsv3.data.python_reference import python_reference
 from transformers_dsv3.data.text_stream import stream_corpus, stream_files
 from transformers_dsv3.training.checkpoints import checkpoint_step, write_json
 from transformers_dsv3.training.run_folder import RunFolder
+from transformers_dsv3.training.script_arguments import ScriptArgumentParser
 
 
 @dataclass
@@ -43,8 +44,9 @@ class LoraArguments:
         default=None, metadata={"help": "Greatest share of trainable parameters. Default: 0.01, without --rank."}
     )
     rank: int | None = field(default=None, metadata={"help": "In place of --budget, the rank of every adapter."})
-    where: str = field(
-        default="auto", metadata={"help": "auto, attention, dense, shared_experts, experts, linear, mlp or all."}
+    where: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata={"help": "auto, or some of attention, dense, shared_experts, experts, linear, mlp and all."},
     )
     text: list[str] | None = field(
         default=None,
@@ -68,8 +70,8 @@ def domain_data(arguments: LoraArguments, seed: int, exclude: Path) -> tuple[Dat
         builder = BUILDERS.get(Path(name).suffix)
         try:
             data = load_dataset(builder or name, split="train", **({"data_files": name} if builder else {}))
-        except Exception as error:  # of many kinds, by the file's format
-            raise ValueError(f"--dataset {name} cannot be read: {error}") from error
+        except Exception as error:  # of many kinds, by the file's format; StopIteration where there is nothing
+            raise ValueError(f"--dataset {name} cannot be read: {error or 'it has no rows'}") from error
         if len(data) < 2:
             raise ValueError(f"--dataset {name}: {len(data)} examples, some are to train on and some are held out")
         if not {"text", "prompt", "messages"} & set(data.column_names):
@@ -100,11 +102,13 @@ def main(lora_args: LoraArguments, training_args: SFTConfig) -> None:
         folder.check(settings)
         checkpoint = folder.checkpoint_to_resume(training_args)
         tokenizer = AutoTokenizer.from_pretrained(lora_args.model)
+        if "messages" in train.column_names and tokenizer.chat_template is None:
+            raise ValueError("--dataset has messages, for which the model's tokenizer needs a chat template")
         set_seed(training_args.seed)
         model = AutoModelForCausalLM.from_pretrained(lora_args.model, dtype=torch.float32)
+        where = "auto" if lora_args.where == ["auto"] else lora_args.where
         budget = 0.01 if lora_args.budget is None and lora_args.rank is None else lora_args.budget
-        peft_config = lora_config(model, budget, lora_args.rank, where=lora_args.where)
-        folder.record(settings, tokenizer)
+        peft_config = lora_config(model, budget, lora_args.rank, where=where)
     except (ValueError, OSError) as error:
         sys.exit(f"lora_sft.py: {error}")
     print(f"Domain: {source}. General: {general.source}, {general.split}.")
@@ -120,6 +124,7 @@ def main(lora_args: LoraArguments, training_args: SFTConfig) -> None:
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    folder.record(settings, tokenizer)  # once the trainer has taken data and flags
     before_path = folder.path / "before_results.json"
     if not before_path.exists():
         write_json(before_path, trainer.evaluate())
@@ -137,7 +142,7 @@ def main(lora_args: LoraArguments, training_args: SFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser((LoraArguments, SFTConfig), description=__doc__)
+    parser = ScriptArgumentParser((LoraArguments, SFTConfig), description=__doc__)
     parser.set_defaults(
         output_dir="./dsv3-lora",
         max_steps=150,
@@ -159,4 +164,6 @@ if __name__ == "__main__":
         use_cpu=not torch.accelerator.is_available(),
         bf16=torch.accelerator.is_available(),
     )
-    main(*parser.parse_args_into_dataclasses())
+    arguments = parser.parse_args_into_dataclasses()
+    with RunFolder(arguments[-1].output_dir).explaining_interruption(arguments[-1]):
+        main(*arguments)

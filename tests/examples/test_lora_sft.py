@@ -29,6 +29,9 @@ def datasets(base):
     rows = [json.dumps({"prompt": line[:20], "completion": line[20:]}) for line in lines[:60]]
     (base / "pairs.jsonl").write_text("\n".join(rows))
     (base / "broken.jsonl").write_text('{"text": \n')
+    (base / "empty.jsonl").write_text("")
+    chat = [{"role": "user", "content": "ash"}, {"role": "assistant", "content": "elm"}]
+    (base / "chats.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 4))
     (base / "columns.jsonl").write_text('{"body": "a"}\n{"body": "b"}\n')
     return base
 
@@ -83,12 +86,14 @@ def test_wrong_input_is_refused_before_anything_is_written(example, base, datase
         (fresh, ["--rank", "2"], "one of budget"),
         (fresh, ["--max_steps", "-1"], "give the length of the run"),
         (fresh, ["--dataset", base / "broken.jsonl"], "cannot be read"),
+        (fresh, ["--dataset", base / "empty.jsonl"], "cannot be read"),
+        (fresh, ["--dataset", base / "chats.jsonl"], "needs a chat template"),
         (fresh, ["--dataset", base / "columns.jsonl"], "no column text, prompt or messages"),
         (fresh, ["--text", base / "nowhere"], "nowhere does not exist"),
         (fresh, ["--dataset", base / "nowhere.jsonl"], "no such file"),
         (fresh, ["--text", base, "--dataset", base / "pairs.jsonl"], "one of them"),
         (fresh, ["--model", base / "nowhere"], "nowhere"),
-        (whole[0], ["--where", "attention"], "where was 'auto' and is 'attention' now"),
+        (whole[0], ["--where", "attention"], "where was ['auto'] and is ['attention'] now"),
     ):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
             patch.setattr(sys, "argv", example.command(base, output, *options)[1:])
