@@ -38,7 +38,9 @@ OPTIONAL = {
     "fastapi",
 }
 # Modules that are such a place, imported themselves inside functions only
-LATE = {f"training/lora_{name}.py": {"peft"} for name in ("export", "targets", "tuner")}
+LATE = {f"training/lora_{name}.py": {"peft"} for name in ("export", "targets", "tuner")} | {
+    path.relative_to(PACKAGE).as_posix(): {"triton"} for path in (PACKAGE / "kernels" / "triton_src").glob("*.py")
+}
 # Verbs import these inside their functions; server.py is imported by its verb alone.
 HEAVY = {"torch", "transformers", "transformers_dsv3"}
 

@@ -24,8 +24,8 @@ logger = logging.get_logger(__name__)
 VARIABLE = "TRANSFORMERS_DSV3_BACKENDS"
 # For "experts" any name that Transformers knows is a choice, and is checked when a model is made.
 CHOICES = {
-    "linear": ("auto", "torch", "cpu"),
-    "attention": ("auto", "torch", "cpu"),
+    "linear": ("auto", "torch", "cpu", "triton"),
+    "attention": ("auto", "torch", "cpu", "triton"),
     "isa": ("avx512", "avx2", "portable"),
 }
 
@@ -61,7 +61,7 @@ def use(**choices: str) -> Iterator[None]:
     """
     for operation, name in choices.items():
         if operation not in ("linear", "attention") or name not in CHOICES[operation]:
-            raise ValueError(f"{operation}={name!r} is not a choice: linear and attention are auto, torch or cpu")
+            raise ValueError(f"{operation}={name!r} is not a choice: linear and attention are auto, torch, cpu or triton")
     before = dict(chosen)
     chosen.update(choices)
     try:
