@@ -61,7 +61,9 @@ def use(**choices: str) -> Iterator[None]:
     """
     for operation, name in choices.items():
         if operation not in ("linear", "attention") or name not in CHOICES[operation]:
-            raise ValueError(f"{operation}={name!r} is not a choice: linear and attention are auto, torch, cpu or triton")
+            raise ValueError(
+                f"{operation}={name!r} is not a choice: linear and attention are one of {', '.join(CHOICES['linear'])}"
+            )
     before = dict(chosen)
     chosen.update(choices)
     try:

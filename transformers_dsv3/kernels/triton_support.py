@@ -1,8 +1,8 @@
 """Whether programs written in Triton can take a call here, and why not.
 
-They run on NVIDIA GPUs from compute capability 8.0 and on AMD GPUs that ROCm's torch runs on; both are "cuda" to torch.
-Under Triton's interpreter (`TRITON_INTERPRET=1` before Triton is imported) they run on the CPU, slowly, where they were
-asked for by name: that is how they are tested without a GPU.
+They run on NVIDIA GPUs from compute capability 8.0 and on AMD GPUs that ROCm's torch runs on; both are "cuda" to
+torch. Under Triton's interpreter (`TRITON_INTERPRET=1` before Triton is imported) they run on the CPU, slowly, where
+they were asked for by name: that is how they are tested without a GPU.
 """
 
 import functools
