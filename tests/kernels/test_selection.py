@@ -59,7 +59,7 @@ def test_the_variable_is_parsed():
         ("cpu", "'cpu' is not one of"),
         ("expert=cpu", "'expert=cpu' is not one of"),
         ("linear=mkl", "linear is one of auto, torch, cpu, triton, not 'mkl'"),
-        ("linear=torch,attention=", "attention is one of auto, torch, cpu, not ''"),
+        ("linear=torch,attention=", "attention is one of auto, torch, cpu, triton, not ''"),
         ("isa=sse2", "isa is one of avx512, avx2, portable, not 'sse2'"),
     ],
 )
