@@ -1,0 +1,88 @@
+"""Tile sizes of the GPU programs by family of devices, and the shapes that they are compiled ahead of time for.
+
+A program's tiles come from this table and never from trials at first use, which take minutes for a model. They were
+chosen by what the compilers report: matrix instructions of the largest kind, no spilled registers, shared memory that
+fits. None was timed on a device.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Family:
+    """Devices that share one row of the table.
+
+    Args:
+        backend, arch, warp_size: Triton's target that stands for the family.
+        shared: bytes of shared memory (AMD: LDS) that one program may have.
+        devices: examples, for people.
+    """
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared: int
+    devices: str
+
+
+FAMILIES = {
+    "sm80": Family("cuda", 80, 32, 163 * 1024, "A100, A800"),
+    "sm89": Family("cuda", 89, 32, 99 * 1024, "RTX 4090, L40S; RTX 3090 and A6000; RTX 5090"),
+    "sm90": Family("cuda", 90, 32, 227 * 1024, "H100, H200, H800, H20"),
+    "gfx90a": Family("hip", "gfx90a", 64, 64 * 1024, "MI210, MI250"),
+    "gfx942": Family("hip", "gfx942", 64, 64 * 1024, "MI300, MI325"),
+    # Fits every device above
+    "default": Family("cuda", 80, 32, 64 * 1024, "all others"),
+}
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One way in which a program is compiled in use.
+
+    Args:
+        label: program, shape and dtype, for people.
+        kernel: the `@triton.jit` function.
+        signature: from every argument that is no constant to its type, such as "*bf16" or "i32"; ":16" behind it for
+            a pointer or number that is a multiple of 16, which Triton finds out at launch.
+        constexprs: from every `tl.constexpr` argument to its value.
+        options: of the compiler, such as `num_warps` and `num_stages`.
+        matrix: whether the program has products for the matrix units.
+    """
+
+    label: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, object]
+    options: Mapping[str, int] = field(default_factory=dict)
+    matrix: bool = False
+
+
+# From an operation and a family to the constants and the compiler's options of its program; a family that is missing
+# takes "default".
+TILES: dict[str, dict[str, dict[str, int]]] = {}
+
+
+def tiles(operation: str, family: str) -> dict[str, int]:
+    """Constants and compiler's options of an operation's program on a family of devices."""
+    rows = TILES[operation]
+    return rows.get(family, rows["default"])
+
+
+@functools.cache
+def family_of(device: torch.device) -> str:
+    """The family of a device, "default" for one that the table does not know and for the CPU's interpreter."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "default"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        name = properties.gcnArchName.split(":")[0]
+        return name if name in FAMILIES else "default"
+    # By shared memory too: 8.6 and 12.x have the 99 KB of 8.9
+    known = {(8, 0): "sm80", (8, 6): "sm89", (8, 9): "sm89", (9, 0): "sm90", (12, 0): "sm89"}
+    return known.get((properties.major, properties.minor), "default")
