@@ -6,6 +6,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import experts_cpu, experts_grouped
 from .selection import logger
+from .triton_support import compute_capability
 
 
 NAME = "auto"
@@ -18,7 +19,7 @@ def grouped_mm_refusal(module: nn.Module) -> str | None:
         return "this torch has no grouped_mm"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes fp32, bf16 and fp16 weights, not {weight.dtype}"
-    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
+    if weight.is_cuda and compute_capability(weight.device.index) < (8, 0):
         return "needs compute capability 8.0 or newer"
     return None
 

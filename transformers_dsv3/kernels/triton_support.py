@@ -41,7 +41,10 @@ def _distribution(name: str) -> bool:
 
 
 @functools.cache
-def _capability(index: int | None) -> tuple[int, int]:
+def compute_capability(index: int | None) -> tuple[int, int]:
+    """Of an NVIDIA GPU, such as (9, 0). AMD's count as the newest, and so do tensors of a GPU that is not here."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return (99, 0)
     return torch.cuda.get_device_capability(index)
 
 
@@ -60,7 +63,7 @@ def device_refusal(tensor: torch.Tensor) -> str | None:
         return f"is for GPUs, not {tensor.device.type}"
     if interpreted():
         return "is interpreted on the CPU, as TRITON_INTERPRET asks"
-    if torch.version.hip is None and torch.cuda.is_available() and _capability(tensor.device.index) < (8, 0):
+    if compute_capability(tensor.device.index) < (8, 0):
         return "needs compute capability 8.0 or newer"
     return None
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
@@ -224,7 +225,7 @@ class Dsv3Attention(nn.Module):
         if type(self.kv_b_proj) not in (nn.Linear, Dsv3Linear):
             kind = type(self.kv_b_proj)
             return f"kv_b_proj is a {kind.__module__}.{kind.__name__}, whose weight cannot be folded"
-        if not self.is_head_parallel and type(self.kv_b_proj.weight) not in (nn.Parameter, torch.Tensor):
+        if not self.is_head_parallel and type(self.kv_b_proj.weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
             return f"kv_b_proj's weight is a {type(self.kv_b_proj.weight).__name__}, not a plain tensor"
         if self.kv_b_proj._forward_hooks or self.kv_b_proj._forward_pre_hooks:
             return "kv_b_proj has forward hooks, which only its own call runs"
