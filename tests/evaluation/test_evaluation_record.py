@@ -1,0 +1,101 @@
+"""Records of evaluations: what is written is read again, and what is no record is refused by its field."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from transformers_dsv3.evaluation import evaluation_record
+from transformers_dsv3.evaluation.checkpoint_identity import CheckpointIdentity
+from transformers_dsv3.evaluation.evaluation_record import (
+    EvaluationRecord,
+    RecordError,
+    new_record,
+    read_record,
+    source_commit,
+)
+from transformers_dsv3.evaluation.routing import routing_report
+
+
+@pytest.fixture(scope="module")
+def record(make_model):
+    base = CheckpointIdentity("base", "a" * 64, "b" * 64, revision="c" * 40)
+    identity = CheckpointIdentity("adapter", "d" * 64, "e" * 64, base=base)
+    record = new_record(identity, command="transformers-dsv3 evaluate adapter", settings={"limit": 3}, seed=7)
+    record.text = dict.fromkeys(("bits_per_byte", "nats_per_token", "perplexity", "byte_perplexity"), 1.5)
+    record.text |= {"tokens": 10, "bytes": 20}
+    record.routing = routing_report(make_model(), torch.arange(40), window=16).to_dict()
+    metrics = {"acc,none": {"value": 0.5, "stderr": float("nan"), "higher_is_better": True}}
+    record.tasks = {"local": {"metrics": metrics, "n": 4, "num_fewshot": 0, "version": 1}}
+    record.human_eval = {"pass@k": {"1": {"value": 0.0, "stderr": 0.0}}, "problems": 164}
+    return record
+
+
+def test_written_and_read(record, tmp_path):
+    record.write(tmp_path / "evaluation.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    read = read_record(tmp_path / "evaluation.json")
+    assert read.checkpoint == record.checkpoint
+    assert read.to_dict() == record.to_dict()
+    assert read.tasks["local"]["metrics"]["acc,none"]["stderr"] is None  # JSON has no NaN
+    assert read.versions["torch"] == torch.__version__ and read.hardware["device"] == "cpu"
+
+
+WRONG = [
+    ({"record": "bench"}, "no record of `transformers-dsv3 evaluate`"),
+    ({"version": 2}, "version 2 of the record; this package reads version 1"),
+    ({"seed": "0"}, "field 'seed' is '0', not int"),
+    ({"seed": True}, "field 'seed' is True, not int"),
+    ({"checkpoint": {"name": "a"}}, "field 'checkpoint.sha256' is missing"),
+    ({"text": {"bits_per_byte": 1.0}}, "field 'text.nats_per_token' is missing"),
+    ({"routing": {"layers": 3}}, "field 'routing' is no routing report"),
+    (
+        {"tasks": {"a": {"metrics": {"acc": 0.5}, "n": 1, "num_fewshot": 0}}},
+        "'tasks.a.metrics.acc' is 0.5, not dict",
+    ),
+    ({"human_eval": {}}, "field 'human_eval.pass@k' is missing"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_what_is_no_record(record, tmp_path, change, message):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({**record.to_dict(), **change}))
+    with pytest.raises(RecordError, match="other.json") as caught:
+        read_record(path)
+    assert message in str(caught.value)
+
+
+def test_a_digest_is_a_digest(record):
+    values = record.to_dict()
+    values["checkpoint"]["base"]["sha256"] = "/home/somebody"
+    with pytest.raises(RecordError, match="'checkpoint.base.sha256' is '/home/somebody', not 64 hexadecimal digits"):
+        EvaluationRecord.from_dict(values)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(RecordError, match="missing.json cannot be read: No such file"):
+        read_record(tmp_path / "missing.json")
+    (tmp_path / "half.json").write_text('{"record": ')
+    with pytest.raises(RecordError, match="half.json is not JSON"):
+        read_record(tmp_path / "half.json")
+
+
+def test_commit_of_the_source(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(evaluation_record, "_PACKAGE", package)
+    installed = source_commit()  # not tracked: whatever pip knows of the installed package
+    git("add", ".")
+    git("commit", "-qm", "one")
+    assert source_commit() == git("rev-parse", "HEAD") != installed
+    (package / "__init__.py").write_text("changed = True\n")
+    assert source_commit() == git("rev-parse", "HEAD") + "-dirty"

