@@ -18,10 +18,10 @@ ALLOWED = {
     "data": {"models", "generation", "training"},
     "compression": {"models", "kernels", "generation", "training", "data"},
     "evaluation": {"models", "kernels", "generation", "training", "data", "compression"},
-    "hub": {"evaluation"},
+    "hub": {"models", "evaluation"},
     "cli": {"training", "data", "compression", "evaluation", "generation", "hub"},
     "registration": {"models", "kernels", "compression", "training"},
-    "__init__": {"models", "kernels", "registration", "training"},
+    "__init__": {"models", "kernels", "registration", "training", "hub"},
 }
 # Optional dependencies: imported where they are used, never at the top of a module.
 OPTIONAL = {

@@ -1,0 +1,1 @@
+"""Sharing models: model cards, uploads to the Hugging Face Hub, and checked downloads from it."""
