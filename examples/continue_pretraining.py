@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 from transformers_dsv3 import Dsv3Config, LoadBalancingCallback, MtpObjectiveCallback
 from transformers_dsv3.data.local_paths import local_or_hub
+from transformers_dsv3.evaluation.training_record import result, save_training_record
 from transformers_dsv3.training.checkpoints import checkpoint_step
 from transformers_dsv3.training.held_out_metrics import BitsPerByteMetric, nats_of_rows
 from transformers_dsv3.training.run_folder import RunFolder
@@ -92,7 +93,21 @@ def main(model_args: ModelArguments, text_args: TextArguments, training_args: Tr
         preprocess_logits_for_metrics=nats_of_rows,
         compute_metrics=BitsPerByteMetric(eval_dataset.bytes_per_token),
     )
-    folder.train_evaluate_save(trainer, checkpoint)
+
+    def record(metrics: dict[str, float]) -> None:
+        save_training_record(
+            folder.path,
+            method="continued pre-training",
+            arguments=training_args,
+            state=trainer.state,
+            data=text.to_dict(),
+            block_size=text_args.block_size,
+            settings=asdict(model_args),
+            base=model_args.model,
+            results=[result(name, "held-out text", metrics[f"eval_{name}"]) for name in ("bits_per_byte", "loss")],
+        )
+
+    folder.train_evaluate_save(trainer, checkpoint, record)
     if is_main_process:
         print(f"Saved in {folder.path}, an official checkpoint, which AutoModelForCausalLM and pipeline open.")
 

@@ -28,6 +28,7 @@ from transformers_dsv3.data.preference_pairs import CORRUPTIONS, check_pairs, da
 from transformers_dsv3.data.text_files import build_corpus, standard_library
 from transformers_dsv3.evaluation.preferences import preference_accuracy
 from transformers_dsv3.evaluation.text_quality import bits_per_byte
+from transformers_dsv3.evaluation.training_record import digest_of_rows, result, save_training_record
 from transformers_dsv3.training.checkpoints import checkpoint_step, write_json
 from transformers_dsv3.training.run_folder import RunFolder, save_whole
 from transformers_dsv3.training.script_arguments import ScriptArgumentParser
@@ -112,6 +113,24 @@ def main(arguments: PairArguments, args: DPOConfig) -> None:
     save_whole(trainer, folder.path)
     record = {"settings": settings, "before": before, "after": after}
     write_json(folder.path / "dpo_results.json", record)
+    save_training_record(
+        folder.path,
+        method="DPO",
+        arguments=args,
+        state=trainer.state,
+        data={
+            "source": arguments.dataset or f"functions of the Python standard library ({', '.join(arguments.kinds)})",
+            "pairs": len(train),
+            "held_out_pairs": len(held_out),
+            "sha256": digest_of_rows(train),
+        },
+        settings={name: settings[name] for name in ("beta", "loss_type", "max_length")},
+        base=arguments.model,
+        results=[
+            result("accuracy", "held-out pairs, chosen likelier than rejected", after["all"], before["all"]),
+            result("loss", "held-out plain text", after["loss"], before["loss"]),
+        ],
+    )
     if arguments.results is not None:
         path = Path(arguments.results)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from transformers_dsv3.data.local_paths import local_or_hub
 from transformers_dsv3.data.packed_stream import HeldOutBlocks
 from transformers_dsv3.data.python_reference import python_reference
 from transformers_dsv3.data.text_stream import stream_corpus, stream_files
+from transformers_dsv3.evaluation.training_record import result, save_training_record
 from transformers_dsv3.training.checkpoints import checkpoint_step, write_json
 from transformers_dsv3.training.expert_scores import SELECTION_FILE
 from transformers_dsv3.training.run_folder import RunFolder
@@ -103,10 +104,28 @@ def main(esft_args: EsftArguments, text_args: TextArguments, training_args: Trai
         write_json(before_path, trainer.evaluate())
     if checkpoint is not None and checkpoint_step(checkpoint) == training_args.max_steps:
         model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint).state_dict())  # only the end is left
-    folder.train_evaluate_save(trainer, checkpoint)
+    before = json.loads(before_path.read_text())
+    parts = {"domain": text, "general": general}
 
-    before, after = (json.loads(path.read_text()) for path in (before_path, folder.path / "eval_results.json"))
-    for name in ("domain", "general"):
+    def record(after: dict[str, float]) -> None:
+        losses = {name: f"eval_{name}_loss" for name in parts}
+        save_training_record(
+            folder.path,
+            method="ESFT",
+            arguments=training_args,
+            state=trainer.state,
+            data={**text.to_dict(), "general_text": general.to_dict()},
+            block_size=text_args.block_size,
+            parameters={"trained": esft.share.trained, "total": esft.share.total},
+            settings={**asdict(esft_args), "selection": selection.to_dict()},
+            base=esft_args.model,
+            results=[result("loss", f"held-out {n} text", after[key], before[key]) for n, key in losses.items()],
+        )
+
+    folder.train_evaluate_save(trainer, checkpoint, record)
+
+    after = json.loads((folder.path / "eval_results.json").read_text())
+    for name in parts:
         values = [results[f"eval_{name}_loss"] for results in (before, after)]
         print(f"{name:8} held-out loss {values[0]:.3f} before, {values[1]:.3f} after ({values[1] - values[0]:+.3f})")
     print(f"Saved in {folder.path}, an official checkpoint: pipeline('text-generation', '{folder.path}') opens it.")

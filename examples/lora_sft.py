@@ -27,6 +27,7 @@ from transformers_dsv3 import Dsv3Config, lora_config
 from transformers_dsv3.data.local_paths import BUILDERS, local_or_hub
 from transformers_dsv3.data.python_reference import python_reference
 from transformers_dsv3.data.text_stream import stream_corpus, stream_files
+from transformers_dsv3.evaluation.training_record import digest_of_rows, result, save_training_record
 from transformers_dsv3.training.checkpoints import checkpoint_step, write_json
 from transformers_dsv3.training.run_folder import RunFolder
 from transformers_dsv3.training.script_arguments import ScriptArgumentParser
@@ -130,11 +131,28 @@ def main(lora_args: LoraArguments, training_args: SFTConfig) -> None:
         write_json(before_path, trainer.evaluate())
     if checkpoint is not None and checkpoint_step(checkpoint) == training_args.max_steps:
         trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)  # only the end is left to do
-    folder.train_evaluate_save(trainer, checkpoint)
+    before = json.loads(before_path.read_text())
+
+    def record(after: dict[str, float]) -> None:
+        trained, total = trainer.model.get_nb_trainable_parameters()
+        losses = {name: f"eval_{name}_loss" for name in ("domain", "general")}
+        save_training_record(
+            folder.path,
+            method="LoRA",
+            arguments=training_args,
+            state=trainer.state,
+            data={"source": source, "documents": len(train), "sha256": digest_of_rows(train)},
+            parameters={"trained": trained, "total": total},
+            settings={"budget": budget, "where": lora_args.where, "max_length": training_args.max_length},
+            base=lora_args.model,
+            results=[result("loss", f"held-out {n} text", after[key], before[key]) for n, key in losses.items()],
+        )
+
+    folder.train_evaluate_save(trainer, checkpoint, record)
     trainer.model.merge_and_unload().save_pretrained(folder.path / "merged")
     tokenizer.save_pretrained(folder.path / "merged")
 
-    before, after = (json.loads(path.read_text()) for path in (before_path, folder.path / "eval_results.json"))
+    after = json.loads((folder.path / "eval_results.json").read_text())
     for name in ("domain", "general"):
         values = [results[f"eval_{name}_loss"] for results in (before, after)]
         print(f"{name:8} held-out loss {values[0]:.3f} before, {values[1]:.3f} after ({values[1] - values[0]:+.3f})")

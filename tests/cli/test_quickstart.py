@@ -18,6 +18,8 @@ from transformers_dsv3.cli.main import app
 from transformers_dsv3.cli.quickstart import names_of, run_quickstart, show
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3.data.text_files import TextError
+from transformers_dsv3.evaluation.checkpoint_identity import checkpoint_digest
+from transformers_dsv3.evaluation.training_record import read_training_record
 from transformers_dsv3.training.quickstart_run import QuickstartError, QuickstartSettings
 
 
@@ -113,6 +115,18 @@ def test_results_are_on_disk_and_plausible(finished):
     assert results["parameters"]["active"] < results["parameters"]["total"]
 
 
+def test_the_run_is_recorded(finished):
+    output, results = finished
+    record = read_training_record(output / "training_record.json")
+    assert record["checkpoint"]["sha256"] == checkpoint_digest(output)
+    assert (record["steps"], record["tokens"]) == (6, results["training"]["tokens"])
+    assert record["data"]["fingerprint"] == results["text"]["fingerprint"]
+    (measured,) = record["results"]
+    assert measured["after"] == results["held_out"]["bits_per_byte"]
+    assert record["routing"] == json.loads(json.dumps(results["routing"]))
+    assert record["history"]["loss"]["steps"] == [5]
+
+
 def test_the_table_prints_every_figure(finished, capsys):
     output, results = finished
     show(results, output)
@@ -165,6 +179,8 @@ def test_the_same_command_trains_on(tmp_path, notes):
     first = start(output, notes, steps=4)
     second = start(output, notes, steps=3)
     assert (first["steps"], second["steps"], second["training"]["steps"]) == (4, 7, 3)
+    record = read_training_record(output / "training_record.json")
+    assert (record["steps"], record["tokens"], len(record["commands"])) == (7, 7 * 2 * 32, 2)
     state = json.loads((output / "training" / "checkpoint-7" / "trainer_state.json").read_text())
     assert state["global_step"] == state["max_steps"] == 7
     assert len(list((output / "training").glob("checkpoint-*"))) <= 2

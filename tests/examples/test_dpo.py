@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import pipeline
 
+from transformers_dsv3.evaluation.training_record import read_training_record
+
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path]), "HF_HUB_OFFLINE": "1"}
@@ -73,6 +75,10 @@ def test_killed_and_repeated(model_folder, pairs, tmp_path):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7, msg=name)
     results = json.loads((tmp_path / "parts" / "dpo_results.json").read_text())
     assert results["before"].keys() == results["after"].keys() >= {"loss", "all"}
+    records = [read_training_record(tmp_path / run / "training_record.json") for run in ("whole", "parts")]
+    assert records[0]["data"] == records[1]["data"] and records[0]["tokens"] == records[1]["tokens"] > 0
+    assert records[1]["results"][0]["after"] == results["after"]["all"]
+    assert not (tmp_path / "parts" / "README.md").exists()  # TRL's template
     pipeline("text-generation", model=str(tmp_path / "parts"))("def f(", max_new_tokens=2)
 
 

@@ -11,6 +11,7 @@ from transformers import pipeline
 
 import transformers_dsv3
 from transformers_dsv3.data.python_reference import python_reference
+from transformers_dsv3.evaluation.training_record import read_training_record
 
 
 pytest.importorskip("datasets")
@@ -46,6 +47,12 @@ def test_specialises_on_the_reference_documentation(base, whole):
     }
     assert sum(not torch.equal(new[name], old[name]) for name in new) == 3 * sum(map(len, selection.experts.values()))
     assert pipeline("text-generation", model=str(output))("ash", max_new_tokens=4)[0]["generated_text"]
+    record = read_training_record(output / "training_record.json")
+    assert [(r["before"], r["after"]) for r in record["results"]] == [
+        (before[f"eval_{name}_loss"], after[f"eval_{name}_loss"]) for name in ("domain", "general")
+    ]
+    assert record["base"]["name"] == "model" and "general.txt" == record["data"]["general_text"]["source"]
+    assert 0 < record["parameters"]["trained"] < record["parameters"]["total"]
 
 
 def test_killed_and_resumed_it_ends_at_the_same_weights(example, base, whole, tmp_path):
@@ -56,6 +63,9 @@ def test_killed_and_resumed_it_ends_at_the_same_weights(example, base, whole, tm
     assert printed.splitlines()[-3:-1] == whole[1].splitlines()[-3:-1]
     for name, tensor in load_file(whole[0] / "model.safetensors").items():
         assert torch.equal(tensor, load_file(output / "model.safetensors")[name]), name
+    records = [read_training_record(folder / "training_record.json") for folder in (whole[0], output)]
+    for field in ("history", "results", "tokens", "settings", "data"):
+        assert records[0][field] == records[1][field], field
 
 
 def test_wrong_input_is_refused_before_anything_is_written(example, base, whole, tmp_path):

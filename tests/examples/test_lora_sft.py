@@ -10,6 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, pipeline
 
+from transformers_dsv3.evaluation.checkpoint_identity import checkpoint_digest
+from transformers_dsv3.evaluation.training_record import read_training_record
+
 
 pytest.importorskip("datasets")
 
@@ -55,6 +58,11 @@ def test_adapts_to_the_reference_documentation(base, whole):
             torch.testing.assert_close(
                 cls.from_pretrained(output / "merged").eval()(tokens).logits, expected, rtol=1e-4, atol=1e-4
             )
+    record = read_training_record(output / "training_record.json")
+    assert record["results"][0]["after"] == after["eval_domain_loss"]
+    assert record["checkpoint"]["sha256"] == checkpoint_digest(output)
+    assert record["tokens"] > 0 and len(record["data"]["sha256"]) == 64
+    assert not (output / "README.md").exists()  # PEFT's template
     for folder in (output, output / "merged"):
         assert pipeline("text-generation", model=str(folder))("ash", max_new_tokens=4)[0]["generated_text"]
 

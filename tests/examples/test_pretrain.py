@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, LlamaConfig, pipeline
 
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
+from transformers_dsv3.evaluation.training_record import read_training_record
 
 
 pytest.importorskip("datasets")
@@ -127,7 +128,11 @@ def test_trains_and_saves_an_official_checkpoint(whole):
     assert {path.name for path in whole.glob("checkpoint-*")} == {"checkpoint-56", "checkpoint-60"}
     config = json.loads((whole / "config.json").read_text())
     assert config["architectures"] == ["DeepseekV3ForCausalLM"] and config["use_cache"]
-    assert 0 < json.loads((whole / "eval_results.json").read_text())["eval_bits_per_byte"] < 6
+    evaluation = json.loads((whole / "eval_results.json").read_text())
+    assert 0 < evaluation["eval_bits_per_byte"] < 6
+    record = read_training_record(whole / "training_record.json")
+    assert record["results"][0]["after"] == evaluation["eval_bits_per_byte"]
+    assert record["history"]["loss"]["steps"][-1] == 60 and record["method"] == "pre-training"
 
     tokenizer = AutoTokenizer.from_pretrained(whole)
     model = AutoModelForCausalLM.from_pretrained(whole).eval()

@@ -118,7 +118,8 @@ def run_quickstart(
         typer.echo(f"Training a new model for {run.target_step:,} steps.")
 
     from ..evaluation.quickstart_report import PYTHON_PROMPTS, measure_checkpoint, prompts_from
-    from ..training.quickstart import train_and_save
+    from ..evaluation.training_record import result, save_training_record
+    from ..training.quickstart import BALANCE_LOSS_WEIGHT, train_and_save
 
     outcome = train_and_save(output, run, corpus, settings)
     prompts = PYTHON_PROMPTS if text is None else prompts_from(corpus)
@@ -141,6 +142,25 @@ def run_quickstart(
         },
         **measure_checkpoint(output, corpus, window=settings.block_length, prompts=prompts, seed=run.seed),
     }
+    held_out = results["held_out"]
+    save_training_record(
+        output,
+        method="pre-training",
+        arguments=outcome.arguments,
+        state=outcome.state,
+        data={**results["text"], "fingerprint_of": "names and texts of the files"},
+        block_size=settings.block_length,
+        settings={"block_size": settings.block_length, "seq_aux_loss_weight": BALANCE_LOSS_WEIGHT},
+        results=[
+            result(
+                "bits_per_byte",
+                "held-out text",
+                held_out["bits_per_byte"],
+                beside={"zlib -9": held_out["zlib_bits_per_byte"], "lzma -9e": held_out["lzma_bits_per_byte"]},
+            )
+        ],
+        extra={"routing": results["routing"], "completions": results["completions"]},
+    )
     results["seconds"] = time.perf_counter() - started
     # Last: this file is what tells the next command that this one has finished.
     write_json(output / RESULTS_NAME, results)

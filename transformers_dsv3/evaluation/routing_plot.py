@@ -21,7 +21,7 @@ SIDE_BY_SIDE = 64
 NUMBERED = 16
 
 
-def heat_map(reports: Sequence[tuple[str, RoutingReport]]) -> bytes:
+def heat_map(reports: Sequence[tuple[str, RoutingReport]], metadata: dict[str, str | None] | None = None) -> bytes:
     """Draw the loads of one checkpoint, or of several beside each other.
 
     Rows are mixture-of-experts layers, columns experts, colours the load over the layer's mean load on a logarithmic
@@ -29,6 +29,7 @@ def heat_map(reports: Sequence[tuple[str, RoutingReport]]) -> bytes:
 
     Args:
         reports: pairs of a title and a report.
+        metadata: text chunks of the PNG file; `{"Software": None}` leaves matplotlib's version out.
 
     Returns:
         A PNG file.
@@ -76,7 +77,7 @@ def heat_map(reports: Sequence[tuple[str, RoutingReport]]) -> bytes:
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"], fontsize=7)
     bar.set_label("load over mean load (black: no token)", fontsize=8)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI)
+    figure.savefig(file, format="png", dpi=DPI, metadata=metadata)
     return file.getvalue()
 
 

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProgressCallback,
     Trainer,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -36,15 +37,24 @@ from .mtp_objective import MtpObjectiveCallback
 from .quickstart_run import QuickstartSettings, Run, checkpoint_step, latest_checkpoint, record_run, training_folder
 
 
+# It does most for batches as small as these; see examples/pretrain.md
+BALANCE_LOSS_WEIGHT = 0.1
+
+
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What one command trained: `steps` optimizer steps on `tokens` tokens in `seconds` (0 where all was done)."""
+    """What one command trained: `steps` optimizer steps on `tokens` tokens in `seconds` (0 where all was done).
+
+    `arguments` and `state` are the trainer's; the state's log is of all commands.
+    """
 
     steps: int
     tokens: int
     seconds: float
     parameters: int
     active_parameters: int
+    arguments: TrainingArguments
+    state: TrainerState
 
 
 class LiveLossBar(ProgressCallback):
@@ -129,14 +139,16 @@ def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartS
     else:  # also where every step was done when the command was stopped, and only saving is left
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     seconds = 0.0
-    if done < run.target_step:
+    arguments = training_arguments(output, run, settings)
+    if checkpoint is not None and done == run.target_step:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
         trainer = Trainer(
             model=model,
-            args=training_arguments(output, run, settings),
+            args=arguments,
             train_dataset=blocks,
             processing_class=tokenizer,
-            # The balance loss does most for batches as small as these; see examples/pretrain.md
-            callbacks=[LoadBalancingCallback(seq_aux_loss_weight=0.1), MtpObjectiveCallback()],
+            callbacks=[LoadBalancingCallback(seq_aux_loss_weight=BALANCE_LOSS_WEIGHT), MtpObjectiveCallback()],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LiveLossBar())
@@ -144,6 +156,7 @@ def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartS
         with quiet_saving():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - started
+        state = trainer.state
     model.config.use_cache = True  # the trainer turns it off
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -162,6 +175,8 @@ def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartS
         seconds=seconds,
         parameters=model.num_parameters(),
         active_parameters=active_parameters(model),
+        arguments=arguments,
+        state=state,
     )
 
 

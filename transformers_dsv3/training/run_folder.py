@@ -1,6 +1,7 @@
 """A folder that one training run owns: it remembers what it was started with and is resumed by the same command.
 
-FOLDER/                 the official checkpoint and its tokenizer, once the run has ended, and eval_results.json
+FOLDER/                 the official checkpoint and its tokenizer, once the run has ended, training_record.json and
+                        eval_results.json
 FOLDER/run.json         what the run was started with
 FOLDER/tokenizer/       its tokenizer, from the start
 FOLDER/checkpoint-N/    the trainer's resumable checkpoints
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,16 @@ class RunFolder:
             raise RunFolderError(f"{self.path} is trained up to step {done:,}, past --max_steps {args.max_steps:,}")
         return checkpoint
 
-    def train_evaluate_save(self, trainer: Trainer, checkpoint: Path | None) -> None:
+    def train_evaluate_save(
+        self, trainer: Trainer, checkpoint: Path | None, record: Callable[[dict[str, float]], None] | None = None
+    ) -> None:
         """Train from the checkpoint to the end, evaluate, and save the official checkpoint into the folder.
 
         Args:
             trainer: its model already has the weights of `checkpoint` where that is of the last step. A run that was
                 killed after training, before its end, has only the rest to do.
+            record: called in one process with the evaluation's metrics, once the checkpoint is in the folder and
+                before the run counts as finished.
         """
         if checkpoint is None or checkpoint_step(checkpoint) < trainer.args.max_steps:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -139,11 +144,17 @@ class RunFolder:
         trainer.log_metrics("eval", metrics)
         trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # the trainer turns it off
         save_whole(trainer, self.path)
+        if record is not None and trainer.args.should_save:
+            record(metrics)
         trainer.save_metrics("eval", metrics, combined=False)  # see `finished_step`
 
 
 def save_whole(trainer: Trainer, folder: Path) -> None:
-    """Save model and tokenizer into a folder that holds a run, whole. To be called by all processes."""
+    """Save model and tokenizer into a folder that holds a run, whole. To be called by all processes.
+
+    The README.md that PEFT and TRL fill in from their templates is left out: it knows neither text nor results.
+    `transformers-dsv3 card` makes one from the run's record.
+    """
     partial = folder / "saving.partial"
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)
@@ -151,5 +162,15 @@ def save_whole(trainer: Trainer, folder: Path) -> None:
     trainer.save_model(str(partial))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
+        for readme in (partial / "README.md", folder / "README.md"):
+            if readme.exists() and is_template(readme.read_text(encoding="utf-8")):
+                readme.unlink()
         move_in(partial, folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def is_template(readme: str) -> bool:
+    """Whether a README.md is what TRL or PEFT fills in by itself, with nothing written into it."""
+    return readme.count("[More Information Needed]") > 10 or (
+        "It has been trained using [TRL]" in readme and "If you had a time machine" in readme
+    )
