@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 import transformers_dsv3
 from transformers_dsv3.cli.main import app
-from transformers_dsv3.evaluation.speed import benchmark, ceilings, record
+from transformers_dsv3.evaluation.speed import benchmark, ceilings, kernel_workloads, record
 from transformers_dsv3.evaluation.speed.contenders import ModelContender
 from transformers_dsv3.evaluation.speed.presets import PRESETS, Preset
 from transformers_dsv3.evaluation.speed.settings import BenchError, BenchSettings
@@ -21,6 +22,7 @@ def small_ceilings(monkeypatch):
     monkeypatch.setattr(ceilings, "READ_BYTES", 2**20)
     monkeypatch.setattr(ceilings, "GEMM_SHAPE", (64, 64, 64))
     monkeypatch.setattr(record, "load_average", lambda: 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # these are runs on the CPU
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,13 @@ def test_a_preset_is_made_of_random_weights(monkeypatch, tiny_config, tmp_path):
         (["--prefill", "1"], "--prefill", "1 is not at least 2"),
         (["--batch", "-3"], "--batch", "'-3' is no number"),
         (["--batch-context", "1,2"], "--batch-context", "is not one number"),
+        (["--device", "mps"], "--device", "'mps' is none of auto, cpu, cuda"),
+        (["--contenders", "plugin,vllm"], "--contenders", "'vllm' is none of plugin, plugin static, transformers"),
+        (["--contenders", "plugin,plugin"], "--contenders", "names plugin twice"),
+        (["--contenders", "plugin MTP"], "--contenders", "takes part in mtp only"),
+        (["--expert-tokens", "0"], "--expert-tokens", "0 is not at least 1"),
+        (["--attention", "8k"], "--attention", "'8k' is not ROWSxTOKENS"),
+        (["--attention", "1x0"], "--attention", "0 is not at least 1"),
         (["--rounds", "0"], "--rounds", "0 is not at least 1"),
         (["--new-tokens", "1"], "--new-tokens", "1 is not at least 2"),
         (["--threads", "0"], "--threads", "0 is not at least 1"),
@@ -246,6 +255,69 @@ def test_a_model_that_native_does_not_know_is_measured_alone(make_model, tmp_pat
     assert result.exit_code == 0, result.output
     assert "transformers was left out: DeepseekV3ForCausalLM has weights of its own" in result.output
     assert list(json.loads(path.read_text())["workloads"][0]["contenders"]) == ["plugin"]
+
+
+def test_a_gpu_that_is_not_there_is_refused(checkpoint):
+    output = refused(checkpoint, "--device", "cuda")
+    assert "--device" in output and "has no GPU to use here" in output
+
+
+def test_other_programs_are_not_measured_beside_a_gpu(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    output = refused(checkpoint, "--against", f"vllm={sys.executable}")
+    assert "--against" in output and "--device cpu" in output
+
+
+def test_static_caches_and_parts_of_a_layer(checkpoint, tmp_path):
+    path = tmp_path / "bench.json"
+    names = ["plugin", "plugin static", "transformers", "transformers static"]
+    result = bench(
+        *(checkpoint, "--what", "decode,batched,experts,attention", "--contexts", "5"),
+        *("--batch", "2", "--batch-context", "3", "--contenders", ",".join(names), "--expert-tokens", "1,9"),
+        *("--attention", "2x7", "--dtype", "fp32", "--rounds", "2", "--new-tokens", "3", "--json", path),
+    )
+    assert result.exit_code == 0, result.output
+    results = json.loads(path.read_text())
+    assert results["finished"] and set(results["contenders"]) == set(names)
+    for entry in results["workloads"]:
+        assert not entry["failed"] and list(entry["contenders"]) == names
+        for name, figures in entry["contenders"].items():
+            assert figures["units_a_turn"] == 3 and figures["floor"]["bytes_read"] > 0
+            assert ("first_generate_seconds" in figures) == name.endswith("static")
+    kinds = [(entry["what"], entry["tokens"], entry.get("with_gradients")) for entry in results["kernels"]]
+    assert kinds == [
+        *(("experts", 1, False), ("experts", 9, False), ("experts", 9, True)),
+        ("attention", 7, None),
+    ]
+    for entry in results["kernels"]:
+        assert {"eager", "grouped_mm", "auto"} <= set(entry["contenders"]) or "torch" in entry["contenders"]
+        for figures in entry["contenders"].values():
+            assert figures["operations_per_second"] == entry["operations"] / figures["median"]
+            assert 0 < max(figures["errors"].values()) < 1e-5
+    one, _, both, attention = results["kernels"]
+    assert one["operations"] == 2 * 3 * (3 * 32 * 24) and one["bytes_read"] == 3 * (3 * 32 * 24) * 4
+    assert both["operations"] == 3 * 9 * one["operations"]
+    assert len(both["contenders"]["eager"]["errors"]) == 5
+    assert attention["bytes_read"] == 2 * 7 * (16 + 8) * 4
+    for text in ("experts, 9 tokens, forward + backward, fp32", "x torch", "the first generate of plugin static"):
+        assert text in result.output
+
+
+def test_only_kernels_need_no_model(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.delattr(benchmark.Benchmark, "_plugin_model")
+    result = bench(checkpoint, "--what", "attention", "--attention", "1x4", "--rounds", 1)
+    assert result.exit_code == 0 and "attention over latents, 1 x 4 cached" in result.output, result.output
+
+
+def test_a_backend_that_fails_is_told_with_its_reason(checkpoint, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise KeyError("no tile")
+
+    monkeypatch.setattr(kernel_workloads, "absorbed_backends", lambda: {"torch": (None, fails)})
+    path = tmp_path / "bench.json"
+    result = bench(checkpoint, "--what", "attention", "--attention", "1x4", "--rounds", 1, "--json", path)
+    assert result.exit_code == 0 and "torch is left out: KeyError: 'no tile'" in result.output, result.output
+    assert json.loads(path.read_text())["kernels"][0]["failed"] == {"torch": "KeyError: 'no tile'"}
 
 
 def test_variants_that_do_not_exist_are_refused(checkpoint):

@@ -23,7 +23,23 @@ def bench(
             show_default=True,
         ),
     ] = "bench-2b",
-    what: Annotated[str, typer.Option(help="Any of decode, prefill, batched, mtp, train.")] = "decode,prefill",
+    what: Annotated[
+        str,
+        typer.Option(
+            help="Any of decode, prefill, batched, mtp, train; of one layer by itself, experts and attention."
+        ),
+    ] = "decode,prefill",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda (a GPU, NVIDIA's or AMD's), or auto: a GPU where torch sees one.")
+    ] = "auto",
+    contenders: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Only these of plugin, plugin static, plugin MTP, transformers, transformers static (and plugin int8 "
+            "and the like, as --weights says). Default: all, static ones on a GPU only.",
+        ),
+    ] = "",
     contexts: Annotated[
         str, typer.Option(help="Cached tokens at which decoding is timed; k is 1,024. mtp takes the smallest.")
     ] = "128,1k,8k",
@@ -42,6 +58,10 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens timed in a turn of decoding, fewer where slow.")] = 16,
     train_batch: Annotated[int, typer.Option(help="Sequences of a training step.")] = 4,
     train_length: Annotated[int, typer.Option(help="Tokens of each sequence of a training step.")] = 512,
+    expert_tokens: Annotated[str, typer.Option(help="Tokens that experts are given.")] = "1,32,4k",
+    attention: Annotated[
+        str, typer.Option(metavar="ROWSxTOKENS,...", help="Rows and cached tokens of attention.")
+    ] = "1x8k,64x8k",
     against: Annotated[
         str,
         typer.Option(
@@ -67,7 +87,7 @@ def bench(
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="PATH.png", help="Draw the result.")] = None,
 ) -> None:
-    """Measure how fast a DeepSeek-V3 model runs on this machine's CPU, beside native Transformers.
+    """Measure how fast a DeepSeek-V3 model runs on this machine, beside native Transformers.
 
     Both implementations run in this process on the same weights and take turns (A B, B A, ...), and between the turns
     the machine's own ceilings are measured: how fast its memory reads and how fast it multiplies matrices. The table
@@ -77,9 +97,14 @@ def bench(
     Decoding is the model's own generate(), from a cache that already holds the context. Run it on a machine that does
     nothing else.
 
+    On a GPU (--device) both also decode with cache_implementation="static", for which Transformers compiles the steps
+    and replays CUDA graphs; what compiling took is told apart. Times are those of events on the GPU, and the ceilings
+    are its own copies and matrix products. With --what experts,attention each backend runs these parts of one layer by
+    themselves, beside the error of each against float64.
+
     --against runs other programs too, in their own interpreters and between the same turns: vLLM's CPU build on the
-    checkpoint, llama.cpp on GGUF files (bf16 and Q8_0) that its own converter makes of it. They run with bf16 only.
-    One that fails is reported with its reason.
+    checkpoint, llama.cpp on GGUF files (bf16 and Q8_0) that its own converter makes of it. They run on the CPU, with
+    bf16 only. One that fails is reported with its reason.
 
     \b
     Examples:
@@ -89,9 +114,11 @@ def bench(
       transformers-dsv3 bench bench-2b --weights plain,int8 --contexts 128,1k
       transformers-dsv3 bench bench-2b --what batched --batch 8,32
       transformers-dsv3 bench small --what train --dtype fp32
+      transformers-dsv3 bench moonlight --device cuda --contexts 1k,8k --what decode,batched,prefill
+      transformers-dsv3 bench moonlight --device cuda --what experts,attention
       transformers-dsv3 bench bench-2b --against vllm=~/vllm/bin/python,llama.cpp=~/llama/bin/python
     """
-    from ..evaluation.speed.settings import BenchError, BenchSettings, interpreters, names, numbers
+    from ..evaluation.speed.settings import BenchError, BenchSettings, interpreters, names, numbers, shapes
 
     try:
         cached = numbers("--batch-context", batch_context)
@@ -100,6 +127,8 @@ def bench(
         settings = BenchSettings(
             source=source,
             what=names(what),
+            device=device,
+            contenders=names(contenders),
             contexts=numbers("--contexts", contexts),
             prefill=numbers("--prefill", prefill),
             batches=numbers("--batch", batch),
@@ -110,6 +139,8 @@ def bench(
             new_tokens=new_tokens,
             train_batch=train_batch,
             train_length=train_length,
+            expert_tokens=numbers("--expert-tokens", expert_tokens),
+            attention=shapes("--attention", attention),
             peers=interpreters(against),
             converter=converter,
             keep=keep,
@@ -211,14 +242,16 @@ def show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..evaluation.speed.report import HEADINGS, notes, table_rows
+    from ..evaluation.speed.report import HEADINGS, KERNEL_HEADINGS, kernel_rows, notes, table_rows
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file or a pipe has no width of its own, and 80 columns break every cell
-    table = Table(*HEADINGS)
-    for row in table_rows(results):
-        table.add_row(*row)
-    console.print(table)
+    for headings, rows in ((KERNEL_HEADINGS, list(kernel_rows(results))), (HEADINGS, list(table_rows(results)))):
+        if rows:
+            table = Table(*headings)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
     for line in notes(results):
         console.print(line, highlight=False, soft_wrap=True)

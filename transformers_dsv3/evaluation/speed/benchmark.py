@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,15 +18,27 @@ from ...models.dsv3 import Dsv3Config, Dsv3ForCausalLM
 from ...training.quickstart_run import write_json
 from . import record
 from .ceilings import Ceilings
-from .contenders import NATIVE, PLUGIN, VARIANTS, ModelContender, agreement, describe, share_weights, variant_name
+from .contenders import (
+    NATIVE,
+    PLUGIN,
+    VARIANTS,
+    ModelContender,
+    agreement,
+    describe,
+    share_weights,
+    static_name,
+    variant_name,
+)
+from .devices import STATE, Device, find_device, nvidia_smi
 from .floors import ExpertsUsed, Work, expected_experts, floor_seconds, work_of
+from .kernel_workloads import measure_kernels
 from .peer_files import COPIES, check_disk, start_peers
 from .peers import find_converter
 from .prefill_profile import time_by_kind
 from .presets import PRESETS, parameter_count, preset_config, random_model
 from .rounds import Turn, interleave, ratio, reason_of, spread
 from .settings import DTYPES, BenchError, BenchSettings
-from .training_memory import measure_apart
+from .training_memory import measure_apart, measure_on_gpu
 from .workloads import Inputs, Workload, continue_text, make_inputs, workloads
 
 
@@ -38,9 +51,11 @@ class Contender(Protocol):
     """Whatever takes turns: a model of this process or a program of its own.
 
     `weights` is the model whose weights it reads, None where that says nothing about the least it has to read.
+    `static` tells whether its steps of decoding are compiled when it meets a workload.
     """
 
     name: str
+    static: bool
     linear_dtype: torch.dtype
     use_mtp: bool
     weights: PreTrainedModel | None
@@ -60,14 +75,14 @@ class Watcher(Protocol):
     def turn(self, workload: str, contender: str) -> None: ...
 
 
-def load_config(settings: BenchSettings, copies: float) -> tuple[Dsv3Config, str | None]:
+def load_config(settings: BenchSettings, copies: float, device: Device) -> tuple[Dsv3Config, str | None]:
     """The configuration that will be measured, and how it was cut, before any weight exists.
 
     Raises:
         BenchError: for a source that is neither a preset nor a `deepseek_v3` checkpoint, or does not fit.
     """
     if settings.source in PRESETS:
-        return preset_config(settings, record.free_memory(), copies)
+        return preset_config(settings, device.free_memory() if settings.model_what else 2**62, copies)
     if settings.layers is not None:
         raise BenchError("--layers", "cuts presets only; a checkpoint has the layers that it has")
     known = f"neither a preset ({', '.join(PRESETS)}) nor a checkpoint"
@@ -109,12 +124,16 @@ class Benchmark:
                 raise BenchError("--weights", f"{variant!r} is none of {', '.join(VARIANTS)}")
         self.settings = settings
         self.watcher = watcher
+        self.device = find_device(settings.device)
+        if settings.peers and self.device.is_gpu:
+            raise BenchError("--against", "other programs are measured on the CPU only: add --device cpu")
+        self._check_contenders()
         if settings.peers and "bf16" not in settings.dtypes:
             raise BenchError("--against", "other programs are measured in bf16, which --dtype leaves out")
         self.converter = find_converter(settings)
         copies = 1 + sum(COPIES[name] for name, _ in settings.peers)
         copies += sum(VARIANTS[name].copies for name in settings.weights)
-        self.config, cut = load_config(settings, copies=copies)
+        self.config, cut = load_config(settings, copies, self.device)
         parameters = parameter_count(self.config)
         check_disk(settings, 2 * parameters)
         self.results: dict[str, Any] = {
@@ -143,9 +162,26 @@ class Benchmark:
             "workloads": [],
             "finished": False,
         }
+        if self.device.is_gpu:
+            self.results["machine"]["device"] = self.device.record()
+        if set(settings.what) - set(settings.model_what):
+            self.results["kernels"] = []
         warning = record.busy_warning(self.results["machine"]["load_average"], self.results["machine"]["cores"])
         if warning:
             self.results["warnings"].append(warning)
+
+    def _check_contenders(self) -> None:
+        ours = [variant_name(weights) for weights in self.settings.weights]
+        known = [*ours, *map(static_name, ours), NATIVE, static_name(NATIVE), MTP]
+        for name in self.settings.contenders:
+            if name not in known:
+                raise BenchError("--contenders", f"{name!r} is none of {', '.join(known)}")
+        if MTP in self.settings.contenders and "mtp" not in self.settings.what:
+            raise BenchError("--contenders", f"{MTP!r} takes part in mtp only, which --what leaves out")
+
+    def _takes_part(self, name: str, static: bool = False) -> bool:
+        """Whether a contender is wanted: one that is named, or without names all but static caches on a CPU."""
+        return name in self.settings.contenders if self.settings.contenders else self.device.is_gpu or not static
 
     def run(self) -> dict[str, Any]:
         """Measures everything. After an interruption, `results` holds the rounds that were complete."""
@@ -158,12 +194,21 @@ class Benchmark:
         try:
             with ExitStack() as stack:
                 for dtype, listed in planned.items():
-                    self._run_dtype(dtype, listed, stack)
+                    if "kernels" in self.results:
+                        self.watcher.say(f"kernels in {dtype}")
+                        parts = measure_kernels(self.settings, self.config, dtype, self.device, self.watcher)
+                        for entry in parts:
+                            self.results["kernels"].append(entry)
+                            self._write()
+                    if listed:
+                        self._run_dtype(dtype, listed, stack)
             self.results["finished"] = True
         finally:
             torch.set_num_threads(threads_before)
             self.results["seconds"] = time.perf_counter() - started
             self.results["machine"]["load_average_after"] = record.load_average()
+            if self.device.is_gpu:
+                self.results["machine"]["device"]["state_after"] = nvidia_smi(STATE)
             self._write()
         return self.results
 
@@ -172,7 +217,7 @@ class Benchmark:
         self.watcher.say(f"{self.settings.source} in {name}")
         model = self._plugin_model(dtype)
         contenders = self._contenders(model, name, dtype)
-        ceilings = Ceilings(sorted({each.linear_dtype for each in contenders} | {dtype}, key=str))
+        ceilings = Ceilings(sorted({each.linear_dtype for each in contenders} | {dtype}, key=str), self.device)
         others: list[Any] = []
         if name == "bf16" and self.settings.peers:
             others, failed = start_peers(
@@ -183,33 +228,45 @@ class Benchmark:
         groups = [(workload, self._entrants(workload, contenders, others)) for workload in listed]
         self.watcher.plan(sum(len(entrants) for _, entrants in groups) * (self.settings.rounds + 1))
         for workload, entrants in groups:
-            inputs = make_inputs(workload, self.config, dtype, self.settings.seed)
+            inputs = make_inputs(workload, self.config, dtype, self.settings.seed, self.device)
             if workload.what == "mtp":
                 inputs = continue_text(model, inputs, self._text())
             self._run_workload(workload, inputs, entrants, ceilings)
 
     def _plugin_model(self, dtype: torch.dtype) -> Dsv3ForCausalLM:
         if self.settings.source in PRESETS:
-            return random_model(copy.deepcopy(self.config), dtype, self.settings.seed)
+            return random_model(copy.deepcopy(self.config), dtype, self.settings.seed, self.device)
+        placed = {"device_map": self.device.kind} if self.device.is_gpu else {}
         try:
-            return Dsv3ForCausalLM.from_pretrained(self.settings.source, dtype=dtype).eval()
+            return Dsv3ForCausalLM.from_pretrained(self.settings.source, dtype=dtype, **placed).eval()
         except (OSError, ValueError) as error:
             raise BenchError("CHECKPOINT_OR_PRESET", f"{self.settings.source}: {reason_of(error)}") from None
 
     def _contenders(self, model: Dsv3ForCausalLM, dtype_name: str, dtype: torch.dtype) -> list[ModelContender]:
-        found = []
-        for name in self.settings.weights:
-            variant = VARIANTS[name]
-            found.append(ModelContender(variant_name(name), variant.build(model), variant.linear_dtype or dtype))
+        found: list[ModelContender] = []
+
+        def add(name: str, build: Callable[[], PreTrainedModel], linear_dtype: torch.dtype) -> None:
+            wanted = [(name, False), (static_name(name), True)]
+            wanted = [(title, static) for title, static in wanted if self._takes_part(title, static)]
+            if wanted:
+                built = build()
+                found.extend(
+                    ModelContender(title, built, linear_dtype, device=self.device, static=static)
+                    for title, static in wanted
+                )
+
+        for weights in self.settings.weights:
+            variant = VARIANTS[weights]
+            add(variant_name(weights), partial(variant.build, model), variant.linear_dtype or dtype)
         try:
-            found.append(ModelContender(NATIVE, share_weights(model), dtype))
+            add(NATIVE, partial(share_weights, model), dtype)
         except (RuntimeError, ValueError) as error:  # a configuration that only the plugin knows
             self.results["failed"][NATIVE] = reason_of(error)
-        if "mtp" in self.settings.what:
-            found.insert(1, ModelContender(MTP, model, dtype, use_mtp=True))
+        if "mtp" in self.settings.what and self._takes_part(MTP):
+            found.insert(1, ModelContender(MTP, model, dtype, use_mtp=True, device=self.device))
         for contender in found:
             self.results["contenders"].setdefault(contender.name, describe(contender.model))
-            if contender.model is not model:
+            if contender.model is not model and not contender.static:
                 apart = agreement(model, contender.model, self.settings.seed)
                 self.results["agreement"][f"{contender.name}, {dtype_name}"] = apart
         return found
@@ -219,6 +276,8 @@ class Benchmark:
     ) -> list[Contender]:
         if workload.what == "train":
             return [each for each in contenders if each.name in (PLUGIN, NATIVE)]
+        if workload.what == "prefill":
+            return [*(each for each in contenders if not (each.use_mtp or each.static)), *others]
         if workload.what == "mtp":
             return list(contenders)
         return [*(each for each in contenders if not each.use_mtp), *others]
@@ -240,10 +299,18 @@ class Benchmark:
         by_name = {each.name: each for each in entrants}
         tokens: dict[str, int] = {}
         failed: dict[str, str] = {}
+        compiling: dict[str, float] = {}
         experts_used = expected_experts(self.config, workload)
         for name, contender in by_name.items():
             self.watcher.turn(workload.title, f"{name}, warming up")
             try:
+                if contender.static:
+                    # Of the length of those that are timed, since another cache is compiled for anew
+                    started = time.perf_counter()
+                    contender.measure(workload, inputs, self.settings.new_tokens)
+                    compiling[name] = time.perf_counter() - started
+                    tokens[name] = self.settings.new_tokens
+                    continue
                 if name == NATIVE and contender.weights is not None:
                     # Counted on native, whose routers are modules that are called whatever serves the experts
                     with ExpertsUsed(contender.weights) as used:
@@ -251,8 +318,9 @@ class Benchmark:
                     experts_used = used.mean()
                 else:
                     first = contender.measure(workload, inputs, WARM_UP_TOKENS)
-            except (RuntimeError, ValueError, OSError, MemoryError) as error:
+            except Exception as error:  # compilers have errors of their own, and one contender is not the run
                 failed[name] = reason_of(error)
+                contender.rest()
                 continue
             fitting = int(self.settings.turn_seconds / max(first.seconds, 1e-9))
             tokens[name] = max(WARM_UP_TOKENS, min(self.settings.new_tokens, fitting))
@@ -279,6 +347,8 @@ class Benchmark:
                 for name, taken in turns.items()
                 if taken
             }
+            for name in entry["contenders"].keys() & compiling.keys():
+                entry["contenders"][name]["first_generate_seconds"] = compiling[name]
             entry["ratios"] = ratios(entry["contenders"])
             self._write()
 
@@ -306,12 +376,14 @@ class Benchmark:
         """What needs a pass of its own: where a prefill spends its time, what a training step takes of memory."""
         if workload.what == "prefill":
             self.watcher.say(f"{workload.title}: profile of {contender.name}")
-            profile = time_by_kind(lambda: contender.measure(workload, inputs, 0))
+            profile = time_by_kind(lambda: contender.measure(workload, inputs, 0), self.device)
             fastest = figures["floor"]["linear_operations"] / ceilings.rate(contender.linear_dtype)
             share = fastest / profile["linear_seconds"] if profile["linear_seconds"] else None
             return {"profile": {**profile, "linear_share_of_rate": share}}
         if workload.what == "train":
             self.watcher.say(f"{workload.title}: memory of {contender.name}")
+            if self.device.is_gpu:
+                return {"memory": measure_on_gpu(contender, workload, inputs)}
             request = {
                 "contender": contender.name,
                 "checkpoint": None if self.settings.source in PRESETS else self.settings.source,

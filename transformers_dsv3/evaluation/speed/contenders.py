@@ -13,6 +13,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConf
 
 from ...compression.int8_weights import quantize_int8
 from ...models.dsv3 import Dsv3ForCausalLM
+from .devices import Device
 from .rounds import Turn
 from .workloads import Inputs, Workload, decode, make_optimizer, prefill, training_step
 
@@ -42,6 +43,7 @@ VARIANTS = {
     "int8": Variant(_int8("bf16"), copies=0.5),
     "int8-activations": Variant(_int8("int8"), torch.int8, copies=0.5),
 }
+STATIC = "static"
 NATIVE = "transformers"
 PLUGIN = "plugin"
 
@@ -49,6 +51,11 @@ PLUGIN = "plugin"
 def variant_name(variant: str) -> str:
     """What the table calls the plugin with one form of the weights."""
     return PLUGIN if variant == "plain" else f"{PLUGIN} {variant}"
+
+
+def static_name(name: str) -> str:
+    """What the table calls a model that decodes with a static cache."""
+    return f"{name} {STATIC}"
 
 
 def share_weights(model: Dsv3ForCausalLM, cls: type[PreTrainedModel] = DeepseekV3ForCausalLM) -> PreTrainedModel:
@@ -68,7 +75,7 @@ def share_weights(model: Dsv3ForCausalLM, cls: type[PreTrainedModel] = DeepseekV
         twin = cls._from_config(config, dtype=model.dtype)
     result = twin.load_state_dict(model.state_dict(), strict=False, assign=True)
     # Not part of a state dict
-    twin.model.rotary_emb = type(twin.model.rotary_emb)(config=twin.config)
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(config=twin.config).to(model.device)
     twin.tie_weights()
     left = [name for name, tensor in [*twin.named_parameters(), *twin.named_buffers()] if tensor.is_meta]
     if result.missing_keys or left:
@@ -88,10 +95,22 @@ class ModelContender:
     Args:
         use_mtp: decode by self-speculation.
         linear_dtype: what its linear layers multiply in, which decides the ceiling they are compared with.
+        device: where the model lies.
+        static: decode with a static cache, whose steps Transformers compiles on a GPU.
     """
 
-    def __init__(self, name: str, model: PreTrainedModel, linear_dtype: torch.dtype, use_mtp: bool = False):
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        linear_dtype: torch.dtype,
+        use_mtp: bool = False,
+        device: Device | None = None,
+        static: bool = False,
+    ):
         self.name = name
+        self.device = device or Device()
+        self.static = static
         self.model = plain_generation(model)
         self.linear_dtype = linear_dtype
         self.use_mtp = use_mtp
@@ -102,20 +121,25 @@ class ModelContender:
     def measure(self, workload: Workload, inputs: Inputs, new_tokens: int) -> Turn:
         """One turn of a workload; `new_tokens` are timed where it decodes."""
         if workload.decodes:
-            return decode(self.model, inputs, new_tokens, self.use_mtp)
+            return decode(self.model, inputs, new_tokens, self.use_mtp, self.device, self.static)
         if workload.what == "prefill":
-            return prefill(self.model, inputs)
+            return prefill(self.model, inputs, self.device)
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model)
         self.model.train()
         try:
-            return training_step(self.model, self.optimizer, inputs)
+            return training_step(self.model, self.optimizer, inputs, self.device)
         finally:
             self.model.eval()
 
     def rest(self) -> None:
         """Frees what only one workload needed."""
         self.optimizer = None
+        if self.static:
+            # Graphs and their memory; and the next cache is to be as long as it has to be, not as the longest before
+            torch.compiler.reset()
+            self.model.__dict__.pop("_previous_max_cache_length", None)
+        self.device.tidy()
 
 
 @torch.inference_mode()
@@ -127,7 +151,7 @@ def agreement(model: PreTrainedModel, other: PreTrainedModel, seed: int, length:
         same best token.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, model.config.vocab_size, (1, length), generator=generator)
+    ids = torch.randint(2, model.config.vocab_size, (1, length), generator=generator).to(model.device)
     one, two = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, other))
     return {
         "relative_error": ((one - two).abs().max() / one.abs().max()).item(),

@@ -55,6 +55,7 @@ class Peer:
         self.name = name
         self.linear_dtype = torch.bfloat16
         self.use_mtp = False
+        self.static = False
         self.weights: PreTrainedModel | None = None  # the model whose weights it reads as they are
         self.patience = patience
         self.log = log

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .devices import Device
+
 
 # Parts of operations' names. Linear layers never multiply batches of matrices, attention does
 ATTENTION = ("attention", "mla", "bmm")
@@ -24,23 +26,30 @@ def kind_of(operations: list[str]) -> str:
     return "other"
 
 
-def time_by_kind(run: Callable[[], Any]) -> dict[str, Any]:
+def time_by_kind(run: Callable[[], Any], device: Device | None = None) -> dict[str, Any]:
     """Seconds that one call of `run` spends in each kind of operation, each operation without those it calls.
+
+    On a GPU these are seconds of the GPU's programs, by the operation that started them.
 
     Returns:
         `linear_seconds`, `attention_seconds` and `other_seconds`, and `longest`, the ten operations that take the
         most, by name. Profiling itself costs some microseconds an operation, all of them in here.
     """
-    with quiet_errors(), torch.autograd.profiler.profile() as profiler:
+    on_gpu = device is not None and device.is_gpu
+    with quiet_errors(), torch.autograd.profiler.profile(use_device="cuda" if on_gpu else None) as profiler:
         run()
+        if device is not None:
+            device.wait()
     seconds = {"linear": 0.0, "attention": 0.0, "other": 0.0}
     operations: dict[str, float] = {}
     for event in profiler.function_events:
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a program of the GPU, which counts where it was started
         names, caller = [event.name], event.cpu_parent
         while caller is not None:
             names.append(caller.name)
             caller = caller.cpu_parent
-        spent = event.self_cpu_time_total * 1e-6
+        spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) * 1e-6
         seconds[kind_of(names)] += spent
         operations[event.name] = operations.get(event.name, 0.0) + spent
     longest = dict(sorted(operations.items(), key=lambda pair: -pair[1])[:10])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...models.dsv3 import Dsv3Config, Dsv3ForCausalLM
+from .devices import Device
 from .settings import BenchError, BenchSettings
 
 
@@ -99,7 +100,7 @@ def preset_config(settings: BenchSettings, free_bytes: int, copies: float = 1.0)
     """The configuration of a preset, cut to fit memory where it must be.
 
     Args:
-        free_bytes: memory that is free now.
+        free_bytes: memory that is free now where the model is to lie.
         copies: how often the weights are in memory at the same time.
 
     Returns:
@@ -150,7 +151,8 @@ def parameter_count(config: Dsv3Config) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def random_model(config: Dsv3Config, dtype: torch.dtype, seed: int) -> Dsv3ForCausalLM:
-    """A model of random weights as Transformers initialises them, in evaluation mode."""
+def random_model(config: Dsv3Config, dtype: torch.dtype, seed: int, device: Device | None = None) -> Dsv3ForCausalLM:
+    """A model of random weights as Transformers initialises them, made where it is to run, in evaluation mode."""
     torch.manual_seed(seed)
-    return Dsv3ForCausalLM._from_config(config, dtype=dtype).eval()
+    with (device or Device()).torch:
+        return Dsv3ForCausalLM._from_config(config, dtype=dtype).eval()

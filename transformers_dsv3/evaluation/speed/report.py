@@ -37,6 +37,28 @@ def table_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             title = ""
 
 
+def kernel_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Rows of part, backend, median, spread, TFLOP/s, GB/s, faster than torch's own, largest error beside float64."""
+    for entry in results.get("kernels", ()):
+        title = f"{entry['title']}, {entry['dtype']}"
+        for name, figures in entry["contenders"].items():
+            errors = figures["errors"].values()
+            yield (
+                title,
+                name,
+                short_duration(figures["median"]),
+                f"{short_duration(figures['lower_quartile'])} to {short_duration(figures['upper_quartile'])}",
+                f"{figures['operations_per_second'] / 1e12:.3g}",
+                f"{figures['bytes_per_second'] / 1e9:,.3g}" if not entry.get("with_gradients") else "",
+                times(entry, KERNEL_REFERENCE[entry["what"]], name),
+                f"{max(errors):.1e}" if errors else "",
+            )
+            title = ""
+
+
+KERNEL_HEADINGS = ("measured", "backend", "median", "quartiles", "TFLOP/s", "GB/s", "x torch", "error")
+# What torch itself has for it
+KERNEL_REFERENCE = {"experts": "grouped_mm", "attention": "torch"}
 HEADINGS = ("measured", "contender", "median", "quartiles", "tokens/s", "x transformers", "x plugin", "of floor")
 
 
@@ -56,6 +78,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
+def short_duration(seconds: float) -> str:
+    """Microseconds below a tenth of a millisecond, else as `duration`."""
+    return f"{seconds * 1e6:.3g} µs" if seconds < 1e-4 else duration(seconds)
+
+
 def notes(results: dict[str, Any]) -> list[str]:
     """Sentences below the table: model, machine, ceilings, agreement, warnings, peers that failed."""
     machine, model = results["machine"], results["model"]
@@ -65,6 +92,16 @@ def notes(results: dict[str, Any]) -> list[str]:
         f"{machine['cpu']}, {machine.get('threads')} of {machine['cores']} cores; torch {machine['torch']}, "
         f"transformers {machine['transformers']}; load average {machine['load_average']} at the start.",
     ]
+    if "device" in machine:
+        gpu = machine["device"]
+        driver = f", driver {gpu['driver_version']}" if "driver_version" in gpu else ""
+        lines.append(
+            f"{gpu['name']} ({gpu['architecture']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, "
+            f"{gpu['multiprocessors']} multiprocessors), {gpu['runtime']}{driver}, triton {gpu['triton']}."
+        )
+        for when, state in (("before", gpu["state"]), ("after", gpu.get("state_after"))):
+            if state:
+                lines.append(f"GPU {when}: " + ", ".join(f"{name} {value}" for name, value in state.items()) + ".")
     for entry in results["workloads"][-1:]:
         measured = entry.get("ceilings")
         if measured:
@@ -86,8 +123,14 @@ def notes(results: dict[str, Any]) -> list[str]:
 
 def details(results: dict[str, Any]) -> Iterator[str]:
     """Sentences on what was measured beside the times: memory of training, where prefill spends its time."""
+    for entry in results.get("kernels", ()):
+        for name, reason in entry["failed"].items():
+            yield f"{entry['title']}: {name} is left out: {reason}."
     for entry in results["workloads"]:
         for name, figures in entry["contenders"].items():
+            if "first_generate_seconds" in figures:
+                seconds = duration(figures["first_generate_seconds"])
+                yield f"{entry['title']}: the first generate of {name} took {seconds}, with what it compiled."
             memory, profile = figures.get("memory"), figures.get("profile")
             if memory and "failed" in memory:
                 yield f"{entry['title']}: memory of {name} was not measured: {memory['failed']}."
@@ -104,6 +147,13 @@ def details(results: dict[str, Any]) -> Iterator[str]:
                     f"{entry['title']}: {name} spends {linear} in linear layers{at_rate}, {attention} in attention, "
                     f"{other} elsewhere."
                 )
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """What a plot or a table calls the machine."""
+    if "device" in machine:
+        return machine["device"]["name"]
+    return f"{machine['cpu']}, {machine.get('threads')} threads"
 
 
 def plot_problem() -> str | None:
@@ -152,7 +202,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.spines[side].set_visible(False)
     model, machine = results["model"], results["machine"]
     figure.suptitle(
-        f"{model['source']} on {machine['cpu']}, {machine.get('threads')} threads (dashed: the machine's floor)",
+        f"{model['source']} on {machine_name(machine)} (dashed: the machine's floor)",
         fontsize=10,
     )
     figure.tight_layout()

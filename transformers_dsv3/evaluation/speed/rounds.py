@@ -45,8 +45,8 @@ def interleave(
     """Lets every contender take one turn a round.
 
     Args:
-        turn: runs one turn of the contender named. One that raises RuntimeError, ValueError or OSError is out from
-            then on, with what it had measured left out too, since ratios compare whole rounds.
+        turn: runs one turn of the contender named. One that raises is out from then on, with what it had measured left
+            out too, since ratios compare whole rounds.
         before_round: called before each round, to measure the machine.
         after_round: called after each round with what there is so far.
 
@@ -63,7 +63,7 @@ def interleave(
                 continue
             try:
                 turns[name].append(turn(name))
-            except (RuntimeError, ValueError, OSError, MemoryError) as error:
+            except Exception as error:  # compilers have errors of their own, and one contender is not the run
                 failed[name] = reason_of(error)
                 del turns[name]
         after_round(turns, failed)
@@ -73,7 +73,10 @@ def interleave(
 def reason_of(error: BaseException) -> str:
     """One line that says what went wrong."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    speaks = isinstance(error, (RuntimeError, ValueError, OSError, MemoryError))
+    return lines[0] if speaks else f"{type(error).__name__}: {lines[0]}"
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-WHAT = ("decode", "prefill", "batched", "mtp", "train")
+MODEL_WHAT = ("decode", "prefill", "batched", "mtp", "train")
+KERNEL_WHAT = ("experts", "attention")
+WHAT = (*MODEL_WHAT, *KERNEL_WHAT)
+DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 PEERS = ("vllm", "llama.cpp")
 
@@ -26,7 +29,9 @@ class BenchSettings:
 
     Args:
         source: the name of a preset, or a checkpoint (a folder, or a repository id on the Hub).
-        what: which of `WHAT`.
+        what: which of `WHAT`: of a whole model (`MODEL_WHAT`), or of one layer's part by itself (`KERNEL_WHAT`).
+        device: one of `DEVICES`.
+        contenders: names of those that take part; none for all that the device is measured with.
         contexts: tokens already cached when decoding starts.
         prefill: lengths of the prompts.
         batches: batch sizes of batched decode, at `batch_context` cached tokens a row.
@@ -36,6 +41,8 @@ class BenchSettings:
         new_tokens: tokens timed in a turn of decoding, at most.
         turn_seconds: a turn of decoding is cut to what is expected to fit, though never below two tokens.
         train_batch, train_length: sequences of a training step, and tokens of each.
+        expert_tokens: tokens that a layer's experts are given.
+        attention: rows and cached tokens of attention over latents.
         peers: interpreters of other programs, by name (`PEERS`).
         converter: llama.cpp's `convert_hf_to_gguf.py`; looked for beside the interpreter where it is None.
         threads: for every contender; None takes torch's own number.
@@ -46,6 +53,8 @@ class BenchSettings:
 
     source: str = "bench-2b"
     what: tuple[str, ...] = ("decode", "prefill")
+    device: str = "auto"
+    contenders: tuple[str, ...] = ()
     contexts: tuple[int, ...] = (128, 1024, 8192)
     prefill: tuple[int, ...] = (2048,)
     batches: tuple[int, ...] = (32,)
@@ -57,6 +66,8 @@ class BenchSettings:
     turn_seconds: float = 4.0
     train_batch: int = 4
     train_length: int = 512
+    expert_tokens: tuple[int, ...] = (1, 32, 4096)
+    attention: tuple[tuple[int, int], ...] = ((1, 8192), (64, 8192))
     peers: tuple[tuple[str, str], ...] = ()
     converter: Path | None = None
     threads: int | None = None
@@ -67,7 +78,11 @@ class BenchSettings:
     keep: Path | None = None
 
     def __post_init__(self) -> None:
-        for option, chosen, known in (("--what", self.what, WHAT), ("--dtype", self.dtypes, tuple(DTYPES))):
+        for option, chosen, known in (
+            ("--what", self.what, WHAT),
+            ("--dtype", self.dtypes, tuple(DTYPES)),
+            ("--device", (self.device,), DEVICES),
+        ):
             for name in chosen:
                 if name not in known:
                     raise BenchError(option, f"{name!r} is none of {', '.join(known)}")
@@ -75,14 +90,25 @@ class BenchSettings:
             ("--contexts", self.contexts, 1),
             ("--prefill", self.prefill, 2),
             ("--batch", self.batches, 1),
+            ("--expert-tokens", self.expert_tokens, 1),
+            ("--attention", tuple(number for shape in self.attention for number in shape), 1),
         ):
             for value in values:
                 if value < lowest:
                     raise BenchError(option, f"{value} is not at least {lowest}")
-        lists = (("--what", self.what), ("--dtype", self.dtypes), ("--weights", self.weights))
-        numbers = (("--contexts", self.contexts), ("--prefill", self.prefill), ("--batch", self.batches))
-        for option, given in (*lists, *numbers):
-            if not given:
+        lists: list[tuple[str, Sequence[object]]] = [
+            ("--what", self.what),
+            ("--dtype", self.dtypes),
+            ("--weights", self.weights),
+            ("--contexts", self.contexts),
+            ("--prefill", self.prefill),
+            ("--batch", self.batches),
+            ("--expert-tokens", self.expert_tokens),
+            ("--attention", self.attention),
+            ("--contenders", self.contenders),
+        ]
+        for option, given in lists:
+            if not given and option != "--contenders":
                 raise BenchError(option, "names nothing")
             if len(set(given)) != len(given):
                 raise BenchError(option, f"names {_repeated(given)} twice")
@@ -120,6 +146,11 @@ class BenchSettings:
             raise BenchError("--converter", f"there is no file {self.converter}")
 
     @property
+    def model_what(self) -> tuple[str, ...]:
+        """What needs a whole model."""
+        return tuple(what for what in self.what if what in MODEL_WHAT)
+
+    @property
     def longest(self) -> int:
         """Positions that the longest measurement of a language model needs."""
         lengths = [0]
@@ -154,6 +185,17 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
             raise BenchError(option, f"{part!r} is no number")
         result.append(int(digits) * factor)
     return tuple(result)
+
+
+def shapes(option: str, text: str) -> tuple[tuple[int, int], ...]:
+    """`"1x8k,64x8k"` to `((1, 8192), (64, 8192))`."""
+    pairs = []
+    for part in names(text):
+        rows, _, tokens = part.lower().partition("x")
+        if not rows or not tokens:
+            raise BenchError(option, f"{part!r} is not ROWSxTOKENS")
+        pairs.append((numbers(option, rows)[0], numbers(option, tokens)[0]))
+    return tuple(pairs)
 
 
 def interpreters(text: str) -> tuple[tuple[str, str], ...]:

@@ -19,7 +19,7 @@ from .contenders import NATIVE, ModelContender, share_weights
 from .presets import random_model
 from .record import resident_bytes
 from .rounds import reason_of
-from .workloads import Workload, make_inputs
+from .workloads import Inputs, Workload, make_inputs
 
 
 STEPS = 2  # the second runs beside the optimizer's moments, which the first makes
@@ -65,6 +65,18 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     for _ in range(STEPS):
         contender.measure(workload, inputs, 0)
     return {"before_bytes": before["now"], "peak_bytes": resident_bytes()["peak"]}
+
+
+def measure_on_gpu(contender: ModelContender, workload: Workload, inputs: Inputs) -> dict[str, Any]:
+    """The same of a GPU's memory, in this process, since PyTorch counts there and its peak can start anew."""
+    contender.device.wait()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(STEPS):
+        contender.measure(workload, inputs, 0)
+    peak = torch.cuda.max_memory_allocated()
+    contender.rest()
+    return {"before_bytes": before, "peak_bytes": peak}
 
 
 def forget_peak() -> None:

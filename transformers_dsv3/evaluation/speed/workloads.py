@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from .devices import Device
 from .rounds import Turn
 from .settings import BenchSettings
+
+
+# Steps of each `generate` with a static cache that are not timed: where they are compiled, a new cache has new
+# addresses, for which CUDA graphs are recorded again
+SETTLING_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Workload:
 def workloads(settings: BenchSettings, dtype: str) -> list[Workload]:
     """The measurements of one dtype, shortest contexts first."""
     listed = []
-    for what in settings.what:
+    for what in settings.model_what:
         if what == "decode":
             listed += [Workload(what, context, 1, dtype) for context in sorted(settings.contexts)]
         elif what == "batched":
@@ -79,20 +85,25 @@ class Inputs:
     latents: list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def make_inputs(workload: Workload, config: Any, dtype: torch.dtype, seed: int) -> Inputs:
+def make_inputs(
+    workload: Workload, config: Any, dtype: torch.dtype, seed: int, device: Device | None = None
+) -> Inputs:
     """Random tokens, and random latents where a context is cached, of the deviation that RMS norm gives them.
 
     Filling the cache so costs nothing, where a prefill of 32k tokens would take minutes; what the cache holds does not
     change how long attention over it takes.
     """
-    generator = torch.Generator().manual_seed(seed)
+    where = (device or Device()).torch
+    generator = torch.Generator(where).manual_seed(seed)
     length = workload.tokens + int(workload.decodes)
-    ids = torch.randint(2, config.vocab_size, (workload.batch, length), generator=generator)
+    ids = torch.randint(2, config.vocab_size, (workload.batch, length), generator=generator, device=where)
     latents = []
     if workload.decodes:
         for _ in range(config.num_hidden_layers):
             latent, rope = (
-                torch.empty(workload.batch, 1, workload.tokens, width, dtype=dtype).normal_(generator=generator)
+                torch.empty(workload.batch, 1, workload.tokens, width, dtype=dtype, device=where).normal_(
+                    generator=generator
+                )
                 for width in (config.kv_lora_rank, config.qk_rope_head_dim)
             )
             latents.append((latent, rope))
@@ -145,26 +156,67 @@ class Clock(BaseStreamer):
         return (self.times[-1] - self.times[1]) / steps, steps
 
 
-def decode(model: PreTrainedModel, inputs: Inputs, new_tokens: int, use_mtp: bool = False) -> Turn:
-    """Greedy `generate` from a full cache, timed a token after the first.
+class StepClock(LogitsProcessor):
+    """Marks every step of `generate` on the device itself, and makes neither host nor device wait.
+
+    A streamer would: it is handed tokens in the host's memory.
+    """
+
+    def __init__(self, device: Device):
+        self.device = device
+        self.marks: list[Any] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.marks.append(self.device.mark())
+        return scores
+
+    def seconds_a_step(self, skipped: int) -> tuple[float, int]:
+        """Seconds of a step, and how many were timed: all but the prompt's and the first few after it."""
+        steps = self.device.seconds_between(self.marks)[skipped:]
+        return sum(steps) / len(steps), len(steps)
+
+
+def decode(
+    model: PreTrainedModel,
+    inputs: Inputs,
+    new_tokens: int,
+    use_mtp: bool = False,
+    device: Device | None = None,
+    static: bool = False,
+) -> Turn:
+    """Greedy `generate`, timed a token after the first.
 
     Args:
         new_tokens: tokens that are timed.
+        static: `cache_implementation="static"`, from the prompt on; on a GPU Transformers compiles the steps, which
+            replay CUDA graphs then. Otherwise from a cache that is full already.
     """
-    cache = filled_cache(model, inputs.latents)
-    clock = Clock()
-    options = {"use_mtp": True} if use_mtp else {}
+    device = device or Device()
+    options: dict[str, Any] = {"use_mtp": True} if use_mtp else {}
+    if static:
+        options["cache_implementation"] = "static"
+    else:
+        options["past_key_values"] = filled_cache(model, inputs.latents)
+    skipped = SETTLING_STEPS if static else 0
+    # Drafts are accepted or not by the host, so its clock sees what self-speculation takes
+    on_host = use_mtp or not (static or device.is_gpu)
+    streamer, clock = Clock(), StepClock(device)
+    if on_host:
+        options["streamer"] = streamer
+    else:
+        options["logits_processor"] = LogitsProcessorList([clock])
     output = model.generate(
         input_ids=inputs.ids,
         attention_mask=torch.ones_like(inputs.ids),
-        past_key_values=cache,
-        max_new_tokens=new_tokens + 1,
+        max_new_tokens=new_tokens + skipped + 1,
         do_sample=False,
-        streamer=clock,
         return_dict_in_generate=True,
         **options,
     )
-    seconds, steps = clock.seconds_a_step(inputs.ids.shape[0])
+    if on_host:
+        seconds, steps = streamer.seconds_a_step(inputs.ids.shape[0])
+    else:
+        seconds, steps = clock.seconds_a_step(skipped)
     notes = {}
     if use_mtp:
         notes = {"drafted": output.mtp_drafted_tokens, "accepted": output.mtp_accepted_tokens}
@@ -172,21 +224,27 @@ def decode(model: PreTrainedModel, inputs: Inputs, new_tokens: int, use_mtp: boo
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, inputs: Inputs) -> Turn:
+def prefill(model: PreTrainedModel, inputs: Inputs, device: Device | None = None) -> Turn:
     """One forward over a prompt into an empty cache, with the logits of its last token."""
     cache = DynamicCache(config=model.config)
-    started = time.perf_counter()
-    model(input_ids=inputs.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return Turn(time.perf_counter() - started)
+    seconds, _ = (device or Device()).timed(
+        lambda: model(input_ids=inputs.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    )
+    return Turn(seconds)
 
 
-def training_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, inputs: Inputs) -> Turn:
+def training_step(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, inputs: Inputs, device: Device | None = None
+) -> Turn:
     """Forward, backward and optimizer step on one batch; gradients are dropped afterwards."""
-    started = time.perf_counter()
-    loss = model(input_ids=inputs.ids, labels=inputs.ids, use_cache=False).loss
-    loss.backward()
-    optimizer.step()
-    seconds = time.perf_counter() - started
+
+    def step() -> torch.Tensor:
+        loss = model(input_ids=inputs.ids, labels=inputs.ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    seconds, loss = (device or Device()).timed(step)
     optimizer.zero_grad(set_to_none=True)
     return Turn(seconds, 1, {"loss": loss.item()})
 
