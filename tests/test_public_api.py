@@ -21,6 +21,8 @@ NAMES = [
     "explain",
     "is_registered",
     "lora_config",
+    "pull_from_hub",
+    "push_to_hub",
     "register",
     "score_experts",
     "train_selected_experts",

@@ -30,6 +30,8 @@ __all__ = [
     "explain",
     "is_registered",
     "lora_config",
+    "pull_from_hub",
+    "push_to_hub",
     "register",
     "score_experts",
     "train_selected_experts",
@@ -37,21 +39,23 @@ __all__ = [
 ]
 
 
-# Only who trains needs them, and the trainer's modules behind them
-_TRAINING = {
+# Only who trains or shares needs them, and the modules behind them
+_LATE = {
     "ESFTCallback": ".training.esft",
     "ExpertSelection": ".training.esft",
     "LoadBalancingCallback": ".training.load_balancing",
     "MtpObjectiveCallback": ".training.mtp_objective",
     "lora_config": ".training.lora",
+    "pull_from_hub": ".hub.pull",
+    "push_to_hub": ".hub.push",
     "score_experts": ".training.esft",
     "train_selected_experts": ".training.esft",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _TRAINING:
-        return getattr(import_module(_TRAINING[name], __name__), name)
+    if name in _LATE:
+        return getattr(import_module(_LATE[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

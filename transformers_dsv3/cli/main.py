@@ -10,6 +10,8 @@ import typer
 
 from .bench import bench
 from .explain import explain
+from .pull import pull
+from .push import push
 from .quickstart import quickstart
 from .routing import routing
 from .run import run
@@ -41,6 +43,8 @@ app.command(
 app.command(short_help="Measure speed here, beside native Transformers.")(bench)
 app.command(short_help="Say which backend serves which part of a model.")(explain)
 app.command(short_help="Report how evenly a model uses its experts on a text.")(routing)
+app.command(short_help="Upload a checkpoint or an adapter to the Hugging Face Hub.")(push)
+app.command(short_help="Download a model from the Hub and check every file's hash.")(pull)
 
 
 if __name__ == "__main__":

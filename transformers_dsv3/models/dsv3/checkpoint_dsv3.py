@@ -264,23 +264,34 @@ def _choose_fp8_reader(config: Any, requested: Any) -> None:
 
 def _check(model: Any, stored: dict[str, StoredTensor], load_config: Any, block_size: Any) -> None:
     """Raise `CheckpointError` with everything that is wrong between the checkpoint's headers and the model."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
-    check = CheckpointCheck(
-        # Transformers' modules exist at size zero too (no shared experts); a checkpoint need not hold those
-        expected={name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if tensor.numel()},
-        stored=stored,
-        base_prefix="" if model.base_model is model else model.base_model_prefix,
-        optional=lambda name: name in tied or any(pattern.search(name) for pattern in ignored),
-        compare_shapes=not load_config.ignore_mismatched_sizes and load_config.device_mesh is None,
-        block_size=block_size,
+    problems = fit_problems(
+        model, stored, not load_config.ignore_mismatched_sizes and load_config.device_mesh is None, block_size
     )
-    problems = check.problems()
     if problems:
         raise CheckpointError(
             f"The checkpoint at {load_config.pretrained_model_name_or_path} does not fit its config; nothing was "
             f"loaded.\n  " + "\n  ".join(problems[:20])
         )
+
+
+def fit_problems(
+    model: Any, stored: Mapping[str, StoredTensor], compare_shapes: bool = True, block_size: Any = None
+) -> list[str]:
+    """What is wrong between a checkpoint's headers and a model, which may be on the meta device; empty where it fits.
+
+    See `CheckpointCheck` for the arguments.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
+    return CheckpointCheck(
+        # Transformers' modules exist at size zero too (no shared experts); a checkpoint need not hold those
+        expected={name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if tensor.numel()},
+        stored=stored,
+        base_prefix="" if model.base_model is model else model.base_model_prefix,
+        optional=lambda name: name in tied or any(pattern.search(name) for pattern in ignored),
+        compare_shapes=compare_shapes,
+        block_size=block_size,
+    ).problems()
 
 
 def _unread(stored: Mapping[str, StoredTensor], weight_mapping: list[Any], is_fp8: bool) -> dict[str, StoredTensor]:

@@ -1,0 +1,90 @@
+"""A Hub on loopback, and checkpoints to push to it."""
+
+import importlib.util
+import logging
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+
+def _load_server():
+    """The module beside this file, which pytest's import mode does not put on the path."""
+    path = Path(__file__).with_name("hub_server.py")
+    spec = importlib.util.spec_from_file_location("hub_server", path)
+    module = sys.modules.setdefault("hub_server", importlib.util.module_from_spec(spec))
+    if not hasattr(module, "HubServer"):
+        spec.loader.exec_module(module)
+    return module
+
+
+hub_server = _load_server()
+TOKEN = "hf_" + "WriteTokenOfAnna" * 2 + "xy"
+READ_TOKEN = "hf_" + "ReadTokenOfAnnaa" * 2 + "xy"
+STRANGER = "hf_" + "TokenOfSomebodyE" * 2 + "xy"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A running Hub that this process's Hugging Face libraries talk to, logged in as `anna`, with an empty cache.
+
+    `hub.users` knows `anna`, who may write for the organisation `lab` too, and a stranger.
+    """
+    with hub_server.HubServer(part_bytes=300_000) as server:
+        server.users |= {
+            TOKEN: hub_server.User("anna", orgs=("lab",)),
+            READ_TOKEN: hub_server.User("anna", role="read", orgs=("lab",)),
+            STRANGER: hub_server.User("eve"),
+        }
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        server.tokens = {"anna": TOKEN, "read": READ_TOKEN, "eve": STRANGER}
+        # What a shell needs for a process of its own
+        server.environment = {
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": TOKEN,
+        }
+        huggingface_hub.utils.disable_progress_bars()
+        yield server
+        huggingface_hub.utils.enable_progress_bars()
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def short_waits(monkeypatch):
+    """The client's pauses between tries take a hundredth of their time."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 100))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, make_model, byte_tokenizer):
+    """Folders of one checkpoint: `single` in one file, `sharded` in several, both with tokenizer and card."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    model = make_model(seed=1, vocab_size=258)
+    for name, size in (("single", "5GB"), ("sharded", "60KB")):
+        model.save_pretrained(root / name, max_shard_size=size)
+        byte_tokenizer.save_pretrained(root / name)
+        (root / name / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A small model\n")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(caplog):
+    """No log line at any level, of any library, shows an access token."""
+    caplog.set_level(logging.DEBUG)
+    yield
+    lines = [record.getMessage() for record in caplog.get_records("call")]
+    assert not [line for line in lines if any(token in line for token in (TOKEN, READ_TOKEN, STRANGER))]
