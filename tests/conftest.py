@@ -7,6 +7,13 @@ import os
 
 import pytest
 import torch
+
+
+# Without a GPU, Triton's programs are interpreted on the CPU. Triton reads this for its own functions when it is
+# imported, which importing Transformers does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
@@ -42,11 +49,6 @@ TINY = {
 # the threads of one operation wait for each other. Child processes follow the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-# Without a GPU, Triton's programs are interpreted on the CPU. Triton reads this when it is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 
 MEASURED = pytest.StashKey()
 

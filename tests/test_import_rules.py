@@ -36,6 +36,10 @@ OPTIONAL = {
     "llama_cpp",
     "vllm",
     "fastapi",
+    "kernels",
+    "liger_kernel",
+    "flash_mla",
+    "flash_attn_interface",
 }
 # Modules that are such a place, imported themselves inside functions only
 LATE = {f"training/lora_{name}.py": {"peft"} for name in ("export", "targets", "tuner")} | {

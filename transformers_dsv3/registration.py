@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import is_peft_available
 
 from .compression.quantizer_fp8 import register_fp8
-from .kernels import experts_auto, experts_grouped
+from .kernels import experts_auto, experts_grouped, experts_liger
 from .models.dsv3 import (
     Dsv3Config,
     Dsv3ForCausalLM,
@@ -51,6 +51,7 @@ def register() -> None:
     register_fp8()
     experts_grouped.register()
     experts_auto.register()
+    experts_liger.register()
     if is_peft_available():
         from .training import lora_tuner
 

@@ -1,12 +1,24 @@
 """`explain` names what serves a model, checked against what really runs."""
 
+import types
+
 import peft
 import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
+from transformers.integrations import deepgemm, sonicmoe
 
 import transformers_dsv3
-from transformers_dsv3.kernels import cpu_library, mla_cpu, mla_training
+from transformers_dsv3.compression import int8_weights
+from transformers_dsv3.kernels import (
+    cpu_library,
+    experts_lora,
+    mla_cpu,
+    mla_flash,
+    mla_training,
+    public_kernels,
+    selection,
+)
 from transformers_dsv3.kernels.registry import BACKENDS
 from transformers_dsv3.models.dsv3 import attention_dsv3
 
@@ -82,8 +94,14 @@ def test_other_models_are_refused(tiny_config):
         transformers_dsv3.explain("./folder")
 
 
+def adapted(model):
+    """The model with LoRA on its routed experts."""
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=[], target_parameters=targets, r=2))
+
+
 def test_every_backend_is_listed(make_model):
-    model = make_model()
+    model = adapted(make_model())
     text = transformers_dsv3.explain(model)
     for operation in dict.fromkeys(backend.operation for backend in BACKENDS):
         found = block(text, operation)
@@ -134,3 +152,138 @@ def test_hooks_on_kv_b_proj_are_run(make_model, monkeypatch):
         decoded = model(tokens[:, -1:], past_key_values=cache).logits
         torch.testing.assert_close(decoded, model(tokens).logits[:, -1:], rtol=1e-4, atol=1e-4)
     assert "Every step expands the whole context" in warnings[0] and "forward hooks" in warnings[0]
+
+
+def test_adapted_experts_are_served_as_it_says(make_model, monkeypatch):
+    model = adapted(make_model()).train()
+    assert [
+        name for name, (used, _) in block(transformers_dsv3.explain(model), "experts under LoRA").items() if used
+    ] == ["cpu"]
+    calls = []
+    original = experts_lora._CpuExperts.apply
+    monkeypatch.setattr(experts_lora._CpuExperts, "apply", lambda *a: calls.append(1) or original(*a))
+    model(torch.ones(1, 4, dtype=torch.long))
+    assert calls
+
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate_up_proj"):
+            parameter.requires_grad_(True)
+    found = block(transformers_dsv3.explain(model), "experts under LoRA")
+    assert found["peft"][0] and "no: gate_up_proj is trained itself" in found["grouped_mm"][1]
+    calls.clear()
+    model(torch.ones(1, 4, dtype=torch.long))
+    assert not calls
+
+
+def test_adapters_elsewhere_are_not_of_the_experts(make_model):
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["o_proj"], r=2))
+    assert "under LoRA" not in transformers_dsv3.explain(model)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Function: from then on devices pass for NVIDIA's GPUs of a compute capability."""
+
+    def gpu(*capability):
+        for owner in (public_kernels, mla_flash):
+            monkeypatch.setattr(owner, "nvidia_refusal", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+        monkeypatch.setattr(mla_flash, "_capability", lambda index: capability)
+
+    return gpu
+
+
+WIDE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+
+
+def test_what_public_kernels_need_on_a_gpu(make_model, gpu, monkeypatch):
+    model = make_model(**WIDE).to(torch.bfloat16)
+    monkeypatch.setattr(public_kernels, "is_kernels_available", lambda: False)
+    gpu(9, 0)
+    text = transformers_dsv3.explain(model)
+    for operation, name in [("attention, absorbed", name) for name in mla_flash.PACKAGES] + [
+        ("experts", name) for name in ("deepgemm", "sonicmoe")
+    ]:
+        assert 'pip install "kernels>=' in block(text, operation)[name][1]
+
+    monkeypatch.setattr(public_kernels, "is_kernels_available", lambda: True)
+    for owner in (sonicmoe, deepgemm):
+        monkeypatch.setattr(owner, "is_kernels_available", lambda: True)
+    text = transformers_dsv3.explain(model)
+    for name in mla_flash.PACKAGES:
+        choice = f"can be chosen: TRANSFORMERS_DSV3_BACKENDS=attention={name}"
+        assert choice in block(text, "attention, absorbed")[name][1]
+    # In the words of Transformers' own checks
+    assert "nvidia-cutlass-dsl" in block(text, "experts")["sonicmoe"][1]
+    assert "CUDA" in block(text, "experts")["deepgemm"][1]
+
+    gpu(8, 0)
+    text = transformers_dsv3.explain(model)
+    assert "this one has 8.0" in block(text, "attention, absorbed")["flash_mla"][1]
+    assert "Hopper (SM90+)" in block(text, "experts")["sonicmoe"][1]
+    assert "current device is SM80" in block(text, "experts")["deepgemm"][1]
+    text = transformers_dsv3.explain(model.float())
+    assert "takes bfloat16 weights, not torch.float32" in block(text, "experts")["deepgemm"][1]
+
+
+def test_attention_that_was_chosen_by_name(make_model, gpu, monkeypatch):
+    monkeypatch.setattr(public_kernels, "is_kernels_available", lambda: True)
+    model = make_model(**WIDE).to(torch.bfloat16)
+    with selection.use(attention="flash_mla"):
+        found = block(transformers_dsv3.explain(model), "attention, absorbed")
+        assert not found["flash_mla"][0] and "no: needs a GPU" in found["flash_mla"][1]
+        assert found["torch"][0]
+        gpu(9, 0)
+        found = block(transformers_dsv3.explain(model), "attention, absorbed")
+        assert "in use without gradients and masks" in found["flash_mla"][1]
+        assert [name for name, (used, _) in found.items() if used][0] != "flash_attention_3_mla"
+        narrow = block(transformers_dsv3.explain(make_model().to(torch.bfloat16)), "attention, absorbed")
+        assert "no: takes latents of 512, not 16" in narrow["flash_mla"][1]
+
+
+def test_choosing_among_what_refuses_loads_nothing(make_model, gpu, monkeypatch):
+    """A page of reasons is no reason to use the network, or to import packages."""
+    gpu(9, 0)
+    monkeypatch.setattr(public_kernels, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(mla_flash, "_loaded", lambda name: pytest.fail(f"{name} was loaded"))
+    for name in mla_flash.PACKAGES:
+        with selection.use(attention=name):
+            transformers_dsv3.explain(make_model(**WIDE).to(torch.bfloat16))
+
+
+def test_experts_that_compute_themselves(make_model):
+    """INT8 experts ask for no function of Transformers: what is set changes nothing."""
+    model = make_model()
+    int8_weights.quantize_int8(model)
+    text = transformers_dsv3.explain(model)
+    for name in ("grouped_mm", "batched_mm", "liger", "sonicmoe"):
+        assert "no: Int8Experts computes its experts itself" in block(text, "experts")[name][1]
+    model.config._experts_implementation = "grouped_mm"
+    assert [n for n, (used, _) in block(transformers_dsv3.explain(model), "experts").items() if used] == ["eager"]
+
+
+class Cache:
+    is_compileable = True
+
+
+@pytest.mark.parametrize("change", ["nothing", "quantized", "offloaded", "to disk", "forbidden"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_compiled_step_is_refused_where_transformers_refuses_it(make_model, monkeypatch, change, device):
+    model = make_model()
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device(device)))
+    if change == "quantized":
+        model.hf_quantizer = types.SimpleNamespace(is_compileable=False)
+    elif change == "offloaded":
+        model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    elif change == "to disk":
+        model.hf_device_map = {"": "disk"}
+    elif change == "forbidden":
+        model.generation_config.disable_compile = True
+    theirs = model._valid_auto_compile_criteria({"past_key_values": Cache()}, model.generation_config)
+    note = block(transformers_dsv3.explain(model), "decoding step")["graph"][1]
+    assert ("no: " not in note) == theirs == (device == "cuda" and change == "nothing")
+    if theirs:
+        assert 'cache_implementation="static"' in note
+        model.generation_config.cache_implementation = "static"
+        assert block(transformers_dsv3.explain(model), "decoding step")["graph"][0]

@@ -51,6 +51,7 @@ def test_the_variable_is_parsed():
     assert parse("") == parse(" , ") == nothing
     assert parse(" experts = grouped_mm , isa=avx2,") == {**nothing, "experts": "grouped_mm", "isa": "avx2"}
     assert parse("linear=torch,attention=cpu") == {**nothing, "linear": "torch", "attention": "cpu"}
+    assert parse("attention=flash_mla") == {**nothing, "attention": "flash_mla"}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,10 @@ def test_the_variable_is_parsed():
         ("cpu", "'cpu' is not one of"),
         ("expert=cpu", "'expert=cpu' is not one of"),
         ("linear=mkl", "linear is one of auto, torch, cpu, triton, not 'mkl'"),
-        ("linear=torch,attention=", "attention is one of auto, torch, cpu, triton, not ''"),
+        (
+            "linear=torch,attention=",
+            "attention is one of auto, torch, cpu, triton, flash_mla, flash_attention_3_mla, not ''",
+        ),
         ("isa=sse2", "isa is one of avx512, avx2, portable, not 'sse2'"),
     ],
 )

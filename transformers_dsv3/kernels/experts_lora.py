@@ -186,6 +186,31 @@ def _grouped_mm_experts(
     return out_TD.index_add(0, tokens_S, weighted_SD).to(hidden_TD.dtype)
 
 
+def frozen_refusal(module: nn.Module) -> str | None:
+    """The reason why experts under adapters are left to PEFT, or None where `low_rank_experts` serves them."""
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(module, name)
+        if not isinstance(weight, nn.Parameter) or weight.dtype.itemsize < 2:
+            return f"{name} is quantised"
+        if weight.requires_grad:
+            return f"{name} is trained itself, not its adapter alone"
+    return None
+
+
+def loop_refusal(module: nn.Module) -> str | None:
+    """The reason why gradients by hand cannot serve a module of experts under adapters, or None where they can."""
+    if (reason := frozen_refusal(module)) is not None:
+        return reason
+    if module.down_proj.device.type != "cpu":
+        return f"for CPUs, down_proj is on {module.down_proj.device}"
+    return None if is_silu(module.act_fn) else "its derivative is of SiLU"
+
+
+def grouped_refusal(module: nn.Module) -> str | None:
+    """The reason why grouped products cannot serve a module of experts under adapters, or None where they can."""
+    return frozen_refusal(module) or grouped_mm_refusal(module)
+
+
 def low_rank_experts(
     module: nn.Module,
     hidden_states: torch.Tensor,

@@ -1,26 +1,33 @@
 """The implementations that can serve each operation of a model, and the reason where one cannot.
 
 An operation is served by one backend at a time, chosen by Transformers' own switches (`attn_implementation`,
-`experts_implementation`) or by the model itself for each call. A backend is listed here by name, with a function that
-tells why it cannot serve a given module; `explain` prints the answers for a model.
+`experts_implementation`), by `TRANSFORMERS_DSV3_BACKENDS`, or by the model itself for each call. A backend is listed
+here by name, with a function that tells why it cannot serve a given module; `explain` prints the answers for a model.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import (
-    is_flash_attn_2_available,
-    is_flash_attn_3_available,
-    is_kernels_available,
-    is_torch_flex_attn_available,
-)
+from transformers.utils import is_torch_flex_attn_available
 
-from . import experts_auto, experts_cpu, experts_grouped, linear_onednn, mla_training
-from .experts_auto import grouped_mm_refusal
-from .selection import cpu_refusal
+from . import (
+    experts_auto,
+    experts_cpu,
+    experts_grouped,
+    experts_liger,
+    experts_lora,
+    linear_onednn,
+    mla_flash,
+    mla_training,
+    public_kernels,
+    whole_step,
+)
+from .selection import VARIABLE, chosen, cpu_refusal
 
 
 @dataclass(frozen=True)
@@ -28,16 +35,18 @@ class Backend:
     """One implementation of one operation.
 
     Args:
-        operation: what it computes: "attention, expanded", "attention, absorbed", "experts" or "linear layers".
+        operation: what it computes, the name of one of `OPERATIONS`.
         name: its name in Transformers' switches where it has one.
         does: what sets it apart, in a few words.
         why_not: takes the module that holds the operation's weights; the reason it cannot serve that module, or None.
+        choice: what to set to have it; None where it cannot be chosen by itself.
     """
 
     operation: str
     name: str
     does: str
     why_not: Callable[[nn.Module], str | None]
+    choice: str | None = None
 
 
 def _always(module: nn.Module) -> str | None:
@@ -48,23 +57,8 @@ def _weight(module: nn.Module) -> torch.Tensor:
     return next(module.parameters())
 
 
-def _gpu_package(available: bool, package: str) -> Callable[[nn.Module], str | None]:
-    def why_not(module: nn.Module) -> str | None:
-        if not available:
-            return f"{package} is not installed"
-        return None if _weight(module).device.type == "cuda" else "needs a GPU"
-
-    return why_not
-
-
 def _flex(module: nn.Module) -> str | None:
     return None if is_torch_flex_attn_available() else "this torch has no flex attention"
-
-
-def _hub_kernel(module: nn.Module) -> str | None:
-    if _weight(module).device.type != "cuda":
-        return "needs a GPU"
-    return None if is_kernels_available() else "the kernels package is not installed"
 
 
 def _absorbed(module: nn.Module) -> str | None:
@@ -78,20 +72,25 @@ def _compiled(operation: str, module: nn.Module) -> str | None:
         return cpu_refusal(operation, _weight(module) if weight is None else weight)
 
 
-def _compiled_attention(module: nn.Module) -> str | None:
-    return _compiled("attention", module)
-
-
 def _compiled_absorbed(module: nn.Module) -> str | None:
-    return _absorbed(module) or _compiled_attention(module)
+    return _absorbed(module) or _compiled("attention", module)
 
 
 def _compiled_experts(module: nn.Module) -> str | None:
     return experts_cpu.experts_refusal(module) or _compiled("experts", module)
 
 
-def _compiled_linear(module: nn.Module) -> str | None:
-    return _compiled("linear", module)
+def _public_absorbed(name: str, module: nn.Module) -> str | None:
+    return _absorbed(module) or mla_flash.why_not(name, module)
+
+
+def _of_transformers(why_not: Callable[[nn.Module], str | None], module: nn.Module) -> str | None:
+    """Why one of Transformers' experts functions cannot serve a module, whose reason of its own is `why_not`."""
+    return why_not(module) if _takes_a_function(module) else f"{type(module).__name__} computes its experts itself"
+
+
+def _takes_a_function(module: nn.Module) -> bool:
+    return hasattr(module, "_apply_gate")  # which Transformers' decorator gives to those that ask it for one
 
 
 def _training_attention(module: nn.Module) -> str | None:
@@ -102,52 +101,226 @@ def _onednn_linear(module: nn.Module) -> str | None:
     return linear_onednn.why_not(_weight(module))
 
 
+EXPANDED, ABSORBED, EXPERTS = "attention, expanded", "attention, absorbed", "experts"
+ADAPTED, LINEAR, STEP = "experts under LoRA", "linear layers", "decoding step"
+
+
+def _expanded(name: str, does: str, why_not: Callable[[nn.Module], str | None]) -> Backend:
+    return Backend(EXPANDED, name, does, why_not, f'attn_implementation="{name}"')
+
+
+def _experts(name: str, does: str, why_not: Callable[[nn.Module], str | None]) -> Backend:
+    return Backend(EXPERTS, name, does, why_not, f'experts_implementation="{name}"')
+
+
+def _public(name: str, does: str) -> Backend:
+    return Backend(ABSORBED, name, does, partial(_public_absorbed, name), f"{VARIABLE}=attention={name}")
+
+
 # Order is that of the printed page
 BACKENDS = [
-    Backend("attention, expanded", "eager", "plain matrix products, gives attention weights", _always),
-    Backend("attention, expanded", "sdpa", "PyTorch's fused attention", _always),
-    Backend("attention, expanded", "flex_attention", "compiled by PyTorch for the mask at hand", _flex),
-    Backend(
-        "attention, expanded",
-        "flash_attention_2",
-        "FlashAttention 2",
-        _gpu_package(is_flash_attn_2_available(), "flash-attn 2"),
+    _expanded("eager", "plain matrix products, gives attention weights", _always),
+    _expanded("sdpa", "PyTorch's fused attention", _always),
+    _expanded("flex_attention", "compiled by PyTorch for the mask at hand", _flex),
+    _expanded("flash_attention_2", "FlashAttention 2", partial(public_kernels.flash_attention_refusal, 2)),
+    _expanded("flash_attention_3", "FlashAttention 3", partial(public_kernels.flash_attention_refusal, 3)),
+    Backend(EXPANDED, "cpu", "compiled, where sdpa is asked for", partial(_compiled, "attention")),
+    Backend(EXPANDED, "cpu_training", "gradients in place, where sdpa is asked for", _training_attention),
+    Backend(ABSORBED, "cpu", "compiled: reads each latent once for all heads", _compiled_absorbed),
+    _public("flash_mla", "FlashMLA; copies the whole context at every step, three times the memory traffic"),
+    _public("flash_attention_3_mla", "FlashAttention 3 on the latents as they lie in the cache"),
+    Backend(ABSORBED, "torch", "matrix products on the cached latents", _absorbed),
+    _experts(experts_auto.NAME, "the fastest that takes a call: cpu, grouped_cpu, grouped_mm, eager", _always),
+    _experts(experts_cpu.NAME, "compiled: one pass, reads the chosen experts' weights once", _compiled_experts),
+    _experts("eager", "one expert after another", _always),
+    _experts(
+        "grouped_mm",
+        "one grouped product over tokens sorted by expert",
+        partial(_of_transformers, experts_auto.grouped_mm_refusal),
     ),
-    Backend(
-        "attention, expanded",
-        "flash_attention_3",
-        "FlashAttention 3",
-        _gpu_package(is_flash_attn_3_available(), "flash-attn 3"),
-    ),
-    Backend("attention, expanded", "cpu", "compiled, where sdpa is asked for", _compiled_attention),
-    Backend("attention, expanded", "cpu_training", "gradients in place, where sdpa is asked for", _training_attention),
-    Backend("attention, absorbed", "cpu", "compiled: reads each latent once for all heads", _compiled_absorbed),
-    Backend("attention, absorbed", "torch", "matrix products on the cached latents", _absorbed),
-    Backend(
-        "experts", experts_auto.NAME, "the fastest that takes a call: cpu, grouped_cpu, grouped_mm, eager", _always
-    ),
-    Backend(
-        "experts", experts_cpu.NAME, "compiled: one pass, reads the chosen experts' weights once", _compiled_experts
-    ),
-    Backend("experts", "eager", "one expert after another", _always),
-    Backend("experts", "grouped_mm", "one grouped product over tokens sorted by expert", grouped_mm_refusal),
-    Backend(
-        "experts",
+    _experts(
         experts_grouped.NAME,
         "for training on a CPU: gradients in place, of chosen experts only",
-        experts_grouped.why_not,
+        partial(_of_transformers, experts_grouped.why_not),
     ),
-    Backend("experts", "batched_mm", "copies the weights of each token's experts, for few tokens on a GPU", _always),
-    Backend("experts", "deepgemm", "DeepGEMM from the Hub", _hub_kernel),
-    Backend("experts", "sonicmoe", "SonicMoE from the Hub", _hub_kernel),
-    Backend("linear layers", "cpu", "compiled: reads the weights once for a few rows", _compiled_linear),
-    Backend("linear layers", "onednn", "fp32 products with gradients by oneDNN instead of MKL", _onednn_linear),
-    Backend("linear layers", "torch", "PyTorch's own", _always),
+    _experts(
+        "batched_mm",
+        "copies the weights of each token's experts, for few tokens on a GPU",
+        partial(_of_transformers, _always),
+    ),
+    _experts(
+        experts_liger.NAME,
+        "Liger-Kernel, for training on a GPU; waits for the GPU once a call",
+        partial(_of_transformers, experts_liger.why_not),
+    ),
+    _experts(
+        "deepgemm",
+        "DeepGEMM from the Hub, without gradients",
+        partial(_of_transformers, public_kernels.deepgemm_refusal),
+    ),
+    _experts("sonicmoe", "SonicMoE from the Hub", partial(_of_transformers, public_kernels.sonicmoe_refusal)),
+    Backend(ADAPTED, "cpu", "gradients in place, of the adapters of chosen experts only", experts_lora.loop_refusal),
+    Backend(ADAPTED, "grouped_mm", "grouped products with thin ones beside them", experts_lora.grouped_refusal),
+    Backend(ADAPTED, "eager", "one expert after another", experts_lora.frozen_refusal),
+    Backend(ADAPTED, "peft", "PEFT's own: adapters times adapters, of the size of all experts' weights", _always),
+    Backend(LINEAR, "cpu", "compiled: reads the weights once for a few rows", partial(_compiled, "linear")),
+    Backend(LINEAR, "onednn", "fp32 products with gradients by oneDNN instead of MKL", _onednn_linear),
+    Backend(LINEAR, "torch", "PyTorch's own", _always),
+    Backend(
+        STEP,
+        "graph",
+        "compiled whole, one launch of a CUDA graph a token",
+        whole_step.why_not,
+        'generate(…, cache_implementation="static")',
+    ),
+    Backend(STEP, "layers", "layer after layer, over a cache that grows", _always),
 ]
+
+
+class _Parts(NamedTuple):
+    """The modules that a model's operations are asked for, the first of each kind."""
+
+    model: PreTrainedModel
+    attention: nn.Module
+    experts: nn.Module | None
+    is_adapted: bool
+
+
+WITHOUT_GRADIENTS, TRAINING, OTHERWISE = "in use without gradients", "in use for training", "in use otherwise"
+
+
+def _serving(operation: str, module: nn.Module, notes: dict[str, str], rest: str) -> dict[str, str]:
+    """Those of some backends, each with a note, that can serve a module; what they leave is for `rest`."""
+    why_not = {backend.name: backend.why_not for backend in BACKENDS if backend.operation == operation}
+    found = {name: note for name, note in notes.items() if why_not[name](module) is None}
+    return {**found, rest: OTHERWISE if found else "in use"}
+
+
+def _expanded_in_use(parts: _Parts) -> dict[str, str]:
+    asked_for = parts.model.config._attn_implementation
+    notes = {"cpu": WITHOUT_GRADIENTS, "cpu_training": TRAINING} if asked_for == "sdpa" else {}
+    return _serving(EXPANDED, parts.attention, notes, asked_for)
+
+
+def _absorbed_in_use(parts: _Parts) -> dict[str, str]:
+    if _absorbed(parts.attention) is not None:
+        return {}
+    notes = {}
+    if parts.model.config._attn_implementation != "eager":
+        if chosen["attention"] in mla_flash.PACKAGES:
+            notes[chosen["attention"]] = "in use without gradients and masks"
+        notes["cpu"] = WITHOUT_GRADIENTS
+    return _serving(ABSORBED, parts.attention, notes, "torch")
+
+
+def _experts_in_use(parts: _Parts) -> dict[str, str]:
+    assert parts.experts is not None
+    asked_for = parts.model.config._experts_implementation or "eager"
+    if asked_for == experts_auto.NAME:
+        notes = {experts_cpu.NAME: WITHOUT_GRADIENTS, experts_grouped.NAME: TRAINING}
+        return {**_serving(EXPERTS, parts.experts, notes, asked_for), asked_for: "in use"}
+    if asked_for in (experts_cpu.NAME, experts_liger.NAME):  # leave to `auto` what they do not take
+        return _serving(EXPERTS, parts.experts, {asked_for: "in use where it takes a call"}, experts_auto.NAME)
+    return {asked_for if _takes_a_function(parts.experts) else "eager": "in use"}
+
+
+def _adapted_in_use(parts: _Parts) -> dict[str, str]:
+    assert parts.experts is not None
+    listed = [backend for backend in BACKENDS if backend.operation == ADAPTED]
+    return {next(backend.name for backend in listed if backend.why_not(parts.experts) is None): "in use"}
+
+
+def _linear_in_use(parts: _Parts) -> dict[str, str]:
+    notes = {"cpu": f"{WITHOUT_GRADIENTS}, for a few rows", "onednn": TRAINING}
+    return _serving(LINEAR, parts.model, notes, "torch")
+
+
+def _step_in_use(parts: _Parts) -> dict[str, str]:
+    settings = getattr(parts.model, "generation_config", None)
+    if getattr(settings, "cache_implementation", None) == "static" and whole_step.why_not(parts.model) is None:
+        return {"graph": "in use"}
+    return {"layers": "in use"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a model computes that more than one backend can serve.
+
+    Args:
+        name: as in the page's headings.
+        serves: what it is needed for; None leaves it out.
+        module: the part of a model that backends are asked about; None where the model has none.
+        in_use: the backends in use and a note for each.
+    """
+
+    name: str
+    serves: Callable[[_Parts], str | None]
+    module: Callable[[_Parts], nn.Module | None]
+    in_use: Callable[[_Parts], dict[str, str]]
+
+
+OPERATIONS = [
+    Operation(EXPANDED, lambda p: "prefill and training", lambda p: p.attention, _expanded_in_use),
+    Operation(
+        ABSORBED,
+        lambda p: "decoding with a cache, where fewer multiplications than expanding",
+        lambda p: p.attention,
+        _absorbed_in_use,
+    ),
+    Operation(
+        EXPERTS,
+        lambda p: "this model has none" if p.experts is None else "routed experts",
+        lambda p: p.experts,
+        _experts_in_use,
+    ),
+    Operation(
+        ADAPTED,
+        lambda p: "adapters of the experts' weights" if p.is_adapted else None,
+        lambda p: p.experts,
+        _adapted_in_use,
+    ),
+    Operation(
+        LINEAR, lambda p: "projections, dense networks, norms and the router", lambda p: p.model, _linear_in_use
+    ),
+    Operation(STEP, lambda p: "all of the above, for one token in generate()", lambda p: p.model, _step_in_use),
+]
+
+
+def _parts(model: nn.Module) -> _Parts:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"explain takes a loaded model, not {model!r}: for a folder, `transformers-dsv3 explain FOLDER`."
+        )
+    attention = next((module for module in model.modules() if hasattr(module, "why_not_absorbed")), None)
+    if attention is None:
+        raise ValueError(
+            f"{type(model).__name__} has no attention of this package: load it with `transformers_dsv3` imported."
+        )
+    experts = next((m for m in model.modules() if hasattr(m, "down_proj") and hasattr(m, "num_experts")), None)
+    wrappers = (m for m in model.modules() if type(m).__name__ == "ParamWrapper")  # PEFT's, around what they adapt
+    return _Parts(
+        next(module for module in model.modules() if isinstance(module, PreTrainedModel)),
+        attention,
+        experts,
+        experts is not None and any(type(m.get_base_layer()) is type(experts) for m in wrappers),
+    )
+
+
+def _line(backend: Backend, module: nn.Module, in_use: dict[str, str]) -> str:
+    if backend.name in in_use:
+        mark, note = "*", in_use[backend.name]
+    elif (reason := backend.why_not(module)) is not None:
+        mark, note = " ", f"no: {reason}"
+    else:
+        mark = " "
+        note = "not in use with what was chosen" if backend.choice is None else f"can be chosen: {backend.choice}"
+    return f"  {mark} {backend.name:<21} {backend.does}; {note}"
 
 
 def explain(model: PreTrainedModel) -> str:
     """Tells which backend serves each operation of a model, and why the others do not.
+
+    Nothing is fetched from the Hub for it: of kernels that would be, it says what they need.
 
     Args:
         model: any DeepSeek-V3 model of this package, or a model that holds one (PEFT's wrappers do).
@@ -159,75 +332,20 @@ def explain(model: PreTrainedModel) -> str:
     Raises:
         ValueError: for a model without multi-head latent attention of this package.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"explain takes a loaded model, not {model!r}: for a folder, `transformers-dsv3 explain FOLDER`."
-        )
-    attention = [module for module in model.modules() if hasattr(module, "why_not_absorbed")]
-    if not attention:
-        raise ValueError(
-            f"{type(model).__name__} has no attention of this package: load it with `transformers_dsv3` imported."
-        )
-    experts = [module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "num_experts")]
+    parts = _parts(model)
     parameter = next(model.parameters())
-    config = model.config
-    compiled, training, else_torch = "in use without gradients", "in use for training", "in use otherwise"
-    in_use: dict[str, dict[str, str]] = {
-        "attention, expanded": {config._attn_implementation: "in use"},
-        "attention, absorbed": {"torch": "in use"} if _absorbed(attention[0]) is None else {},
-        "experts": {config._experts_implementation or "eager": "in use"},
-        "linear layers": {"torch": "in use"},
-    }
-    if config._attn_implementation == "sdpa":
-        expanded = {}
-        if _compiled_attention(attention[0]) is None:
-            expanded["cpu"] = compiled
-        if _training_attention(attention[0]) is None:
-            expanded["cpu_training"] = training
-        if expanded:
-            in_use["attention, expanded"] = {**expanded, "sdpa": else_torch}
-    if config._attn_implementation != "eager" and _compiled_absorbed(attention[0]) is None:
-        in_use["attention, absorbed"] = {"cpu": compiled, "torch": else_torch}
-    if config._experts_implementation == experts_auto.NAME and experts:
-        if _compiled_experts(experts[0]) is None:
-            in_use["experts"][experts_cpu.NAME] = compiled
-        if experts_grouped.why_not(experts[0]) is None:
-            in_use["experts"][experts_grouped.NAME] = training
-    linear = {}
-    if _compiled_linear(model) is None:
-        linear["cpu"] = compiled + ", for a few rows"
-    if _onednn_linear(model) is None:
-        linear["onednn"] = training
-    if linear:
-        in_use["linear layers"] = {**linear, "torch": else_torch}
-    switches = {"attention, expanded": "attn_implementation", "experts": "experts_implementation"}
-    serves = {
-        "attention, expanded": "prefill and training",
-        "attention, absorbed": "decoding with a cache, where fewer multiplications than expanding",
-        "experts": "routed experts" if experts else "this model has none",
-        "linear layers": "projections, dense networks, norms and the router",
-    }
     lines = [f"{type(model).__name__} on {parameter.device}, {str(parameter.dtype).removeprefix('torch.')}"]
-    for operation, notes in in_use.items():
-        lines.append(f"{operation} ({serves[operation]})")
-        listed = [backend for backend in BACKENDS if backend.operation == operation]
-        modules = {"experts": experts, "linear layers": [model]}.get(operation, attention)
-        if not modules:
+    for operation in OPERATIONS:
+        serves = operation.serves(parts)
+        if serves is None:
             continue
-        for backend in listed:
-            reason = backend.why_not(modules[0])
-            mark = "*" if backend.name in notes else " "
-            if mark == "*":
-                note = notes[backend.name]
-            elif reason is not None:
-                note = f"no: {reason}"
-            elif operation in switches and not (
-                operation == "attention, expanded" and backend.name in ("cpu", "cpu_training")
-            ):
-                note = f'can be chosen: {switches[operation]}="{backend.name}"'
-            else:
-                note = "not in use with what was chosen"
-            lines.append(f"  {mark} {backend.name:<18} {backend.does}; {note}")
-        for used in notes.keys() - {backend.name for backend in listed}:
-            lines.append(f"  * {used:<18} registered outside this package; in use")
+        lines.append(f"{operation.name} ({serves})")
+        module = operation.module(parts)
+        if module is None:
+            continue
+        in_use = operation.in_use(parts)
+        listed = [backend for backend in BACKENDS if backend.operation == operation.name]
+        lines.extend(_line(backend, module, in_use) for backend in listed)
+        elsewhere = in_use.keys() - {backend.name for backend in listed}
+        lines.extend(f"  * {name:<21} registered outside this package; in use" for name in elsewhere)
     return "\n".join(lines)

@@ -22,10 +22,13 @@ from . import cpu_library
 logger = logging.get_logger(__name__)
 
 VARIABLE = "TRANSFORMERS_DSV3_BACKENDS"
+# Other projects' kernels for absorbed attention (`mla_flash`). `auto` leaves them out: they have to be asked for, and
+# what they do not take is served as by `auto`.
+PUBLIC_ATTENTION = ("flash_mla", "flash_attention_3_mla")
 # For "experts" any name that Transformers knows is a choice, and is checked when a model is made.
 CHOICES = {
     "linear": ("auto", "torch", "cpu", "triton"),
-    "attention": ("auto", "torch", "cpu", "triton"),
+    "attention": ("auto", "torch", "cpu", "triton", *PUBLIC_ATTENTION),
     "isa": ("avx512", "avx2", "portable"),
 }
 
@@ -60,10 +63,10 @@ def use(**choices: str) -> Iterator[None]:
         ValueError: for an unknown operation or backend.
     """
     for operation, name in choices.items():
-        if operation not in ("linear", "attention") or name not in CHOICES[operation]:
-            raise ValueError(
-                f"{operation}={name!r} is not a choice: linear and attention are one of {', '.join(CHOICES['linear'])}"
-            )
+        if operation not in ("linear", "attention"):
+            raise ValueError(f"{operation}={name!r} is not a choice: linear and attention are what may be chosen")
+        if name not in CHOICES[operation]:
+            raise ValueError(f"{operation}={name!r} is not a choice: it is one of {', '.join(CHOICES[operation])}")
     before = dict(chosen)
     chosen.update(choices)
     try:
@@ -83,7 +86,7 @@ def cpu_refusal(operation: str, x: torch.Tensor, *weights: torch.Tensor) -> str 
     """
     # Experts are chosen by the model's configuration, which the environment has a say in when the model is made
     choice = "auto" if operation == "experts" else chosen[operation]
-    if choice not in ("auto", "cpu"):
+    if choice not in ("auto", "cpu", *PUBLIC_ATTENTION):
         return f"{operation} is served by {choice!r}, as chosen"
     reason = _cpu_refusal(x, *weights)
     if reason is not None and choice == "cpu" and not torch.compiler.is_compiling():

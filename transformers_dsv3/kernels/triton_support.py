@@ -14,7 +14,7 @@ import torch
 from packaging import version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .selection import PLAIN, chosen, functorch_is_active, logger
+from .selection import PLAIN, PUBLIC_ATTENTION, chosen, functorch_is_active, logger
 
 
 NAME = "triton"
@@ -79,10 +79,10 @@ def triton_refusal(operation: str, x: torch.Tensor, *weights: torch.Tensor) -> s
     """
     # Experts are chosen by the model's configuration, which the environment has a say in when the model is made
     choice = "auto" if operation == "experts" else chosen[operation]
-    if choice not in ("auto", NAME):
+    if choice not in ("auto", NAME, *PUBLIC_ATTENTION):
         return f"{operation} is served by {choice!r}, as chosen"
     reason = _refusal(x, weights)
-    if reason is None and choice == "auto" and operation != "experts" and x.is_cpu:
+    if reason is None and choice != NAME and operation != "experts" and x.is_cpu:
         reason = "is interpreted where it is asked for by name only"
     if reason is not None and choice == NAME and not torch.compiler.is_compiling():
         logger.warning_once(f"The Triton backend does not serve {operation}: it {reason}.")
