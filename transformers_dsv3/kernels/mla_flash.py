@@ -123,7 +123,7 @@ def absorbed_attention(
     Args:
         attention_mask: None; every query may attend to all that is filled.
         filled: the number of positions that hold something, from the first on, integer of shape `()` or `(B,)` on the
-            cache's device; None for all. Positions behind are not read.
+            cache's device; None for all. What lies behind has to be numbers, and is not attended to.
     """
     B, H, _, N = q_nope_BHQN.shape
     w_uk_HNR, w_uv_HVR = kv_b_weight.view(H, -1, latent_BSR.shape[-1]).tensor_split([N], dim=1)
