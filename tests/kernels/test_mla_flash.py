@@ -9,7 +9,9 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from tests.fake_gpu import fake_gpu
 from transformers_dsv3.kernels import mla_flash, public_kernels, selection
 from transformers_dsv3.models.dsv3 import attention_dsv3
 
@@ -205,6 +207,8 @@ def test_what_is_not_for_them_is_refused(name, install):
         assert "dtype" in refusal(latent=latent.half())
         assert "dtype" in refusal(kv_b=kv_b.to(torch.int8))
         assert "contiguous" in refusal(latent=latent.transpose(1, 2).contiguous().transpose(1, 2))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert "autocast" in refusal()
         assert "has no gradients" in refusal(kv_b=torch.nn.Parameter(kv_b))
         with torch.no_grad():
             assert refusal(kv_b=torch.nn.Parameter(kv_b)) is None
@@ -270,20 +274,22 @@ def test_the_hub_is_asked_once_and_only_when_a_call_comes(name, hopper, monkeypa
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_call_waits_for_the_gpu(name, install):
-    """On tensors without values whatever would wait for one raises: CUDA graphs can hold the calls."""
+    """Whatever would read a value raises: CUDA graphs can hold the calls."""
     install(name)
     kernel = {"flash_mla": mla_flash._flash_mla, "flash_attention_3_mla": mla_flash._flash_attention_3_mla}[name]
-    arguments = inputs(device="meta")
-    with selection.use(attention=name):
-        assert mla_flash.absorbed_refusal(arguments[0], *arguments[2:], None) is None
-        filled = torch.ones((), dtype=torch.int64, device="meta")
-        assert mla_flash.absorbed_attention(*arguments, None, 0.05, filled).shape == (2, 1, 3, 24)
-    _, q_rope, latent, k_rope, _ = arguments
-    q_latent = torch.empty(2, 1, 3, 512, dtype=torch.bfloat16, device="meta")
-    for lengths in (None, torch.empty(2, dtype=torch.int32, device="meta")):
-        assert kernel(q_latent, q_rope.transpose(1, 2), latent, k_rope, lengths, 0.05).shape == (2, 1, 3, 512)
-    with pytest.raises(RuntimeError):
-        filled.item()
+    with fake_gpu(), torch.no_grad():
+        arguments = inputs(device="cuda")
+        filled = torch.ones((), dtype=torch.int64, device="cuda")
+        with selection.use(attention=name):
+            assert mla_flash.absorbed_refusal(arguments[0], *arguments[2:], None) is None
+            assert mla_flash.absorbed_attention(*arguments, None, 0.05, filled).shape == (2, 1, 3, 24)
+        _, q_rope, latent, k_rope, _ = arguments
+        q_latent = torch.empty(2, 1, 3, 512, dtype=torch.bfloat16, device="cuda")
+        for lengths in (None, torch.empty(2, dtype=torch.int32, device="cuda")):
+            out = kernel(q_latent, q_rope.transpose(1, 2), latent, k_rope, lengths, 0.05)
+            assert out.shape == (2, 1, 3, 512) and out.is_cuda
+        with pytest.raises(DataDependentOutputException):
+            filled.item()
 
 
 @pytest.mark.parametrize("name", NAMES)

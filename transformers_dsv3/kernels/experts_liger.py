@@ -12,6 +12,7 @@ import importlib.util
 import torch
 from packaging import version
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .experts_auto import auto_experts
@@ -40,7 +41,7 @@ def why_not(module: nn.Module) -> str | None:
         return reason
     weights = (module.gate_up_proj, module.down_proj)
     for weight in weights:
-        if type(weight) not in PLAIN:
+        if type(weight) not in PLAIN and is_traceable_wrapper_subclass(weight):
             return f"takes plain tensors, not {type(weight).__name__}"
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"takes fp32, bf16 and fp16 weights, not {weight.dtype}"

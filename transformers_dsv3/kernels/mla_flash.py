@@ -165,6 +165,8 @@ def _call_refusal(
         return "takes no mask, which padding on the left and several queries at once need"
     if (reason := _shape_refusal(name, q_nope.dtype, latent.shape[-1], k_rope.shape[-1])) is not None:
         return reason
+    if torch.is_autocast_enabled(q_nope.device.type):
+        return "does not follow autocast"
     if functorch_is_active():
         return "has no rules for torch.func"
     for tensor in (q_nope, latent, k_rope, kv_b_weight):
@@ -241,7 +243,7 @@ def _flash_mla(
     kv_BSX = latent_BSR.new_empty(B, pages * PAGE, R + k_rope_BSP.shape[-1])
     kv_BSX[:, :S, :R] = latent_BSR
     kv_BSX[:, :S, R:] = k_rope_BSP
-    # A page is read whole, and what is not a number stays so where it is multiplied by zero
+    # Not every release clears the end of the last page, and what is not a number stays so when multiplied by zero
     kv_BSX[:, S:] = 0
     if lengths_B is None:
         lengths_B = torch.full((B,), S, dtype=torch.int32, device=latent_BSR.device)
