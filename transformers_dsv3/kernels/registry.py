@@ -155,7 +155,7 @@ BACKENDS = [
     ),
     _experts(
         "deepgemm",
-        "DeepGEMM from the Hub, without gradients",
+        "DeepGEMM from the Hub, for inference",
         partial(_of_transformers, public_kernels.deepgemm_refusal),
     ),
     _experts("sonicmoe", "SonicMoE from the Hub", partial(_of_transformers, public_kernels.sonicmoe_refusal)),
