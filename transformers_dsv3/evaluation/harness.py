@@ -1,0 +1,251 @@
+"""Tasks of lm-evaluation-harness on a model that is loaded already.
+
+Names, prompts, metrics and their standard errors are the harness's own. Tasks are built, and their data loaded, before
+the model: a task that is not there, or whose data cannot be reached, is known early.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+
+
+class TaskError(ValueError):
+    """A task cannot be run; the message names it and says what to do."""
+
+
+def harness_problem() -> str | None:
+    """Why the harness cannot be used here, in one line; None where it can."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return 'lm-evaluation-harness is not installed: pip install "transformers-dsv3[evaluate]", or lm-eval'
+    return None
+
+
+class TaskSuite:
+    """Tasks, groups and tags by the names that were asked for, with their data.
+
+    Args:
+        names: of the harness or of `include_path`, patterns such as `mmlu_*`, or paths of task files (.yaml).
+        include_path: folders with task files of one's own. Such a file may name Python functions, which are run.
+
+    Raises:
+        TaskError: for the first name that is unknown, whose data cannot be loaded, or that would run code which the
+            model writes.
+    """
+
+    def __init__(self, names: Sequence[str], include_path: Sequence[Path] = ()):
+        from lm_eval.tasks import TaskManager
+
+        with _quiet():
+            self._manager = TaskManager(include_path=[str(path) for path in include_path])
+            self.names = self._resolve(names, include_path)
+            self._loaded = {name: self._load(name) for name in self.names}
+            try:
+                self._manager.load([task for loaded in self._loaded.values() for task in _roots(loaded)])
+            except ValueError as error:
+                raise TaskError(str(error)) from None
+        for name, loaded in self._loaded.items():
+            for task in loaded["tasks"].values():
+                if getattr(task, "UNSAFE_CODE", False):
+                    raise TaskError(
+                        f"{name} runs Python that the model writes, without a sandbox; HumanEval is run in one by "
+                        "--human-eval"
+                    )
+
+    def _resolve(self, names: Sequence[str], include_path: Sequence[Path]) -> list[str]:
+        known = self._manager.task_index
+        resolved: list[str] = []
+        for name in names:
+            if name in known or (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
+                resolved.append(name)
+            elif "*" in name and (found := self._manager.match_tasks([name])):
+                resolved += found
+            else:
+                close = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
+                nearby = f"; near it are {', '.join(close)}" if close else ""
+                where = ", ".join(["lm-evaluation-harness", *map(str, include_path)])
+                raise TaskError(f"no task {name!r} in {where}{nearby}")
+        if len(set(resolved)) < len(resolved):
+            twice = next(name for at, name in enumerate(resolved) if name in resolved[:at])
+            raise TaskError(f"{twice} is named twice")
+        return resolved
+
+    def _load(self, name: str) -> Any:
+        try:
+            return self._manager.load([name])
+        except (OSError, ValueError) as error:
+            raise TaskError(f"{name}: its data cannot be loaded: {_first_line(error)}{self._advice(name)}") from None
+        except ImportError as error:
+            raise TaskError(f"{name} needs a package that is not installed: {_first_line(error)}") from None
+        except Exception as error:  # what the task's own functions raise
+            raise TaskError(f"{name} cannot be set up: {type(error).__name__}: {_first_line(error)}") from None
+
+    def _advice(self, name: str) -> str:
+        repositories = sorted({path for path in self._data_sets(name, set()) if path.count("/") == 1})
+        if not repositories:
+            return ""
+        fetch = " && ".join(f"hf download --repo-type dataset {path} --local-dir {path}" for path in repositories)
+        return (
+            f". Where there is a network, run `{fetch}`, and start this command in the folder in which that was done; "
+            "or bring the cache of a machine that has loaded it ($HF_HOME, ~/.cache/huggingface by default) and set "
+            "HF_HUB_OFFLINE=1"
+        )
+
+    def _data_sets(self, name: str, seen: set[str]) -> Iterator[str]:
+        """Repositories that a task, or every task of a group or tag, takes its data from."""
+        entry = self._manager.task_index.get(name)
+        if entry is None or name in seen:
+            return
+        seen.add(name)
+        config = entry.cfg or {}
+        if isinstance(config.get("dataset_path"), str):
+            yield config["dataset_path"]
+        task = config.get("task")
+        members = task if isinstance(task, list) else [] if entry.yaml_path else sorted(entry.tags)
+        for member in members:
+            inner = member if isinstance(member, str) else member.get("task") or member.get("group")
+            if isinstance(member, Mapping) and isinstance(member.get("dataset_path"), str):
+                yield member["dataset_path"]
+            if isinstance(inner, str):
+                yield from self._data_sets(inner, seen)
+
+    def run(
+        self,
+        name: str,
+        model: Any,
+        *,
+        seed: int = 0,
+        num_fewshot: int | None = None,
+        limit: int | None = None,
+        chat_template: bool = False,
+    ) -> dict[str, Any]:
+        """Run one of `names`; the harness's own results, with `samples`.
+
+        Args:
+            model: of `harness_model`.
+            seed: 0 gives the harness's default seeds, and so its choice of examples.
+            num_fewshot: examples in a prompt; the task's own number where not given, and where that is 0 by intent.
+            limit: documents of each task, the first ones; all where not given.
+        """
+        from lm_eval import evaluate
+        from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+        loaded = self._loaded[name]
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if own is None or (num_fewshot is not None and own != 0):
+                task.set_config(key="num_fewshot", value=num_fewshot or 0)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED + seed)
+        set_seed(DEFAULT_OTHER_SEED + seed)
+        with _quiet(), _greedy_by_default(model.model):
+            return evaluate(lm=model, task_dict=loaded, limit=limit, apply_chat_template=chat_template)
+
+
+def harness_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """The harness's `hf` model around a loaded causal language model, or a PEFT model around one."""
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet():
+        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+
+
+def task_entries(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a record keeps of the harness's results: an entry for each task and group, see `evaluation_record`."""
+    entries = {}
+    for name, figures in results["results"].items():
+        better = results["higher_is_better"].get(name, {})
+        metrics = {}
+        for key, value in figures.items():
+            metric, comma, chosen = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                stderr = figures.get(f"{metric}_stderr,{chosen}")
+                metrics[key] = {
+                    "value": _number(value),
+                    "stderr": _number(stderr),
+                    "higher_is_better": better.get(metric),
+                }
+        counts = results["n-samples"].get(name, {})
+        entries[name] = {
+            "metrics": metrics,
+            "n": counts.get("effective", figures.get("sample_len")),
+            "n_total": counts.get("original"),
+            "num_fewshot": results["n-shot"].get(name),
+            "version": results["versions"].get(name),
+            "dataset": _data_set(results["configs"].get(name, {})),
+            "samples_sha256": _samples_digest(results["samples"].get(name)),
+            "subtasks": list(results.get("group_subtasks", {}).get(name, [])),
+        }
+    return entries
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)  # of NumPy too; the harness writes "N/A" where there is none
+    except (TypeError, ValueError):
+        return None
+
+
+def _data_set(config: Mapping[str, Any]) -> str | None:
+    path, name = config.get("dataset_path"), config.get("dataset_name")
+    if not isinstance(path, str):
+        return None
+    path = Path(path).name if Path(path).is_absolute() else path
+    return f"{path} ({name})" if name else path
+
+
+def _samples_digest(samples: Sequence[Mapping[str, Any]] | None) -> str | None:
+    """sha256 over the harness's digests of documents, prompts and targets: equal where the same was asked."""
+    if not samples:
+        return None
+    parts = sorted((s["doc_id"], s["doc_hash"], s["prompt_hash"], s["target_hash"]) for s in samples)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _roots(loaded: Any) -> list[Any]:
+    """Groups and tasks of what was loaded that are in no other group of it."""
+    groups = loaded.get("groups", {})
+    inner = {child for group in groups.values() for child in group.child_names}
+    return [thing for things in (groups, loaded["tasks"]) for name, thing in things.items() if name not in inner]
+
+
+@contextmanager
+def _greedy_by_default(model: Any) -> Iterator[None]:
+    """Put the model's generation settings aside, but for its special tokens.
+
+    A `max_new_tokens` of the checkpoint would win over the length that the harness asks for.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.generation_config
+    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    inner.generation_config = GenerationConfig(**tokens)
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors alone: the harness tells at length what it takes for granted."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
