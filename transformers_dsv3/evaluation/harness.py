@@ -43,23 +43,14 @@ class TaskSuite:
     """
 
     def __init__(self, names: Sequence[str], include_path: Sequence[Path] = ()):
-        from lm_eval.tasks import TaskManager
-
         with _quiet():
-            self._manager = TaskManager(include_path=[str(path) for path in include_path])
+            self._manager = _manager(names, [str(path) for path in include_path])
             self.names = self._resolve(names, include_path)
             self._loaded = {name: self._load(name) for name in self.names}
             try:
                 self._manager.load([task for loaded in self._loaded.values() for task in _roots(loaded)])
             except ValueError as error:
                 raise TaskError(str(error)) from None
-        for name, loaded in self._loaded.items():
-            for task in loaded["tasks"].values():
-                if getattr(task, "UNSAFE_CODE", False):
-                    raise TaskError(
-                        f"{name} runs Python that the model writes, without a sandbox; HumanEval is run in one by "
-                        "--human-eval"
-                    )
 
     def _resolve(self, names: Sequence[str], include_path: Sequence[Path]) -> list[str]:
         known = self._manager.task_index
@@ -80,17 +71,25 @@ class TaskSuite:
         return resolved
 
     def _load(self, name: str) -> Any:
+        # By the configuration, before data are loaded, and for tasks that are classes
+        unsafe = any(config.get("unsafe_code") for config in self._configs(name, set()))
         try:
-            return self._manager.load([name])
+            loaded = None if unsafe else self._manager.load([name])
         except (OSError, ValueError) as error:
             raise TaskError(f"{name}: its data cannot be loaded: {_first_line(error)}{self._advice(name)}") from None
         except ImportError as error:
             raise TaskError(f"{name} needs a package that is not installed: {_first_line(error)}") from None
         except Exception as error:  # what the task's own functions raise
             raise TaskError(f"{name} cannot be set up: {type(error).__name__}: {_first_line(error)}") from None
+        if loaded is None or any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
+            raise TaskError(
+                f"{name} runs Python that the model writes, without a sandbox; --human-eval runs HumanEval in one"
+            )
+        return loaded
 
     def _advice(self, name: str) -> str:
-        repositories = sorted({path for path in self._data_sets(name, set()) if path.count("/") == 1})
+        paths = {str(config.get("dataset_path")) for config in self._configs(name, set())}
+        repositories = sorted(path for path in paths if path.count("/") == 1)
         if not repositories:
             return ""
         fetch = " && ".join(f"hf download --repo-type dataset {path} --local-dir {path}" for path in repositories)
@@ -100,23 +99,26 @@ class TaskSuite:
             "HF_HUB_OFFLINE=1"
         )
 
-    def _data_sets(self, name: str, seen: set[str]) -> Iterator[str]:
-        """Repositories that a task, or every task of a group or tag, takes its data from."""
+    def _configs(self, name: str, seen: set[str]) -> Iterator[Mapping[str, Any]]:
+        """Configurations of a task, or of every task of a group or tag, as their files have them."""
         entry = self._manager.task_index.get(name)
         if entry is None or name in seen:
             return
         seen.add(name)
         config = entry.cfg or {}
-        if isinstance(config.get("dataset_path"), str):
-            yield config["dataset_path"]
+        yield config
         task = config.get("task")
         members = task if isinstance(task, list) else [] if entry.yaml_path else sorted(entry.tags)
         for member in members:
-            inner = member if isinstance(member, str) else member.get("task") or member.get("group")
-            if isinstance(member, Mapping) and isinstance(member.get("dataset_path"), str):
-                yield member["dataset_path"]
-            if isinstance(inner, str):
-                yield from self._data_sets(inner, seen)
+            if isinstance(member, Mapping):
+                yield member
+                member = member.get("task") or member.get("group")
+            if isinstance(member, str):
+                yield from self._configs(member, seen)
+
+    def members(self, name: str) -> set[str]:
+        """Names under which results of one of `names` stand: those of its tasks and groups."""
+        return {*self._loaded[name]["tasks"], *self._loaded[name].get("groups", {})}
 
     def run(
         self,
@@ -148,6 +150,18 @@ class TaskSuite:
         set_seed(DEFAULT_OTHER_SEED + seed)
         with _quiet(), _greedy_by_default(model.model):
             return evaluate(lm=model, task_dict=loaded, limit=limit, apply_chat_template=chat_template)
+
+
+def _manager(names: Sequence[str], folders: Sequence[str]) -> Any:
+    """The harness's index of tasks. It takes seconds, so not all of it where single tasks of the folders will do."""
+    from lm_eval.tasks import TaskManager
+
+    if folders:
+        own = TaskManager(include_path=list(folders), include_defaults=False)
+        entries = [own.task_index.get(name) for name in names]
+        if all(entry is not None and isinstance((entry.cfg or {}).get("task"), str) for entry in entries):
+            return own
+    return TaskManager(include_path=list(folders))
 
 
 def harness_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:

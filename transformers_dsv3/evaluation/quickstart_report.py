@@ -17,7 +17,7 @@ import transformers_dsv3  # noqa: F401  registers the plugin's classes with the 
 
 from ..data.byte_bpe import token_stream
 from ..data.text_files import Corpus
-from .decoding import cache_bytes_per_token, greedy_tokens_per_second, mtp_acceptance_rate
+from .decoding import cache_bytes_per_token, decoding_figures, greedy_tokens_per_second, spaced_passages
 from .routing import routing_report
 from .text_quality import bits_per_byte, compressor_bits_per_byte
 
@@ -83,21 +83,10 @@ def measure_decoding(
     Args:
         passages: int64 `(n, length)`, what is continued by `new_tokens` tokens; speeds use half of them.
     """
-    timed = passages[::2]
-    decode: dict[str, Any] = {
-        "prompt_tokens": passages.shape[1],
-        "new_tokens": new_tokens,
-        "threads": torch.get_num_threads(),
-        "greedy_tokens_per_second": greedy_tokens_per_second(model, timed, new_tokens),
-    }
+    decode = decoding_figures(model, passages, new_tokens, seed)
     cache = {"plugin": cache_bytes_per_token(model, passages[:1])}
-    if model.config.num_nextn_predict_layers:
-        set_seed(seed)
-        decode["greedy_mtp_tokens_per_second"] = greedy_tokens_per_second(model, timed, new_tokens, use_mtp=True)
-        decode["mtp_acceptance_rate"] = mtp_acceptance_rate(model, passages, new_tokens, do_sample=False)
-        decode["mtp_acceptance_rate_sampled"] = mtp_acceptance_rate(model, passages, new_tokens, do_sample=True)
     with native_model(folder) as native:
-        decode["native_greedy_tokens_per_second"] = greedy_tokens_per_second(native, timed, new_tokens)
+        decode["native_greedy_tokens_per_second"] = greedy_tokens_per_second(native, passages[::2], new_tokens)
         cache["native"] = cache_bytes_per_token(native, passages[:1])
     return {"decode": decode, "cache_bytes_per_token": cache}
 
@@ -111,13 +100,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def spaced_passages(stream: torch.Tensor, count: int, length: int) -> torch.Tensor:
-    """`count` passages of `length` tokens, evenly spaced over a stream: `(count, length)`."""
-    length = min(length, stream.numel())
-    starts = torch.linspace(0, stream.numel() - length, count).long()
-    return torch.stack([stream[start : start + length] for start in starts.tolist()])
 
 
 @contextmanager

@@ -55,7 +55,9 @@ def bits_per_byte(
     model.eval()
     nats = 0.0
     starts = list(range(0, max(n_tokens - window, 0) + stride, stride))
-    for first in tqdm(range(0, len(starts), batch_size), desc="held-out text", unit="batch", leave=False):
+    for first in tqdm(
+        range(0, len(starts), batch_size), desc="held-out text", unit="batch", leave=False, disable=None
+    ):
         batch = starts[first : first + batch_size]
         ids_BT = torch.zeros(len(batch), min(window, n_tokens), dtype=torch.int64)
         # -100 marks what is not scored here: padding, and tokens that the window before has scored.

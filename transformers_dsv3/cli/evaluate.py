@@ -1,0 +1,389 @@
+"""`transformers-dsv3 evaluate`: what a checkpoint can do, in one record."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .loading import checkpoint_problem, device_problem
+from .routing import checked_stream, file_problem, read_texts
+
+
+if TYPE_CHECKING:
+    from ..evaluation.checkpoint_evaluation import EvaluationSettings, EvaluationText, HumanEvalSettings
+    from ..evaluation.checkpoint_source import CheckpointSource
+    from ..evaluation.evaluation_record import EvaluationRecord
+    from ..evaluation.harness import TaskSuite
+
+
+WHAT = ("text", "routing", "speed")
+
+
+def evaluate(
+    context: typer.Context,
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A folder or a repository id on the Hub, of a checkpoint or of a PEFT adapter."
+        ),
+    ],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="A UTF-8 text file, or a folder with some; may be given several times. Take text that the model was "
+            "not trained on. Default: the files of Python's own library that `quickstart` holds out.",
+        ),
+    ] = None,
+    what: Annotated[
+        str, typer.Option(help="Any of text, routing, speed; none for tasks and HumanEval alone.")
+    ] = "text,routing,speed",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Tasks, groups or patterns of lm-evaluation-harness, of --include-path, or task files (.yaml).",
+        ),
+    ] = "",
+    include_path: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="A folder with task files of your own. Functions that they name are run."),
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in a prompt. Default: the task's own.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="So many documents of each task, and problems of HumanEval. For a try only.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put the tasks' prompts into the tokenizer's chat template.")
+    ] = False,
+    human_eval: Annotated[
+        bool, typer.Option("--human-eval", help="HumanEval's 164 problems; needs --execute-generated-code.")
+    ] = False,
+    execute_generated_code: Annotated[
+        bool,
+        typer.Option(
+            "--execute-generated-code",
+            help="Agree that Python code which the model writes is run on this machine: in processes without network, "
+            "without sight of your files, and with limits on time, memory and disk.",
+        ),
+    ] = False,
+    weak_sandbox: Annotated[
+        bool,
+        typer.Option(
+            "--weak-sandbox",
+            help="Where the system allows no such processes, be content with a hook inside Python, which stops "
+            "accidents and no attacks.",
+        ),
+    ] = False,
+    human_eval_samples: Annotated[
+        int, typer.Option(help="Solutions a problem: 1 is greedy; more are sampled, for pass@10 and pass@100.")
+    ] = 1,
+    human_eval_temperature: Annotated[float, typer.Option(help="Of sampling solutions.")] = 0.8,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of context for text and routing. Default: 256, or what the model has.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository on the Hub.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="Of an adapter, where the one that it names is not there.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to load it: cpu, cuda, … Default: cpu.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of few-shot examples and of sampling.")] = 0,
+    json: Annotated[Path, typer.Option(metavar="PATH", help="The record.")] = Path("evaluation.json"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write over the record of another evaluation.")
+    ] = False,
+) -> None:
+    """Measure a checkpoint: held-out text, use of experts, speed, tasks of lm-evaluation-harness, HumanEval.
+
+    \b
+    text      bits per byte and perplexity, beside what zlib and lzma make of the same text
+    routing   how evenly each layer's tokens spread over its experts, as `transformers-dsv3 routing`
+    speed     prefill and decoding here, with MTP drafts where the checkpoint has them, bytes of cache a token
+    --tasks   the harness's own prompts and metrics (pip install "transformers-dsv3[evaluate]")
+
+    One JSON file has all of it, with the checkpoint's digest, versions, seed, commit, machine and command. It is
+    written after each part, and the same command goes on where one was interrupted. `transformers-dsv3 card` makes
+    tables of it.
+
+    Data of tasks come from the Hub, or from folders: in a folder that has openai/gsm8k/, fetched by
+    `hf download --repo-type dataset openai/gsm8k --local-dir openai/gsm8k`, gsm8k needs no network.
+
+    \b
+    Examples:
+      transformers-dsv3 evaluate ./dsv3-quickstart
+      transformers-dsv3 evaluate ./dsv3-quickstart --text ~/held-out --json held_out.json
+      transformers-dsv3 evaluate ./my-adapter --what text --base-model ./dsv3-quickstart
+      transformers-dsv3 evaluate ./my-model --tasks gsm8k,mmlu --what none --device cuda --batch-size 32
+      transformers-dsv3 evaluate ./my-model --tasks my_task --include-path ./my_tasks --what none
+      transformers-dsv3 evaluate ./my-model --human-eval --execute-generated-code --what none
+    """
+    from ..evaluation.speed.settings import names
+
+    chosen, task_names = names(what), names(tasks)
+    if chosen == ("none",):
+        chosen = ()
+    for part in chosen:
+        if part not in WHAT:
+            raise typer.BadParameter(f"{part!r} is none of {', '.join(WHAT)}, none", param_hint="--what")
+    if not chosen and not task_names and not human_eval:
+        raise typer.BadParameter("nothing to measure: no part, no --tasks, no --human-eval", param_hint="--what")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16, float16", param_hint="--dtype")
+    for option, value, least in (
+        ("--window", window, 2),
+        ("--batch-size", batch_size, 1),
+        ("--num-fewshot", num_fewshot, 0),
+        ("--limit", limit, 1),
+        ("--human-eval-samples", human_eval_samples, 1),
+    ):
+        if value is not None and value < least:
+            raise typer.BadParameter(f"{value} is not at least {least}", param_hint=option)
+    if not human_eval_temperature > 0:
+        raise typer.BadParameter(f"{human_eval_temperature} is not above 0", param_hint="--human-eval-temperature")
+    if not 0 <= seed < 2**31:
+        raise typer.BadParameter(f"{seed} does not lie between 0 and 2**31 - 1", param_hint="--seed")
+    for folder in include_path or ():
+        if not folder.is_dir() or not any(folder.rglob("*.yaml")):
+            raise typer.BadParameter(f"{folder} is no folder with task files (.yaml)", param_hint="--include-path")
+    if (problem := file_problem(json)) is not None:
+        raise typer.BadParameter(problem, param_hint="--json")
+    if device is not None and (problem := device_problem(device)) is not None:
+        raise typer.BadParameter(problem, param_hint="--device")
+    solving = human_eval_settings(
+        human_eval, execute_generated_code, weak_sandbox, human_eval_samples, human_eval_temperature
+    )
+    if task_names:
+        from ..evaluation.harness import harness_problem
+
+        if (problem := harness_problem()) is not None:
+            raise typer.BadParameter(problem, param_hint="--tasks")
+
+    from ..evaluation.checkpoint_evaluation import CheckpointEvaluation, EvaluationSettings, parts_of
+    from ..evaluation.evaluation_record import RecordError
+
+    source, config, tokenizer = find(checkpoint, revision, base_model)
+    parts = parts_of(config, chosen)
+    if parts != chosen and typed(context, "what"):
+        raise typer.BadParameter(f"{checkpoint} has no mixture-of-experts layer of this package", param_hint="--what")
+    if chat_template and not tokenizer.chat_template:
+        raise typer.BadParameter(f"the tokenizer of {checkpoint} has none", param_hint="--chat-template")
+    settings = EvaluationSettings(
+        what=parts,
+        window=checked_window(checkpoint, config, window),
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        chat_template=chat_template,
+        human_eval=solving,
+    )
+    suite = task_suite(task_names, include_path)
+    held_out = None if not parts else evaluation_text(checkpoint, text, tokenizer, settings, config.vocab_size)
+    try:
+        source.fetch()
+        evaluation = CheckpointEvaluation(
+            source,
+            settings,
+            text=held_out,
+            tokenizer=tokenizer,
+            suite=suite,
+            command=command_line(context),
+            path=json,
+            overwrite=overwrite,
+        )
+    except RecordError as error:
+        raise typer.BadParameter(str(error), param_hint="--json") from None
+    except (OSError, ValueError) as error:  # files that are broken
+        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint="CHECKPOINT") from None
+    if evaluation.resumed:
+        typer.echo(f"Going on with {json}, which has {', '.join(evaluation.resumed)}.", err=True)
+    try:
+        try:
+            evaluation.load()
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint="CHECKPOINT") from None
+        record = evaluation.run(lambda part: typer.echo(f"{part} …", err=True))
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. The same command goes on from what is in {json}.", err=True)
+        raise typer.Exit(130) from None
+    show(record, json)
+
+
+def human_eval_settings(
+    wanted: bool, agreed: bool, weak: bool, samples: int, temperature: float
+) -> HumanEvalSettings | None:
+    """How HumanEval is run, None where it is not; refuses without consent or a sandbox."""
+    if not wanted:
+        if agreed:
+            raise typer.BadParameter(
+                "nothing is generated without --human-eval", param_hint="--execute-generated-code"
+            )
+        return None
+    if not agreed:
+        raise typer.BadParameter(
+            "runs Python that the model writes on this machine, in a sandbox: add --execute-generated-code to agree",
+            param_hint="--human-eval",
+        )
+    from ..evaluation.checkpoint_evaluation import HumanEvalSettings
+    from ..evaluation.human_eval import human_eval_problem
+    from ..evaluation.sandbox import AUDIT_HOOK, NAMESPACES, sandbox_problem
+
+    if (problem := human_eval_problem()) is not None:
+        raise typer.BadParameter(problem, param_hint="--human-eval")
+    isolation = NAMESPACES
+    if (problem := sandbox_problem()) is not None:
+        if not weak:
+            raise typer.BadParameter(
+                f"no sandbox can be made on this system ({problem}): run it where user namespaces are allowed, or be "
+                "content with --weak-sandbox",
+                param_hint="--execute-generated-code",
+            )
+        isolation = AUDIT_HOOK
+        if (problem := sandbox_problem(isolation)) is not None:
+            raise typer.BadParameter(problem, param_hint="--weak-sandbox")
+        typer.echo("Weak sandbox: code of the model is held back by a hook in Python alone.", err=True)
+    return HumanEvalSettings(samples=samples, temperature=temperature, isolation=isolation)
+
+
+def find(checkpoint: str, revision: str | None, base_model: str | None) -> tuple[CheckpointSource, Any, Any]:
+    """The checkpoint's files, its configuration and its tokenizer; weights on the Hub stay there for now."""
+    from ..evaluation.checkpoint_source import find_checkpoint
+
+    try:
+        source = find_checkpoint(checkpoint, revision, base_model)
+        config = source.load_config()
+    except (OSError, ValueError) as error:
+        reason = checkpoint_problem(checkpoint, error)
+        given = f"{checkpoint}: {checkpoint}"
+        raise typer.BadParameter(
+            reason.removeprefix(f"{checkpoint}: ") if reason.startswith(given) else reason, param_hint="CHECKPOINT"
+        ) from None
+    try:
+        return source, config, source.load_tokenizer()
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{checkpoint} has no tokenizer that can be loaded ({checkpoint_problem(checkpoint, error)}): save one "
+            "there with tokenizer.save_pretrained(...)",
+            param_hint="CHECKPOINT",
+        ) from None
+
+
+def checked_window(checkpoint: str, config: Any, window: int | None) -> int:
+    """Tokens of context that the model has."""
+    positions = config.max_position_embeddings
+    if window is not None and window > positions:
+        raise typer.BadParameter(
+            f"{window} is more than the {positions} positions of {checkpoint}", param_hint="--window"
+        )
+    return min(256, positions) if window is None else window
+
+
+def task_suite(names: tuple[str, ...], include_path: list[Path] | None) -> TaskSuite | None:
+    """The tasks with their data, None for none."""
+    if not names:
+        if include_path:
+            raise typer.BadParameter("nothing is taken from it without --tasks", param_hint="--include-path")
+        return None
+    from ..evaluation.harness import TaskError, TaskSuite
+
+    try:
+        return TaskSuite(names, include_path or ())
+    except TaskError as error:
+        raise typer.BadParameter(str(error), param_hint="--tasks") from None
+
+
+def evaluation_text(
+    checkpoint: str, paths: list[Path] | None, tokenizer: Any, settings: EvaluationSettings, vocab_size: int
+) -> EvaluationText:
+    """The text in the checkpoint's tokens, under a name that tells nothing of this machine's folders."""
+    from ..evaluation.checkpoint_evaluation import EvaluationText
+
+    source, texts = read_texts(paths)
+    if paths:
+        source = ", ".join(path.resolve().name for path in paths)
+    stream = checked_stream("CHECKPOINT", checkpoint, tokenizer, texts, settings.window, vocab_size)
+    return EvaluationText(source, tuple(texts), stream)
+
+
+def command_line(context: typer.Context) -> str:
+    """What was typed, with the last part of absolute paths alone."""
+    words = []
+    for parameter in context.command.params:
+        # A record is the same wherever it is written, and whatever stood there before
+        if parameter.name in ("json", "overwrite") or not typed(context, parameter.name):
+            continue
+        given = context.params[parameter.name]
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            if parameter.param_type_name == "argument":
+                words.append(shareable(value))
+            else:
+                words += [parameter.opts[0], *([] if value is True else [shareable(value)])]
+    return shlex.join(["transformers-dsv3", "evaluate", *words])
+
+
+def typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was given."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def shareable(value: object) -> str:
+    """A value of the command line, without the folders of an absolute path."""
+    parts = [Path(part).name if Path(part).is_absolute() else part for part in str(value).split(",")]
+    return ",".join(parts)
+
+
+def show(record: EvaluationRecord, path: Path) -> None:
+    """Print the table of figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file or a pipe has no width of its own
+    table = Table("measured", "figure", "beside it", title=record.checkpoint.name)
+    for row in rows(record):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"The record is in {path}.", highlight=False, soft_wrap=True)
+
+
+def rows(record: EvaluationRecord) -> list[tuple[str, str, str]]:
+    """What a person reads of a record: what, its figure, and what to see it beside."""
+    lines: list[tuple[str, str, str]] = []
+    if (text := record.text) is not None:
+        others = ", ".join(f"{name} {text[f'{name}_bits_per_byte']:.3f}" for name in ("zlib", "lzma"))
+        lines.append(("bits per byte", f"{text['bits_per_byte']:.4f}", f"{others}; {text['source']}"))
+        counts = f"{text['tokens']:,} tokens in windows of {text['window']}"
+        lines.append(("perplexity of a token", f"{text['perplexity']:.4g}", counts))
+    if (routing := record.routing) is not None:
+        mean = routing["mean"]
+        beside = f"load entropy {mean['load_entropy']:.3f}, {mean['dead_experts']:.0f} dead"
+        lines.append(("utilisation of experts", f"{mean['utilisation']:.1%}", f"mean over largest load; {beside}"))
+    if (speed := record.speed) is not None:
+        where = f"{record.hardware['device']}, {speed['threads']} threads"
+        lines.append(("prefill tokens/s", f"{speed['prefill_tokens_per_second']:,.0f}", where))
+        lines.append(("greedy decode tokens/s", f"{speed['greedy_tokens_per_second']:,.1f}", where))
+        if "mtp_acceptance_rate" in speed:
+            beside = f"{speed['greedy_mtp_tokens_per_second']:,.1f} tokens/s with use_mtp=True"
+            lines.append(("MTP drafts accepted, greedy", f"{speed['mtp_acceptance_rate']:.0%}", beside))
+        lines.append(("cache bytes a token", f"{speed['cache_bytes_per_token']:,.0f}", "all layers"))
+    for name, task in (record.tasks or {}).items():
+        beside = f"{task['n']} documents, {task['num_fewshot']} examples"
+        for metric, figure in task["metrics"].items():
+            value = "none" if figure["value"] is None else f"{figure['value']:.4f}"
+            error = "" if figure["stderr"] is None else f" ± {figure['stderr']:.4f}"
+            lines.append((f"{name}: {metric.removesuffix(',none')}", value + error, beside))
+    if (solved := record.human_eval) is not None:
+        endings = ", ".join(f"{count} {outcome}" for outcome, count in solved["outcomes"].items())
+        for k, figure in solved["pass@k"].items():
+            error = "" if figure["stderr"] is None else f" ± {figure['stderr']:.4f}"
+            lines.append((f"HumanEval: pass@{k}", f"{figure['value']:.4f}{error}", endings))
+    return lines
