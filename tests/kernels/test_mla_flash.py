@@ -315,3 +315,33 @@ def test_compiled_whole(name, install):
 
     with selection.use(attention=name), torch.no_grad():
         torch.testing.assert_close(step(*arguments), mla_flash.absorbed_attention(*arguments, None, 0.05))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_decode_by_the_one_that_was_chosen(name, install, make_model, monkeypatch):
+    package = install(name)
+    model = make_model(kv_lora_rank=512, qk_rope_head_dim=64).to(torch.bfloat16)
+    tokens = torch.arange(2, 26).view(2, 12)
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
+    settings["return_dict_in_generate"] = True
+    with selection.use(attention="torch"):
+        plain = model.generate(tokens, **settings)
+    assert not package.calls
+    with selection.use(attention=name):
+        chosen = model.generate(tokens, **settings)
+    # The first token is of the prefill
+    assert len(package.calls) == 3 * model.config.num_hidden_layers
+    torch.testing.assert_close(chosen.logits[1], plain.logits[1], rtol=0.05, atol=0.05)
+
+    # Prompts padded on the left need a mask: said once, served by others
+    said = []
+    monkeypatch.setattr(mla_flash.logger, "warning_once", said.append)
+    package.calls.clear()
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    with selection.use(attention=name):
+        padded = model.generate(tokens, attention_mask=mask, **settings)
+    assert not package.calls and "takes no mask" in said[0]
+    with selection.use(attention="torch"):
+        wanted = model.generate(tokens, attention_mask=mask, **settings)
+    torch.testing.assert_close(padded.logits[1], wanted.logits[1], rtol=0.05, atol=0.05)

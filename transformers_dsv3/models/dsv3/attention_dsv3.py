@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ...kernels import mla_cpu, mla_training
+from ...kernels import mla_cpu, mla_flash, mla_training
 from ...kernels.rows_cpu import rotate_refusal
 from .cache_dsv3 import extend
 from .configuration_dsv3 import Dsv3Config
@@ -352,6 +352,8 @@ class Dsv3Attention(nn.Module):
             arguments = (q_nope, q_rope, latent, k_rope, kv_b_weight, mask, self.scaling)
             if implementation == "eager":
                 output, weights = absorbed_attention(*arguments)
+            elif not self.training and mla_flash.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight, mask) is None:
+                output = mla_flash.absorbed_attention(*arguments)
             elif not self.training and mla_cpu.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight, mask) is None:
                 output = mla_cpu.absorbed_attention(*arguments)
             else:
