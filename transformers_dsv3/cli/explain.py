@@ -14,12 +14,15 @@ def explain(
     device: Annotated[str | None, typer.Option(help="Where to load it: cpu, cuda, … Default: cpu.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Load a checkpoint and say which backend serves its attention, experts and linear layers, and why not others.
+    """Load a checkpoint and say which backend serves its attention, experts, linear layers and decoding steps.
+
+    Of every other backend it says why it cannot serve, what would have to be installed, or how to choose it.
 
     \b
     Examples:
       transformers-dsv3 explain ./dsv3-quickstart
       transformers-dsv3 explain moonshotai/Moonlight-16B-A3B --device cuda --dtype bfloat16
+      TRANSFORMERS_DSV3_BACKENDS=attention=flash_attention_3_mla transformers-dsv3 explain ./model --device cuda
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16, float16", param_hint="--dtype")

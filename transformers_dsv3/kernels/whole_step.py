@@ -22,7 +22,7 @@ def why_not(model: nn.Module) -> str | None:
         return f"Transformers compiles steps on GPUs, not on {model.device.type}"
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
-        return f"Transformers compiles no steps of {type(quantizer).__name__}'s weights"
+        return "Transformers compiles no steps over weights that are quantised so"
     if model.generation_config.disable_compile:
         return "generation_config.disable_compile is set"
     return None
