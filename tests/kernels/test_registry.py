@@ -9,6 +9,7 @@ from transformers import DeepseekV3ForCausalLM
 from transformers.integrations import deepgemm, sonicmoe
 
 import transformers_dsv3
+from tests.fake_gpu import fake_gpu, on_gpu
 from transformers_dsv3.compression import int8_weights
 from transformers_dsv3.kernels import (
     cpu_library,
@@ -225,6 +226,23 @@ def test_what_public_kernels_need_on_a_gpu(make_model, gpu, monkeypatch):
     assert "current device is SM80" in block(text, "experts")["deepgemm"][1]
     text = transformers_dsv3.explain(model.float())
     assert "takes bfloat16 weights, not torch.float32" in block(text, "experts")["deepgemm"][1]
+
+
+def test_a_model_on_a_gpu(tiny_config, monkeypatch):
+    with torch.device("meta"):
+        model = transformers_dsv3.Dsv3ForCausalLM(tiny_config(**WIDE)).to(torch.bfloat16)
+    with fake_gpu():
+        on_gpu(model)
+        text = transformers_dsv3.explain(model)
+        assert text.startswith("Dsv3ForCausalLM on cuda:0, bfloat16")
+        assert "no: is for CPUs, not cuda" in block(text, "attention, absorbed")["cpu"][1]
+        assert "no: is for CPUs, not cuda" in block(text, "experts")["cpu"][1]
+        assert "can be chosen" in block(text, "experts")["grouped_mm"][1]
+        assert 'can be chosen: generate(…, cache_implementation="static")' in block(text, "decoding step")["graph"][1]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+        assert transformers_dsv3.explain(model).startswith("Dsv3ForCausalLM on cuda:0 (NVIDIA H100 80GB HBM3), bfl")
 
 
 def test_attention_that_was_chosen_by_name(make_model, gpu, monkeypatch):

@@ -317,6 +317,12 @@ def _line(backend: Backend, module: nn.Module, in_use: dict[str, str]) -> str:
     return f"  {mark} {backend.name:<21} {backend.does}; {note}"
 
 
+def _place(device: torch.device) -> str:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
 def explain(model: PreTrainedModel) -> str:
     """Tells which backend serves each operation of a model, and why the others do not.
 
@@ -334,7 +340,7 @@ def explain(model: PreTrainedModel) -> str:
     """
     parts = _parts(model)
     parameter = next(model.parameters())
-    lines = [f"{type(model).__name__} on {parameter.device}, {str(parameter.dtype).removeprefix('torch.')}"]
+    lines = [f"{type(model).__name__} on {_place(parameter.device)}, {str(parameter.dtype).removeprefix('torch.')}"]
     for operation in OPERATIONS:
         serves = operation.serves(parts)
         if serves is None:
