@@ -4,6 +4,7 @@ The stand-ins have the packages' own signatures and conditions (FlashMLA's csrc/
 hopper/flash_api.cpp) and compute in plain PyTorch. What the packages' own programs compute is not tested here.
 """
 
+import importlib.util
 import sys
 import types
 
@@ -345,3 +346,18 @@ def test_models_decode_by_the_one_that_was_chosen(name, install, make_model, mon
     with selection.use(attention="torch"):
         wanted = model.generate(tokens, attention_mask=mask, **settings)
     torch.testing.assert_close(padded.logits[1], wanted.logits[1], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("filled", [None, torch.tensor([3, 1000])])
+def test_the_package_itself(name, filled):
+    """Where it is installed and the GPU is one of its own."""
+    if not torch.cuda.is_available() or importlib.util.find_spec(mla_flash.PACKAGES[name].module) is None:
+        pytest.skip(f"needs a GPU and {mla_flash.PACKAGES[name].source}")
+    arguments = inputs(S=1000, H=16)
+    given = [x.cuda() for x in arguments]
+    with selection.use(attention=name):
+        if (reason := mla_flash.absorbed_refusal(given[0], *given[2:], None)) is not None:
+            pytest.skip(f"{name} {reason}")
+        output = mla_flash.absorbed_attention(*given, None, 0.05, None if filled is None else filled.cuda())
+    torch.testing.assert_close(output.double().cpu(), reference(arguments, 0.05, filled), rtol=0.05, atol=0.02)
