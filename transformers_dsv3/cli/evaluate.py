@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -313,31 +312,25 @@ def evaluation_text(
 
 
 def command_line(context: typer.Context) -> str:
-    """What was typed, with the last part of absolute paths alone."""
-    words = []
+    """What was typed, as others would type it: without this machine's folders."""
+    from ..evaluation.shareable import shareable_command
+
+    words: list[str] = []
     for parameter in context.command.params:
         # A record is the same wherever it is written, and whatever stood there before
         if parameter.name in ("json", "overwrite") or not typed(context, parameter.name):
             continue
         given = context.params[parameter.name]
         for value in given if isinstance(given, (list, tuple)) else [given]:
-            if parameter.param_type_name == "argument":
-                words.append(shareable(value))
-            else:
-                words += [parameter.opts[0], *([] if value is True else [shareable(value)])]
-    return shlex.join(["transformers-dsv3", "evaluate", *words])
+            words += [] if parameter.param_type_name == "argument" else [parameter.opts[0]]
+            words += [] if value is True else [str(value)]
+    return shareable_command(["transformers-dsv3", "evaluate", *words])
 
 
 def typed(context: typer.Context, name: str) -> bool:
     """Whether an option was given."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def shareable(value: object) -> str:
-    """A value of the command line, without the folders of an absolute path."""
-    parts = [Path(part).name if Path(part).is_absolute() else part for part in str(value).split(",")]
-    return ",".join(parts)
 
 
 def show(record: EvaluationRecord, path: Path) -> None:

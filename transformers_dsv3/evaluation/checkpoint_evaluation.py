@@ -21,6 +21,7 @@ from .harness import TaskSuite, harness_model, task_entries
 from .human_eval import human_eval
 from .routing import moe_layers, routing_report
 from .sandbox import NAMESPACES
+from .shareable import shareable_text
 from .speed.record import load_average
 from .text_quality import bits_per_byte, compressor_bits_per_byte
 
@@ -135,7 +136,7 @@ class CheckpointEvaluation:
         del values["seed"]
         values["what"] = list(self.settings.what)
         values["text_sha256"] = None if self.text is None else self.text.sha256
-        values["tasks"] = [] if self.suite is None else [task_name(name) for name in self.suite.names]
+        values["tasks"] = [] if self.suite is None else [shareable_text(name) for name in self.suite.names]
         return values
 
     def _take_up(self, earlier: EvaluationRecord) -> None:
@@ -185,7 +186,7 @@ class CheckpointEvaluation:
         if self.suite is not None:
             done = set(self.record.tasks or {})
             left = [name for name in self.suite.names if not self.suite.members(name) <= done]
-            parts += [(f"task {task_name(name)}", partial(self._measure_task, name=name)) for name in left]
+            parts += [(f"task {shareable_text(name)}", partial(self._measure_task, name=name)) for name in left]
         if self.settings.human_eval is not None and self.record.human_eval is None:
             parts.append(("HumanEval", self._measure_human_eval))
         return parts
@@ -267,11 +268,6 @@ def parts_of(config: Any, wanted: Sequence[str]) -> tuple[str, ...]:
     """Those of the wanted parts that a model of this configuration has: routing needs experts of this package."""
     routed = isinstance(config, Dsv3Config) and moe_layers(config)
     return tuple(part for part in wanted if part != "routing" or routed)
-
-
-def task_name(name: str) -> str:
-    """A task as it is recorded: a file without its folders, a name as it is."""
-    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _exp(value: float) -> float:

@@ -42,6 +42,7 @@ import torch
 from ..training.checkpoints import write_json
 from .checkpoint_identity import CheckpointIdentity
 from .routing import RoutingReport
+from .shareable import shareable
 from .speed.record import machine
 
 
@@ -79,8 +80,8 @@ class EvaluationRecord:
     human_eval: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; what is not finite becomes None."""
-        return plain({"record": RECORD, "version": VERSION, **asdict(self)})
+        """Plain values for JSON: what is not finite becomes None, of absolute paths the last part stays."""
+        return plain(shareable({"record": RECORD, "version": VERSION, **asdict(self)}))
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the record") -> EvaluationRecord:

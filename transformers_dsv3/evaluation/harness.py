@@ -153,15 +153,23 @@ class TaskSuite:
 
 
 def _manager(names: Sequence[str], folders: Sequence[str]) -> Any:
-    """The harness's index of tasks. It takes seconds, so not all of it where single tasks of the folders will do."""
+    """The harness's index of tasks. Of all its own it takes seconds, which are saved where the folders will do."""
     from lm_eval.tasks import TaskManager
 
     if folders:
         own = TaskManager(include_path=list(folders), include_defaults=False)
-        entries = [own.task_index.get(name) for name in names]
-        if all(entry is not None and isinstance((entry.cfg or {}).get("task"), str) for entry in entries):
+        if all(_is_whole(own.task_index, name) for name in names):
             return own
     return TaskManager(include_path=list(folders))
+
+
+def _is_whole(index: Mapping[str, Any], name: str) -> bool:
+    """Whether a task is in an index, with all tasks of a group."""
+    if name not in index:
+        return False
+    task = (index[name].cfg or {}).get("task")
+    members = task if isinstance(task, list) else ()
+    return all(isinstance(member, str) and _is_whole(index, member) for member in members)
 
 
 def harness_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:

@@ -1,0 +1,229 @@
+"""Tasks of lm-evaluation-harness: native's log-likelihoods, the harness's own figures, and what is refused early."""
+
+import json
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from transformers_dsv3.evaluation import harness
+from transformers_dsv3.evaluation.harness import TaskError, TaskSuite, harness_model, harness_problem, task_entries
+
+
+lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval.tasks")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_index():
+    """The harness's index of all its tasks takes seconds to make."""
+    make, made = lm_eval.tasks.TaskManager, {}
+
+    def manager(include_path, include_defaults=True):
+        key = (*include_path, include_defaults)
+        if key not in made:
+            made[key] = make(include_path=include_path, include_defaults=include_defaults)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.tasks, "TaskManager", manager)
+        yield
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """Neither a network nor data that were loaded before."""
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The bytes that `trained_model` was trained on: each token's id is its byte."""
+    tokens = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in bytes_to_unicode().items()}, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<end>")
+
+
+@pytest.fixture
+def suite(harness_tasks):
+    return TaskSuite(["halves", "halves_text"], [harness_tasks])
+
+
+def documents(harness_tasks):
+    return [json.loads(line) for line in (harness_tasks / "halves.jsonl").read_text().splitlines()]
+
+
+def responses(results, task):
+    return [r for s in sorted(results["samples"][task], key=lambda s: s["doc_id"]) for r in s["filtered_resps"]]
+
+
+def log_probability(model, context, target):
+    """Sum over the target's tokens, in float64, from one pass over exactly these tokens."""
+    ids = torch.tensor([context + target])
+    with torch.inference_mode():
+        logits = model(ids).logits[0, :-1].double()
+    chosen = logits.log_softmax(-1)[torch.arange(len(ids[0]) - 1), ids[0, 1:]]
+    return float(chosen[-len(target) :].sum())
+
+
+def test_log_likelihoods_are_natives(trained_model, native_twin, tokenizer, suite, measured):
+    native = native_twin(trained_model)
+    assert type(native) is DeepseekV3ForCausalLM
+    results = {}
+    for name, model in (("plugin", trained_model), ("native", native)):
+        wrapped = harness_model(model, tokenizer, 4)
+        results[name] = {task: suite.run(task, wrapped) for task in suite.names}
+    largest = 0.0
+    for group, task in (("halves", "halves_choice"), ("halves_text", "halves_text")):
+        ours, theirs = (responses(results[name][group], task) for name in ("plugin", "native"))
+        assert len(ours) == len(theirs) >= 16
+        for one, other in zip(ours, theirs):
+            one, other = (pair if isinstance(pair, (tuple, list)) else (pair, None) for pair in (one, other))
+            largest = max(largest, abs(one[0] - other[0]))
+            assert one[1] == other[1]
+    measured["lm-eval through evaluate: largest difference of log-likelihoods to native"] = largest
+    assert largest <= 1e-4
+    ours, theirs = (responses(results[name]["halves"], "halves_writing") for name in ("plugin", "native"))
+    assert ours == theirs
+
+
+def test_log_likelihoods_are_the_models(trained_model, tokenizer, harness_tasks, suite):
+    """Made again without the harness, and the figures from them."""
+    wrapped = harness_model(trained_model, tokenizer, 3)
+    choice = suite.run("halves", wrapped)
+    expected = []
+    for document in documents(harness_tasks):
+        # Blanks between the two belong to what is predicted, by the harness's rule
+        start = document["start"].rstrip()
+        blanks = document["start"][len(start) :]
+        ends = [list((blanks + end).encode()) for end in document["ends"]]
+        expected.append([log_probability(trained_model, list(start.encode()), end) for end in ends])
+    found = [value for value, _ in responses(choice, "halves_choice")]
+    assert found == pytest.approx([value for pair in expected for value in pair], abs=1e-4)
+
+    entry = task_entries(choice)["halves_choice"]
+    right = [pair[0] > pair[1] for pair in expected]
+    share = sum(right) / len(right)
+    metric = entry["metrics"]["acc,none"]
+    assert metric["value"] == share and metric["higher_is_better"] is True
+    assert metric["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (len(right) - 1)))
+    assert entry["n"] == entry["n_total"] == len(right) and entry["num_fewshot"] == 0 and entry["version"] == 1.5
+    assert entry["dataset"] == "json" and entry["subtasks"] == []
+
+    whole = task_entries(suite.run("halves_text", wrapped))["halves_text"]
+    lines = [(document["start"] + document["ends"][0]).encode() for document in documents(harness_tasks)]
+    end = tokenizer.eos_token_id  # what the harness puts before a text where there is no token for a beginning
+    nats = -sum(log_probability(trained_model, [end], list(line)) for line in lines)
+    perplexity = math.exp(nats / sum(map(len, lines)))
+    assert whole["metrics"]["byte_perplexity,none"]["value"] == pytest.approx(perplexity, rel=1e-5)
+    assert whole["metrics"]["byte_perplexity,none"]["higher_is_better"] is False
+
+
+def test_groups_limits_examples_and_seeds(trained_model, tokenizer, harness_tasks):
+    wrapped = harness_model(trained_model, tokenizer, 8)
+
+    def run(**options):
+        suite = TaskSuite(["halves"], [harness_tasks])
+        assert suite.members("halves") == {"halves", "halves_choice", "halves_writing"}
+        return suite.run("halves", wrapped, limit=5, **options)
+
+    results = run(num_fewshot=2)
+    entries = task_entries(results)
+    assert entries["halves"]["subtasks"] == ["halves_choice", "halves_writing"]
+    assert (
+        entries["halves"]["metrics"]["acc,none"]["value"] == entries["halves_choice"]["metrics"]["acc,none"]["value"]
+    )
+    assert (entries["halves_choice"]["n"], entries["halves_choice"]["n_total"]) == (5, 16)
+    assert entries["halves_choice"]["num_fewshot"] == 2
+    prompt = results["samples"]["halves_choice"][0]["arguments"][0][0]
+    assert prompt.count("\n\n") == 2
+    assert task_entries(run(num_fewshot=2)) == entries
+    other = task_entries(run(num_fewshot=2, seed=1))
+    assert other["halves_choice"]["samples_sha256"] != entries["halves_choice"]["samples_sha256"]  # other examples
+
+
+def test_the_checkpoints_own_generation_settings_stay_out(trained_model, tokenizer, suite):
+    """The quickstart's checkpoints stop after 64 tokens, which would cut answers that tasks ask for."""
+    wrapped = harness_model(trained_model, tokenizer, 8)
+    expected = responses(suite.run("halves", wrapped), "halves_writing")
+    assert {len(text.encode()) for text in expected} == {24}
+    trained_model.generation_config.update(max_new_tokens=4, do_sample=True, temperature=5.0)
+    own = trained_model.generation_config
+    assert responses(suite.run("halves", wrapped), "halves_writing") == expected
+    assert trained_model.generation_config is own
+
+
+def test_files_and_patterns(harness_tasks):
+    path = str(harness_tasks / "halves_text.yaml")
+    assert TaskSuite([path]).members(path) == {"halves_text"}
+    assert TaskSuite(["halves_*"], [harness_tasks]).names == ["halves_choice", "halves_text", "halves_writing"]
+
+
+def test_names_that_are_wrong(harness_tasks):
+    with pytest.raises(TaskError, match="no task 'gsm8' in lm-evaluation-harness; near it are gsm8k"):
+        TaskSuite(["gsm8"])
+    with pytest.raises(
+        TaskError, match=f"no task 'halfs_text' in lm-evaluation-harness, {harness_tasks}; .*halves_text"
+    ):
+        TaskSuite(["halfs_text"], [harness_tasks])
+    with pytest.raises(TaskError, match=r"no task 'zzzz\*' in lm-evaluation-harness$"):
+        TaskSuite(["zzzz*"])
+    with pytest.raises(TaskError, match="halves_text is named twice"):
+        TaskSuite(["halves_text", "halves_text"], [harness_tasks])
+    with pytest.raises(TaskError, match="Duplicate task 'halves_choice': found in both"):
+        TaskSuite(["halves_choice", "halves"], [harness_tasks])
+
+
+@pytest.mark.parametrize(("task", "repository"), [("gsm8k", "openai/gsm8k"), ("mmlu", "cais/mmlu")])
+def test_data_that_cannot_be_reached(offline, task, repository):
+    fetch = f"`hf download --repo-type dataset {repository} --local-dir {repository}`"
+    with pytest.raises(TaskError, match=f"{task}: its data cannot be loaded: Couldn't reach '{repository}'") as caught:
+        TaskSuite([task])
+    assert fetch in str(caught.value) and "HF_HUB_OFFLINE=1" in str(caught.value)
+
+
+def test_gsm8k_runs_on_what_the_advice_fetches(offline, trained_model, tokenizer):
+    """The layout of the repository on the Hub, with questions of our own."""
+    folder = offline / "openai" / "gsm8k"
+    (folder / "main").mkdir(parents=True)
+    splits = {"train": 8, "test": 3}
+    for split, count in splits.items():
+        rows = [{"question": f"What is {n} and {n}?", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(count)]
+        (folder / "main" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = "".join(f"  - split: {split}\n    path: main/{split}.jsonl\n" for split in splits)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:\n{files}---\n")
+    suite = TaskSuite(["gsm8k"])
+    entry = task_entries(suite.run("gsm8k", harness_model(trained_model, tokenizer, 3), num_fewshot=1))["gsm8k"]
+    assert set(entry["metrics"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    assert (entry["n"], entry["num_fewshot"], entry["dataset"]) == (3, 1, "openai/gsm8k (main)")
+
+
+def test_tasks_that_run_code_of_the_model(offline):
+    with pytest.raises(
+        TaskError, match="humaneval runs Python that the model writes, without a sandbox; --human-eval"
+    ):
+        TaskSuite(["humaneval"])
+
+
+def test_tasks_that_are_broken(tmp_path):
+    (tmp_path / "bad.yaml").write_text(json.dumps({"task": "bad", "dataset_path": "json", "test_split": "test"}))
+    with pytest.raises(TaskError, match="^bad"):
+        TaskSuite(["bad"], [tmp_path])
+
+
+def test_without_the_package(monkeypatch):
+    assert harness_problem() is None
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    assert 'pip install "transformers-dsv3[evaluate]"' in harness_problem()
