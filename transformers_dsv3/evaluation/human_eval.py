@@ -79,7 +79,7 @@ def human_eval(
             for number, prompt in enumerate(tqdm(prompts, desc="HumanEval", unit="problem", disable=None))
         ]
     programs = [
-        None if text is None else test_program(problem, text)
+        None if text is None else assembled_program(problem, text)
         for problem, texts in zip(problems, completions)
         for text in texts
     ]
@@ -110,7 +110,7 @@ def human_eval(
     }
 
 
-def test_program(problem: dict[str, Any], completion: str) -> str:
+def assembled_program(problem: dict[str, Any], completion: str) -> str:
     """The function as completed, and the problem's own test of it."""
     return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})\n"
 
