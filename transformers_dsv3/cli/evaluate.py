@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -185,8 +187,9 @@ def evaluate(
     )
     suite = task_suite(task_names, include_path)
     held_out = None if not parts else evaluation_text(checkpoint, text, tokenizer, settings, config.vocab_size)
-    try:
+    with naming_the_hub(checkpoint):
         source.fetch()
+    try:
         evaluation = CheckpointEvaluation(
             source,
             settings,
@@ -255,15 +258,15 @@ def find(checkpoint: str, revision: str | None, base_model: str | None) -> tuple
     """The checkpoint's files, its configuration and its tokenizer; weights on the Hub stay there for now."""
     from ..evaluation.checkpoint_source import find_checkpoint
 
+    with naming_the_hub(checkpoint):
+        try:
+            source = find_checkpoint(checkpoint, revision, base_model)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="CHECKPOINT") from None
     try:
-        source = find_checkpoint(checkpoint, revision, base_model)
         config = source.load_config()
     except (OSError, ValueError) as error:
-        reason = checkpoint_problem(checkpoint, error)
-        given = f"{checkpoint}: {checkpoint}"
-        raise typer.BadParameter(
-            reason.removeprefix(f"{checkpoint}: ") if reason.startswith(given) else reason, param_hint="CHECKPOINT"
-        ) from None
+        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint="CHECKPOINT") from None
     try:
         return source, config, source.load_tokenizer()
     except (OSError, ValueError) as error:
@@ -271,6 +274,19 @@ def find(checkpoint: str, revision: str | None, base_model: str | None) -> tuple
             f"{checkpoint} has no tokenizer that can be loaded ({checkpoint_problem(checkpoint, error)}): save one "
             "there with tokenizer.save_pretrained(...)",
             param_hint="CHECKPOINT",
+        ) from None
+
+
+@contextmanager
+def naming_the_hub(checkpoint: str) -> Iterator[None]:
+    """What a download fails of, in one line."""
+    from ..hub.hub_errors import HTTPError, reason
+
+    try:
+        yield
+    except (OSError, HTTPError) as error:
+        raise typer.BadParameter(
+            f"{checkpoint} is no folder here, and from the Hub: {reason(error)}", param_hint="CHECKPOINT"
         ) from None
 
 
