@@ -189,54 +189,64 @@ def trained_model(_trained):
 
 
 @pytest.fixture(scope="session")
-def harness_tasks(tmp_path_factory):
-    """Folder with tasks of lm-evaluation-harness and their data, lines of `textwrap` cut in halves.
+def write_harness_tasks():
+    """Function from a folder and lines of text to tasks of lm-evaluation-harness there, about the lines' halves.
 
     `halves_choice` is to choose a line's own second half, `halves_text` scores lines as a whole, `halves_writing` asks
     for 24 more tokens; `halves` is the group of the first and the last.
     """
+
+    def write(folder, lines):
+        halves = [(line[: len(line) // 2], line[len(line) // 2 :]) for line in lines]
+        documents = [{"start": start, "ends": [end, halves[at - 1][1]]} for at, (start, end) in enumerate(halves)]
+        data = folder / "halves.jsonl"
+        data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+        common = {
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data)}},
+            "test_split": "test",
+            "doc_to_text": "{{start}}",
+            "doc_to_target": "{{ends[0]}}",
+            "target_delimiter": "",
+            "metadata": {"version": 1.5},
+        }
+        tasks = {
+            "halves_choice": {
+                "output_type": "multiple_choice",
+                "doc_to_choice": "{{ends}}",
+                "doc_to_target": 0,
+                "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            },
+            "halves_text": {
+                "output_type": "loglikelihood_rolling",
+                "doc_to_text": "",
+                "doc_to_target": "{{start}}{{ends[0]}}",
+                "metric_list": [
+                    {"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
+                ],
+            },
+            "halves_writing": {
+                "output_type": "generate_until",
+                "generation_kwargs": {"until": ["<end>"], "max_gen_toks": 24},
+                "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+            },
+        }
+        for name, fields in tasks.items():
+            (folder / f"{name}.yaml").write_text(json.dumps({**common, "task": name, **fields}))  # JSON is YAML
+        group = {
+            "group": "halves",
+            "task": ["halves_choice", "halves_writing"],
+            "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+        }
+        (folder / "halves.yaml").write_text(json.dumps(group))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def harness_tasks(tmp_path_factory, write_harness_tasks):
+    """Folder with those tasks about 16 lines of `textwrap`."""
     folder = tmp_path_factory.mktemp("harness_tasks")
     lines = [line.strip() for line in TRAINING_TEXT.splitlines() if len(line.strip()) > 30][:16]
-    halves = [(line[: len(line) // 2], line[len(line) // 2 :]) for line in lines]
-    documents = [{"start": start, "ends": [end, halves[at - 1][1]]} for at, (start, end) in enumerate(halves)]
-    data = folder / "halves.jsonl"
-    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "doc_to_text": "{{start}}",
-        "doc_to_target": "{{ends[0]}}",
-        "target_delimiter": "",
-        "metadata": {"version": 1.5},
-    }
-    tasks = {
-        "halves_choice": {
-            "output_type": "multiple_choice",
-            "doc_to_choice": "{{ends}}",
-            "doc_to_target": 0,
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        },
-        "halves_text": {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{start}}{{ends[0]}}",
-            "metric_list": [
-                {"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
-            ],
-        },
-        "halves_writing": {
-            "output_type": "generate_until",
-            "generation_kwargs": {"until": ["<end>"], "max_gen_toks": 24},
-            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        },
-    }
-    for name, fields in tasks.items():
-        (folder / f"{name}.yaml").write_text(json.dumps({**common, "task": name, **fields}))  # JSON is YAML
-    group = {
-        "group": "halves",
-        "task": ["halves_choice", "halves_writing"],
-        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
-    }
-    (folder / "halves.yaml").write_text(json.dumps(group))
+    write_harness_tasks(folder, lines)
     return folder

@@ -6,11 +6,21 @@ import math
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from transformers_dsv3 import Dsv3ForCausalLM
+from transformers_dsv3.cli.quickstart import run_quickstart
+from transformers_dsv3.cli.routing import read_texts
 from transformers_dsv3.evaluation import harness
 from transformers_dsv3.evaluation.harness import TaskError, TaskSuite, harness_model, harness_problem, task_entries
+from transformers_dsv3.evaluation.quickstart_report import native_model
+from transformers_dsv3.training.quickstart_run import QuickstartSettings
 
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -78,25 +88,41 @@ def log_probability(model, context, target):
     return float(chosen[-len(target) :].sum())
 
 
-def test_log_likelihoods_are_natives(trained_model, native_twin, tokenizer, suite, measured):
-    native = native_twin(trained_model)
-    assert type(native) is DeepseekV3ForCausalLM
-    results = {}
-    for name, model in (("plugin", trained_model), ("native", native)):
-        wrapped = harness_model(model, tokenizer, 4)
-        results[name] = {task: suite.run(task, wrapped) for task in suite.names}
-    largest = 0.0
+def largest_difference(plugin, native, tokenizer, suite):
+    """Of the log-likelihoods of both models, how many there were; all else that the harness asks must be the same."""
+    assert type(native) is DeepseekV3ForCausalLM and isinstance(plugin, Dsv3ForCausalLM)
+    wrapped = [harness_model(model, tokenizer, 4) for model in (plugin, native)]
+    largest, count = 0.0, 0
     for group, task in (("halves", "halves_choice"), ("halves_text", "halves_text")):
-        ours, theirs = (responses(results[name][group], task) for name in ("plugin", "native"))
-        assert len(ours) == len(theirs) >= 16
-        for one, other in zip(ours, theirs):
+        ours, theirs = (responses(suite.run(group, model), task) for model in wrapped)
+        for one, other in zip(ours, theirs, strict=True):
             one, other = (pair if isinstance(pair, (tuple, list)) else (pair, None) for pair in (one, other))
-            largest = max(largest, abs(one[0] - other[0]))
+            largest, count = max(largest, abs(one[0] - other[0])), count + 1
             assert one[1] == other[1]
-    measured["lm-eval through evaluate: largest difference of log-likelihoods to native"] = largest
-    assert largest <= 1e-4
-    ours, theirs = (responses(results[name]["halves"], "halves_writing") for name in ("plugin", "native"))
+    ours, theirs = (responses(suite.run("halves", model), "halves_writing") for model in wrapped)
     assert ours == theirs
+    return largest, count
+
+
+def test_log_likelihoods_are_natives(trained_model, native_twin, tokenizer, suite, measured):
+    largest, count = largest_difference(trained_model, native_twin(trained_model), tokenizer, suite)
+    measured["lm-eval: largest difference of log-likelihoods to native"] = largest
+    assert largest <= 1e-4 and count == 3 * 16
+
+
+@pytest.mark.slow
+def test_log_likelihoods_are_natives_on_the_quickstarts_model(tmp_path, write_harness_tasks, measured):
+    """Of its size, tokenizer and text, after 100 of its steps."""
+    folder = tmp_path / "dsv3-quickstart"
+    run_quickstart(folder, text=None, steps=100, seed=None, settings=QuickstartSettings())
+    held_out = [line for text in read_texts(None)[1] for line in text.splitlines() if 40 <= len(line.strip())]
+    write_harness_tasks(tmp_path, held_out[:: len(held_out) // 300])
+    suite = TaskSuite(["halves", "halves_text"], [tmp_path])
+    plugin, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with native_model(folder) as native:
+        largest, count = largest_difference(plugin, native, tokenizer, suite)
+    measured["lm-eval on the quickstart's model: largest difference of log-likelihoods to native"] = largest
+    assert largest <= 1e-4 and count >= 900
 
 
 def test_log_likelihoods_are_the_models(trained_model, tokenizer, harness_tasks, suite):
