@@ -172,6 +172,8 @@ def test_groups_limits_examples_and_seeds(trained_model, tokenizer, harness_task
         entries["halves"]["metrics"]["acc,none"]["value"] == entries["halves_choice"]["metrics"]["acc,none"]["value"]
     )
     assert (entries["halves_choice"]["n"], entries["halves_choice"]["n_total"]) == (5, 16)
+    group = entries["halves"]
+    assert (group["n"], group["n_total"], group["num_fewshot"], group["dataset"]) == (10, 32, 2, "json")
     assert entries["halves_choice"]["num_fewshot"] == 2
     prompt = results["samples"]["halves_choice"][0]["arguments"][0][0]
     assert prompt.count("\n\n") == 2
@@ -233,7 +235,37 @@ def test_gsm8k_runs_on_what_the_advice_fetches(offline, trained_model, tokenizer
     suite = TaskSuite(["gsm8k"])
     entry = task_entries(suite.run("gsm8k", harness_model(trained_model, tokenizer, 3), num_fewshot=1))["gsm8k"]
     assert set(entry["metrics"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
-    assert (entry["n"], entry["num_fewshot"], entry["dataset"]) == (3, 1, "openai/gsm8k (main)")
+    assert (entry["n"], entry["num_fewshot"], entry["dataset"]) == (3, 1, "openai/gsm8k")
+
+
+@pytest.mark.slow
+def test_mmlu_runs_on_what_the_advice_fetches(offline, trained_model, tokenizer):
+    """57 subjects, each with a configuration of its own, in groups of groups."""
+    index = lm_eval.tasks.TaskManager(include_path=[]).task_index
+    subjects = sorted({index[name].cfg["dataset_name"] for name in index if is_mmlu_subject(index[name])})
+    assert len(subjects) == 57
+    configs = ""
+    for subject in subjects:
+        folder = offline / "cais" / "mmlu" / subject
+        folder.mkdir(parents=True)
+        configs += f"- config_name: {subject}\n  data_files:\n"
+        for split, count in (("test", 2), ("dev", 5)):
+            rows = [{"question": f"{n}?", "choices": list("abcd"), "answer": n % 4} for n in range(count)]
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            configs += f"  - split: {split}\n    path: {subject}/{split}.jsonl\n"
+    (offline / "cais" / "mmlu" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    suite = TaskSuite(["mmlu"])
+    entries = task_entries(suite.run("mmlu", harness_model(trained_model, tokenizer, 8), num_fewshot=1))
+    whole = entries["mmlu"]
+    assert set(entries) == suite.members("mmlu") and len(entries) == 57 + 4 + 1
+    assert (whole["n"], whole["n_total"], whole["num_fewshot"], whole["dataset"]) == (114, 114, 1, "cais/mmlu")
+    accuracy = [entry["metrics"]["acc,none"]["value"] for entry in entries.values() if not entry["subtasks"]]
+    assert whole["metrics"]["acc,none"]["value"] == pytest.approx(sum(accuracy) / 57)
+    assert whole["metrics"]["acc,none"]["higher_is_better"] is True
+
+
+def is_mmlu_subject(entry):
+    return str(entry.yaml_path).replace("\\", "/").find("/mmlu/default/mmlu_") > 0 and entry.kind.name == "TASK"
 
 
 def test_tasks_that_run_code_of_the_model(offline):

@@ -384,7 +384,11 @@ def rows(record: EvaluationRecord) -> list[tuple[str, str, str]]:
             beside = f"{speed['greedy_mtp_tokens_per_second']:,.1f} tokens/s with use_mtp=True"
             lines.append(("MTP drafts accepted, greedy", f"{speed['mtp_acceptance_rate']:.0%}", beside))
         lines.append(("cache bytes a token", f"{speed['cache_bytes_per_token']:,.0f}", "all layers"))
-    for name, task in (record.tasks or {}).items():
+    tasks = record.tasks or {}
+    inner = {member for task in tasks.values() for member in task["subtasks"]}
+    for name, task in tasks.items():
+        if name in inner:  # one of the 57 of mmlu, say; the record has them
+            continue
         beside = f"{task['n']} documents, {task['num_fewshot']} examples"
         for metric, figure in task["metrics"].items():
             value = "none" if figure["value"] is None else f"{figure['value']:.4f}"

@@ -12,11 +12,14 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+
+from .shareable import shareable_text
 
 
 class TaskError(ValueError):
@@ -184,7 +187,11 @@ def task_entries(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What a record keeps of the harness's results: an entry for each task and group, see `evaluation_record`."""
     entries = {}
     for name, figures in results["results"].items():
-        better = results["higher_is_better"].get(name, {})
+        better = {
+            metric: value
+            for leaf in sorted(_leaves(results, name))
+            for metric, value in results["higher_is_better"].get(leaf, {}).items()
+        }
         metrics = {}
         for key, value in figures.items():
             metric, comma, chosen = key.partition(",")
@@ -195,18 +202,27 @@ def task_entries(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                     "stderr": _number(stderr),
                     "higher_is_better": better.get(metric),
                 }
-        counts = results["n-samples"].get(name, {})
+        # A group has what all of its tasks have in common
+        leaves = sorted(_leaves(results, name))
+        shots, data = ({of(leaf) for leaf in leaves} for of in (results["n-shot"].get, partial(_data_set, results)))
+        totals = [results["n-samples"].get(leaf, {}).get("original") for leaf in leaves]
         entries[name] = {
             "metrics": metrics,
-            "n": counts.get("effective", figures.get("sample_len")),
-            "n_total": counts.get("original"),
-            "num_fewshot": results["n-shot"].get(name),
+            "n": results["n-samples"].get(name, {}).get("effective", figures.get("sample_len")),
+            "n_total": None if None in totals else sum(totals),
+            "num_fewshot": shots.pop() if len(shots) == 1 else None,
             "version": results["versions"].get(name),
-            "dataset": _data_set(results["configs"].get(name, {})),
-            "samples_sha256": _samples_digest(results["samples"].get(name)),
+            "dataset": ", ".join(sorted(filter(None, data))) or None,
+            "samples_sha256": _samples_digest([results["samples"].get(leaf, []) for leaf in leaves]),
             "subtasks": list(results.get("group_subtasks", {}).get(name, [])),
         }
     return entries
+
+
+def _leaves(results: Mapping[str, Any], name: str) -> set[str]:
+    """The tasks of a group, or the task itself."""
+    members = results.get("group_subtasks", {}).get(name, [])
+    return {leaf for member in members for leaf in _leaves(results, member)} if members else {name}
 
 
 def _number(value: Any) -> float | None:
@@ -216,19 +232,15 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _data_set(config: Mapping[str, Any]) -> str | None:
-    path, name = config.get("dataset_path"), config.get("dataset_name")
-    if not isinstance(path, str):
-        return None
-    path = Path(path).name if Path(path).is_absolute() else path
-    return f"{path} ({name})" if name else path
+def _data_set(results: Mapping[str, Any], name: str) -> str | None:
+    """The repository or builder of a task's data; its configurations are the tasks' business."""
+    path = results["configs"].get(name, {}).get("dataset_path")
+    return shareable_text(path) if isinstance(path, str) else None
 
 
-def _samples_digest(samples: Sequence[Mapping[str, Any]] | None) -> str | None:
+def _samples_digest(samples: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     """sha256 over the harness's digests of documents, prompts and targets: equal where the same was asked."""
-    if not samples:
-        return None
-    parts = sorted((s["doc_id"], s["doc_hash"], s["prompt_hash"], s["target_hash"]) for s in samples)
+    parts = [sorted((s["doc_id"], s["doc_hash"], s["prompt_hash"], s["target_hash"]) for s in one) for one in samples]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
