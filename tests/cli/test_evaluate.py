@@ -148,11 +148,12 @@ def test_the_table_shows_the_figures(everything):
     for figure in (
         f"{record.text['bits_per_byte']:.4f}",
         f"{record.routing['mean']['utilisation']:.1%}",
-        "halves_choice: acc",
+        "halves: acc",
         "halves_text: byte_perplexity",
         f"The record is in {path}.",
     ):
         assert figure in printed
+    assert "halves_choice: acc" not in printed  # its group's figure is there
 
 
 def test_the_same_command_gives_the_same_figures(everything, here):
@@ -215,6 +216,15 @@ def test_a_failing_part_leaves_the_others(checkpoint, text, here, monkeypatch):
     assert [path.name for path in here.iterdir()] == ["evaluation.json"]
 
 
+def test_a_task_that_does_not_fit_the_model(make_model, byte_tokenizer, harness_tasks, text, here):
+    make_model(vocab_size=258, max_position_embeddings=16).save_pretrained(here / "short")
+    byte_tokenizer.save_pretrained(here / "short")
+    result = evaluate("short", "--text", text, "--tasks", "halves_text,halves_choice", "--include-path", harness_tasks)
+    assert result.exit_code == 1 and "Error: halves_choice cannot be run on this model" in result.output
+    record = read_record(here / "evaluation.json")
+    assert not record.complete and record.speed and set(record.tasks) == {"halves_text"}
+
+
 def test_records_of_other_evaluations_are_not_written_over(checkpoint, text, here):
     done(checkpoint, "--text", text, "--what", "text")
     before = (here / "evaluation.json").read_bytes()
@@ -275,7 +285,11 @@ def test_no_experts_no_routing(make_model, byte_tokenizer, text, here):
 
 REFUSED = [
     (["--what", "text,sped"], "'sped' is none of text, routing, speed, none"),
+    (["--what", "text,text"], "'text,text' names a part twice"),
     (["--what", "none"], "nothing to measure"),
+    (["--what", "none", "--human-eval"], "does nothing without --what text, routing or speed"),
+    (["--num-fewshot", "2"], "does nothing without --tasks"),
+    (["--weak-sandbox"], "does nothing without --human-eval"),
     (["--dtype", "int8"], "'int8' is none of auto, float32, bfloat16, float16"),
     (["--window", "1"], "1 is not at least 2"),
     (["--window", "1024"], "1024 is more than the 512 positions of"),
@@ -291,12 +305,12 @@ REFUSED = [
     (["--tasks", "gsm8"], "no task 'gsm8' in lm-evaluation-harness; near it are gsm8k"),
     (["--tasks", "halves_tex", "--include-path", "{tasks}"], "near it are halves_text"),
     (["--include-path", "missing", "--tasks", "a"], "missing is no folder with task files"),
-    (["--include-path", "{tasks}"], "nothing is taken from it without --tasks"),
+    (["--include-path", "{tasks}"], "does nothing without --tasks"),
     (
         ["--human-eval"],
         "runs Python that the model writes on this machine, in a sandbox: add --execute-generated-code",
     ),
-    (["--execute-generated-code"], "nothing is generated without --human-eval"),
+    (["--execute-generated-code"], "does nothing without --human-eval"),
     (["--human-eval", "--human-eval-temperature", "0"], "0.0 is not above 0"),
     (["--chat-template", "--tasks", "a"], "the tokenizer of"),
     (["--revision", "main"], "is a folder here, which has no revision 'main'"),

@@ -193,6 +193,21 @@ def test_the_checkpoints_own_generation_settings_stay_out(trained_model, tokeniz
     assert trained_model.generation_config is own
 
 
+def test_prompts_that_are_cut_are_told(make_model, tokenizer, suite):
+    for positions, cut in ((512, False), (80, True)):
+        model = make_model(vocab_size=258, max_position_embeddings=positions)
+        entries = task_entries(suite.run("halves", harness_model(model, tokenizer, 8), num_fewshot=1))
+        assert {entry["truncated"] for entry in entries.values()} == {cut}
+
+
+def test_a_context_that_is_too_short(make_model, tokenizer, harness_tasks):
+    model = harness_model(make_model(vocab_size=258, max_position_embeddings=16), tokenizer, 8)
+    with pytest.raises(TaskError, match="halves_choice cannot be run on this model: .* the model's 16 positions"):
+        TaskSuite(["halves_choice"], [harness_tasks]).run("halves_choice", model)
+    with pytest.raises(TaskError, match=r"halves_writing cannot be run .* max tokens to generate \(24\)"):
+        TaskSuite(["halves_writing"], [harness_tasks]).run("halves_writing", model)
+
+
 def test_files_and_patterns(harness_tasks):
     path = str(harness_tasks / "halves_text.yaml")
     assert TaskSuite([path]).members(path) == {"halves_text"}

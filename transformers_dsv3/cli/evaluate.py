@@ -131,6 +131,8 @@ def evaluate(
     for part in chosen:
         if part not in WHAT:
             raise typer.BadParameter(f"{part!r} is none of {', '.join(WHAT)}, none", param_hint="--what")
+    if len(set(chosen)) < len(chosen):
+        raise typer.BadParameter(f"{what!r} names a part twice", param_hint="--what")
     if not chosen and not task_names and not human_eval:
         raise typer.BadParameter("nothing to measure: no part, no --tasks, no --human-eval", param_hint="--what")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -148,6 +150,17 @@ def evaluate(
         raise typer.BadParameter(f"{human_eval_temperature} is not above 0", param_hint="--human-eval-temperature")
     if not 0 <= seed < 2**31:
         raise typer.BadParameter(f"{seed} does not lie between 0 and 2**31 - 1", param_hint="--seed")
+    needed = {
+        "text": ("--what text, routing or speed", bool(chosen)),
+        **dict.fromkeys(("include_path", "num_fewshot", "chat_template"), ("--tasks", bool(task_names))),
+        **dict.fromkeys(
+            ("execute_generated_code", "weak_sandbox", "human_eval_samples", "human_eval_temperature"),
+            ("--human-eval", human_eval),
+        ),
+    }
+    for name, (other, given) in needed.items():
+        if typed(context, name) and not given:
+            raise typer.BadParameter(f"does nothing without {other}", param_hint=f"--{name.replace('_', '-')}")
     for folder in include_path or ():
         if not folder.is_dir() or not any(folder.rglob("*.yaml")):
             raise typer.BadParameter(f"{folder} is no folder with task files (.yaml)", param_hint="--include-path")
@@ -166,6 +179,7 @@ def evaluate(
 
     from ..evaluation.checkpoint_evaluation import CheckpointEvaluation, EvaluationSettings, parts_of
     from ..evaluation.evaluation_record import RecordError
+    from ..evaluation.harness import TaskError
 
     source, config, tokenizer = find(checkpoint, revision, base_model)
     parts = parts_of(config, chosen)
@@ -212,6 +226,9 @@ def evaluate(
         except (OSError, ValueError) as error:
             raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint="CHECKPOINT") from None
         record = evaluation.run(lambda part: typer.echo(f"{part} …", err=True))
+    except TaskError as error:
+        typer.echo(f"Error: {error}. What was measured before is in {json}.", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. The same command goes on from what is in {json}.", err=True)
         raise typer.Exit(130) from None
@@ -303,8 +320,6 @@ def checked_window(checkpoint: str, config: Any, window: int | None) -> int:
 def task_suite(names: tuple[str, ...], include_path: list[Path] | None) -> TaskSuite | None:
     """The tasks with their data, None for none."""
     if not names:
-        if include_path:
-            raise typer.BadParameter("nothing is taken from it without --tasks", param_hint="--include-path")
         return None
     from ..evaluation.harness import TaskError, TaskSuite
 
@@ -385,11 +400,12 @@ def rows(record: EvaluationRecord) -> list[tuple[str, str, str]]:
             lines.append(("MTP drafts accepted, greedy", f"{speed['mtp_acceptance_rate']:.0%}", beside))
         lines.append(("cache bytes a token", f"{speed['cache_bytes_per_token']:,.0f}", "all layers"))
     tasks = record.tasks or {}
-    inner = {member for task in tasks.values() for member in task["subtasks"]}
+    inner = {member for task in tasks.values() if task["metrics"] for member in task["subtasks"]}
     for name, task in tasks.items():
         if name in inner:  # one of the 57 of mmlu, say; the record has them
             continue
         beside = f"{task['n']} documents, {task['num_fewshot']} examples"
+        beside += "; prompts longer than the context were cut" if task["truncated"] else ""
         for metric, figure in task["metrics"].items():
             value = "none" if figure["value"] is None else f"{figure['value']:.4f}"
             error = "" if figure["stderr"] is None else f" ± {figure['stderr']:.4f}"

@@ -19,7 +19,8 @@ One JSON file. The parts that were not asked for are null:
       "speed": {"prompt_tokens", "new_tokens", "threads", "greedy_tokens_per_second", "prefill_tokens_per_second",
                 "cache_bytes_per_token", "load_average", …},
       "tasks": {"TASK": {"metrics": {"acc,none": {"value", "stderr", "higher_is_better"}},
-                         "n", "n_total", "num_fewshot", "version", "dataset", "samples_sha256", "subtasks"}},
+                         "n", "n_total", "num_fewshot", "version", "dataset", "samples_sha256", "subtasks",
+                         "truncated"}},          true where prompts longer than the context lost their beginning
       "human_eval": {"problems", "samples", "temperature", "pass@k": {"1": {"value", "stderr"}}, "outcomes", …}
     }
 

@@ -133,13 +133,16 @@ class TaskSuite:
         limit: int | None = None,
         chat_template: bool = False,
     ) -> dict[str, Any]:
-        """Run one of `names`; the harness's own results, with `samples`.
+        """Run one of `names`; the harness's own results, with `samples`, and whether it cut any prompt (`truncated`).
 
         Args:
             model: of `harness_model`.
             seed: 0 gives the harness's default seeds, and so its choice of examples.
             num_fewshot: examples in a prompt; the task's own number where not given, and where that is 0 by intent.
             limit: documents of each task, the first ones; all where not given.
+
+        Raises:
+            TaskError: the model's context is too short for what the task asks for.
         """
         from lm_eval import evaluate
         from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -151,8 +154,15 @@ class TaskSuite:
                 task.set_config(key="num_fewshot", value=num_fewshot or 0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED + seed)
         set_seed(DEFAULT_OTHER_SEED + seed)
-        with _quiet(), _greedy_by_default(model.model):
-            return evaluate(lm=model, task_dict=loaded, limit=limit, apply_chat_template=chat_template)
+        with _quiet(), _greedy_by_default(model.model), _noting_truncation() as truncation:
+            try:
+                results = evaluate(lm=model, task_dict=loaded, limit=limit, apply_chat_template=chat_template)
+            except AssertionError as error:  # how the harness checks lengths, not always with words
+                reason = (
+                    str(error) or f"a text of it is empty, or longer than the model's {model.max_length} positions"
+                )
+                raise TaskError(f"{name} cannot be run on this model: {reason}") from error
+        return {**results, "truncated": truncation.seen}
 
 
 def _manager(names: Sequence[str], folders: Sequence[str]) -> Any:
@@ -215,6 +225,7 @@ def task_entries(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "dataset": ", ".join(sorted(filter(None, data))) or None,
             "samples_sha256": _samples_digest([results["samples"].get(leaf, []) for leaf in leaves]),
             "subtasks": list(results.get("group_subtasks", {}).get(name, [])),
+            "truncated": results["truncated"],
         }
     return entries
 
@@ -279,6 +290,30 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+class _Truncation(logging.Handler):
+    """Hears the harness say that a prompt was longer than the model's context, and lost its beginning."""
+
+    seen = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen = self.seen or "truncati" in record.getMessage().lower()
+
+
+@contextmanager
+def _noting_truncation() -> Iterator[_Truncation]:
+    logger, handler = logging.getLogger("lm_eval.models.huggingface"), _Truncation()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def _first_line(error: Exception) -> str:

@@ -36,6 +36,8 @@ PASSED, TIMED_OUT, DIED = "passed", "timed out", "died"
 _WORKER = Path(__file__).with_name("sandbox_worker.py")
 # Nobody's on every Linux
 _NOBODY = 65534
+# Without it an interpreter outside of the usual places may not start. The worker empties its environment.
+_LOADER_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 # A worker that does not end by itself is killed so long after its time
 _GRACE_SECONDS = 10
 _LONGEST_VERDICT = 4096
@@ -91,7 +93,7 @@ def run_program(program: str, limits: Limits | None = None, isolation: str = NAM
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            env={},
+            env={name: os.environ[name] for name in _LOADER_PATHS if name in os.environ},
             pass_fds=(verdict_write,),
             start_new_session=True,
         )
@@ -166,6 +168,7 @@ def _readable_folders() -> list[str]:
     folders = {sysconfig.get_path("stdlib")}
     folders |= {os.path.join(prefix, lib) for prefix in prefixes for lib in ("lib", "lib64")}
     folders |= {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"}
-    existing = sorted(folder for folder in folders if os.path.isdir(folder) and folder != "/")
+    folders |= {folder for name in _LOADER_PATHS for folder in os.environ.get(name, "").split(":") if folder}
+    existing = sorted(f for f in map(os.path.abspath, folders) if os.path.isdir(f) and f != "/")
     # A folder within another comes with it
     return [f for f in existing if not any(f != other and Path(f).is_relative_to(other) for other in existing)]

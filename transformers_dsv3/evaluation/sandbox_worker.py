@@ -73,7 +73,7 @@ def change_root(libc, readable, disk_bytes):
     for name in ("null", "urandom"):
         open(f"{root}/dev/{name}", "w").close()
         libc.mount(f"/dev/{name}", f"{root}/dev/{name}", None, MS_BIND, None)
-    os.mkdir(f"{root}/tmp")
+    os.makedirs(f"{root}/tmp", exist_ok=True)  # there where Python itself lies below /tmp
     os.chmod(f"{root}/tmp", 0o1777)
     os.chdir(root)
     libc.pivot_root(".", ".")  # the old root comes to lie over the new one, from where it is taken off
@@ -172,6 +172,7 @@ def supervise(child, limits, say):
 def main():
     descriptor = int(sys.argv[1])
     request = json.loads(sys.stdin.buffer.read())
+    os.environ.clear()
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     write, word, encode = os.write, request["word"], str.encode
