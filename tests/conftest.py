@@ -250,3 +250,25 @@ def harness_tasks(tmp_path_factory, write_harness_tasks):
     lines = [line.strip() for line in TRAINING_TEXT.splitlines() if len(line.strip()) > 30][:16]
     write_harness_tasks(folder, lines)
     return folder
+
+
+@pytest.fixture(scope="session")
+def _task_indexes():
+    return {}
+
+
+@pytest.fixture(scope="module")
+def one_task_index(_task_indexes):
+    """The harness's index of all its tasks takes seconds to make: the tests share one."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    make = tasks.TaskManager
+
+    def manager(include_path, include_defaults=True):
+        key = (*include_path, include_defaults)
+        if key not in _task_indexes:
+            _task_indexes[key] = make(include_path=include_path, include_defaults=include_defaults)
+        return _task_indexes[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "TaskManager", manager)
+        yield

@@ -20,6 +20,7 @@ from transformers_dsv3.evaluation.routing import RoutingReport, routing_report, 
 
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("one_task_index")
 
 
 @pytest.fixture(scope="module")

@@ -25,22 +25,7 @@ from transformers_dsv3.training.quickstart_run import QuickstartSettings
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("lm_eval.tasks")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_index():
-    """The harness's index of all its tasks takes seconds to make."""
-    make, made = lm_eval.tasks.TaskManager, {}
-
-    def manager(include_path, include_defaults=True):
-        key = (*include_path, include_defaults)
-        if key not in made:
-            made[key] = make(include_path=include_path, include_defaults=include_defaults)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm_eval.tasks, "TaskManager", manager)
-        yield
+pytestmark = pytest.mark.usefixtures("one_task_index")
 
 
 @pytest.fixture

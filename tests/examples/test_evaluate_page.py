@@ -17,6 +17,7 @@ from transformers_dsv3.evaluation.sandbox import sandbox_problem
 
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("one_task_index")
 PAGE = (Path(__file__).parents[2] / "examples" / "evaluate.md").read_text(encoding="utf-8")
 
 

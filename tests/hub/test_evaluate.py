@@ -47,7 +47,7 @@ def test_a_repository_and_its_commit(pushed, checkpoints, tmp_path):
     assert read_record(tmp_path / f"{first}.json").checkpoint == record.checkpoint
 
 
-def test_weights_come_last(pushed):
+def test_weights_come_last(pushed, one_task_index):
     code, message = evaluate("anna/model", "--tasks", "gsm8")
     assert code == 2 and "near it are gsm8k" in message
     assert not [request for request in pushed.requests if request.endswith(".safetensors")]
