@@ -241,6 +241,19 @@ def test_records_of_other_evaluations_are_not_written_over(checkpoint, text, her
     assert (here / "notes.json").read_text() == '{"mine": true}'
 
 
+def test_records_of_other_weights_are_not_written_over(checkpoint, text, here, make_model, monkeypatch):
+    shutil.copytree(checkpoint, here / "model")
+    done("model", "--text", text, "--what", "text")
+    before = (here / "evaluation.json").read_bytes()
+    make_model(vocab_size=258, max_position_embeddings=512, seed=1).save_pretrained(here / "model")
+    message = refused("model", "--text", text, "--what", "text")
+    assert "evaluation.json holds another evaluation, of model on" in message
+    assert (here / "evaluation.json").read_bytes() == before
+    # Other settings show before the weights are read
+    monkeypatch.setattr(checkpoint_evaluation.CheckpointSource, "identity", None)
+    assert "holds another evaluation" in refused("model", "--text", text, "--what", "text", "--seed", 1)
+
+
 def test_adapters(checkpoint, adapter, text, here):
     done(adapter, "--text", text, "--json", "adapter.json")
     record = read_record(here / "adapter.json")

@@ -231,12 +231,13 @@ run_program("import time\\nwhile True: time.sleep(1)", Limits(cpu_seconds=60, wa
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_programs_end_with_their_caller(run, how):
+def test_programs_end_with_their_caller(run, how, tmp_path):
     if how is signal.SIGKILL and run.isolation != NAMESPACES:
         pytest.skip("the hook's own alarm ends it later")
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, run.isolation, os.path.dirname(sandbox.__file__)],
         stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # who is killed leaves an empty folder
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,42 +128,7 @@ def evaluate(
     chosen, task_names = names(what), names(tasks)
     if chosen == ("none",):
         chosen = ()
-    for part in chosen:
-        if part not in WHAT:
-            raise typer.BadParameter(f"{part!r} is none of {', '.join(WHAT)}, none", param_hint="--what")
-    if len(set(chosen)) < len(chosen):
-        raise typer.BadParameter(f"{what!r} names a part twice", param_hint="--what")
-    if not chosen and not task_names and not human_eval:
-        raise typer.BadParameter("nothing to measure: no part, no --tasks, no --human-eval", param_hint="--what")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16, float16", param_hint="--dtype")
-    for option, value, least in (
-        ("--window", window, 2),
-        ("--batch-size", batch_size, 1),
-        ("--num-fewshot", num_fewshot, 0),
-        ("--limit", limit, 1),
-        ("--human-eval-samples", human_eval_samples, 1),
-    ):
-        if value is not None and value < least:
-            raise typer.BadParameter(f"{value} is not at least {least}", param_hint=option)
-    if not human_eval_temperature > 0:
-        raise typer.BadParameter(f"{human_eval_temperature} is not above 0", param_hint="--human-eval-temperature")
-    if not 0 <= seed < 2**31:
-        raise typer.BadParameter(f"{seed} does not lie between 0 and 2**31 - 1", param_hint="--seed")
-    needed = {
-        "text": ("--what text, routing or speed", bool(chosen)),
-        **dict.fromkeys(("include_path", "num_fewshot", "chat_template"), ("--tasks", bool(task_names))),
-        **dict.fromkeys(
-            ("execute_generated_code", "weak_sandbox", "human_eval_samples", "human_eval_temperature"),
-            ("--human-eval", human_eval),
-        ),
-    }
-    for name, (other, given) in needed.items():
-        if typed(context, name) and not given:
-            raise typer.BadParameter(f"does nothing without {other}", param_hint=f"--{name.replace('_', '-')}")
-    for folder in include_path or ():
-        if not folder.is_dir() or not any(folder.rglob("*.yaml")):
-            raise typer.BadParameter(f"{folder} is no folder with task files (.yaml)", param_hint="--include-path")
+    check_options(context.params, lambda name: typed(context, name), chosen, task_names)
     if (problem := file_problem(json)) is not None:
         raise typer.BadParameter(problem, param_hint="--json")
     if device is not None and (problem := device_problem(device)) is not None:
@@ -201,8 +166,6 @@ def evaluate(
     )
     suite = task_suite(task_names, include_path)
     held_out = None if not parts else evaluation_text(checkpoint, text, tokenizer, settings, config.vocab_size)
-    with naming_the_hub(checkpoint):
-        source.fetch()
     try:
         evaluation = CheckpointEvaluation(
             source,
@@ -214,6 +177,9 @@ def evaluate(
             path=json,
             overwrite=overwrite,
         )
+        with naming_the_hub(checkpoint):
+            source.fetch()
+        evaluation.identify()
     except RecordError as error:
         raise typer.BadParameter(str(error), param_hint="--json") from None
     except (OSError, ValueError) as error:  # files that are broken
@@ -230,9 +196,57 @@ def evaluate(
         typer.echo(f"Error: {error}. What was measured before is in {json}.", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo(f"\nStopped. The same command goes on from what is in {json}.", err=True)
+        kept = f"The same command goes on from what is in {json}." if json.exists() else "Nothing was measured yet."
+        typer.echo(f"\nStopped. {kept}", err=True)
         raise typer.Exit(130) from None
     show(record, json)
+
+
+def check_options(
+    values: dict[str, Any], given: Callable[[str], bool], chosen: tuple[str, ...], task_names: tuple[str, ...]
+) -> None:
+    """Refuse values that cannot be meant, and options that would do nothing.
+
+    Args:
+        values: of all options, by their Python names.
+        given: whether an option was typed.
+    """
+    for part in chosen:
+        if part not in WHAT:
+            raise typer.BadParameter(f"{part!r} is none of {', '.join(WHAT)}, none", param_hint="--what")
+    if len(set(chosen)) < len(chosen):
+        raise typer.BadParameter(f"{values['what']!r} names a part twice", param_hint="--what")
+    if not chosen and not task_names and not values["human_eval"]:
+        raise typer.BadParameter("nothing to measure: no part, no --tasks, no --human-eval", param_hint="--what")
+    if (dtype := values["dtype"]) not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16, float16", param_hint="--dtype")
+    lowest = {"window": 2, "batch_size": 1, "num_fewshot": 0, "limit": 1, "human_eval_samples": 1}
+    for name, least in lowest.items():
+        if values[name] is not None and values[name] < least:
+            raise typer.BadParameter(f"{values[name]} is not at least {least}", param_hint=option(name))
+    if not (temperature := values["human_eval_temperature"]) > 0:
+        raise typer.BadParameter(f"{temperature} is not above 0", param_hint="--human-eval-temperature")
+    if not 0 <= values["seed"] < 2**31:
+        raise typer.BadParameter(f"{values['seed']} does not lie between 0 and 2**31 - 1", param_hint="--seed")
+    needed = {
+        "text": ("--what text, routing or speed", bool(chosen)),
+        **dict.fromkeys(("include_path", "num_fewshot", "chat_template"), ("--tasks", bool(task_names))),
+        **dict.fromkeys(
+            ("execute_generated_code", "weak_sandbox", "human_eval_samples", "human_eval_temperature"),
+            ("--human-eval", values["human_eval"]),
+        ),
+    }
+    for name, (other, there) in needed.items():
+        if given(name) and not there:
+            raise typer.BadParameter(f"does nothing without {other}", param_hint=option(name))
+    for folder in values["include_path"] or ():
+        if not folder.is_dir() or not any(folder.rglob("*.yaml")):
+            raise typer.BadParameter(f"{folder} is no folder with task files (.yaml)", param_hint="--include-path")
+
+
+def option(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
 def human_eval_settings(
@@ -240,10 +254,6 @@ def human_eval_settings(
 ) -> HumanEvalSettings | None:
     """How HumanEval is run, None where it is not; refuses without consent or a sandbox."""
     if not wanted:
-        if agreed:
-            raise typer.BadParameter(
-                "nothing is generated without --human-eval", param_hint="--execute-generated-code"
-            )
         return None
     if not agreed:
         raise typer.BadParameter(
@@ -309,7 +319,11 @@ def naming_the_hub(checkpoint: str) -> Iterator[None]:
 
 def checked_window(checkpoint: str, config: Any, window: int | None) -> int:
     """Tokens of context that the model has."""
-    positions = config.max_position_embeddings
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        raise typer.BadParameter(
+            f"{checkpoint}: its configuration has no max_position_embeddings", param_hint="CHECKPOINT"
+        )
     if window is not None and window > positions:
         raise typer.BadParameter(
             f"{window} is more than the {positions} positions of {checkpoint}", param_hint="--window"

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.dsv3.configuration_dsv3 import Dsv3Config
+from .checkpoint_identity import config_digest
 from .checkpoint_source import CheckpointSource
 from .decoding import cache_bytes_per_token, decoding_figures, prefill_tokens_per_second, spaced_passages
 from .evaluation_record import EvaluationRecord, RecordError, new_record, read_record
@@ -101,9 +102,10 @@ class CheckpointEvaluation:
             ended is measured anew; anything else there is refused.
         overwrite: take the place of whatever is there.
 
+    `identify`, `load` and `run` follow each other.
+
     Raises:
         RecordError: `path` holds something else.
-        CheckpointError: the checkpoint's files are broken.
     """
 
     def __init__(
@@ -120,16 +122,40 @@ class CheckpointEvaluation:
     ):
         self.source, self.settings, self.text, self.suite = source, settings, text, suite
         self.tokenizer, self.path = tokenizer, path
+        self.command = command
+        self.resumed: list[str] = []
+        self.earlier: EvaluationRecord | None = None
+        if path.exists() and not overwrite:
+            self.earlier = read_record(path)
+            same = (config_digest(source.folder), self._recorded_settings(), settings.seed)
+            self._refuse_other((self.earlier.checkpoint.config_sha256, self.earlier.settings, self.earlier.seed), same)
+
+    def identify(self) -> None:
+        """Read the weights for the checkpoint's digest, and begin the record, or go on with that in the file.
+
+        Raises:
+            RecordError: the file is of other weights.
+            CheckpointError: the checkpoint's files are broken.
+        """
+        settings = self.settings
         self.record = new_record(
-            source.identity(),
-            command=command,
+            self.source.identity(),
+            command=self.command,
             settings=self._recorded_settings(),
             seed=settings.seed,
             device=settings.device or "cpu",
         )
-        self.resumed: list[str] = []
-        if path.exists() and not overwrite:
-            self._take_up(read_record(path))
+        if self.earlier is not None:
+            mine, theirs = self.record.checkpoint, self.earlier.checkpoint
+            self._refuse_other((theirs.sha256, theirs.base), (mine.sha256, mine.base))
+            self._take_over(self.earlier)
+
+    def _refuse_other(self, theirs: object, mine: object) -> None:
+        if self.earlier is not None and theirs != mine:
+            raise RecordError(
+                f"{self.path} holds another evaluation, of {self.earlier.checkpoint.name} on {self.earlier.date[:10]} "
+                f"({self.earlier.command}): give another file, or --overwrite"
+            )
 
     def _recorded_settings(self) -> dict[str, Any]:
         values: dict[str, Any] = asdict(self.settings)
@@ -139,18 +165,9 @@ class CheckpointEvaluation:
         values["tasks"] = [] if self.suite is None else [shareable_text(name) for name in self.suite.names]
         return values
 
-    def _take_up(self, earlier: EvaluationRecord) -> None:
-        """Take over what an interrupted evaluation has measured, where it would come out the same."""
+    def _take_over(self, earlier: EvaluationRecord) -> None:
+        """What an interrupted evaluation has measured, where it would come out the same now."""
         mine = self.record
-        if (earlier.checkpoint.sha256, earlier.settings, earlier.seed) != (
-            mine.checkpoint.sha256,
-            mine.settings,
-            mine.seed,
-        ):
-            raise RecordError(
-                f"{self.path} holds another evaluation, of {earlier.checkpoint.name} on {earlier.date[:10]} "
-                f"({earlier.command}): give another file, or --overwrite"
-            )
         same_place = earlier.versions == mine.versions and earlier.commit == mine.commit
         if earlier.complete or not same_place or earlier.hardware.get("cpu") != mine.hardware["cpu"]:
             return
