@@ -4,9 +4,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from . import experts_cpu, experts_grouped
+from . import experts_cpu, experts_grouped, experts_triton, triton_support
 from .selection import logger
-from .triton_support import compute_capability
 
 
 NAME = "auto"
@@ -19,7 +18,7 @@ def grouped_mm_refusal(module: nn.Module) -> str | None:
         return "this torch has no grouped_mm"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes fp32, bf16 and fp16 weights, not {weight.dtype}"
-    if weight.is_cuda and compute_capability(weight.device.index) < (8, 0):
+    if weight.is_cuda and triton_support.compute_capability(weight.device.index) < (8, 0):
         return "needs compute capability 8.0 or newer"
     return None
 
@@ -29,9 +28,13 @@ def auto_experts(
 ) -> torch.Tensor:
     """The weighted sum of the chosen experts' outputs `(T, D)`, as Transformers' experts functions compute it.
 
-    The compiled CPU backend where no gradient is needed; `grouped_cpu` for training on a CPU; `batched_mm` for a few
-    tokens on a GPU, where `generate` would switch to it; `grouped_mm`; else the module's own plain loop.
+    On a GPU `triton`, with gradients or without. On a CPU the compiled backend where no gradient is needed,
+    `grouped_cpu` for training. What these leave: `batched_mm` for a few tokens on a GPU, where `generate` would switch
+    to it; `grouped_mm`; else the module's own plain loop.
     """
+    # Under Triton's interpreter it would take CPU tensors as well, where it was asked for by name
+    if not hidden_states.is_cpu and experts_triton.experts_refusal(module, hidden_states, top_k_weights) is None:
+        return experts_triton.triton_experts(module, hidden_states, top_k_index, top_k_weights)
     if not module.training and experts_cpu.mixture_refusal(hidden_states, module, top_k_weights, None) is None:
         return experts_cpu.mixture(hidden_states, module, top_k_index, top_k_weights, None)
     if experts_grouped.why_not(module) is None and (
@@ -56,7 +59,20 @@ def cpu_experts(
     return auto_experts(module, hidden_states, top_k_index, top_k_weights)
 
 
+def triton_experts(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The same, asked for by the name of Triton's programs, which are interpreted on a CPU."""
+    reason = experts_triton.experts_refusal(module, hidden_states, top_k_weights)
+    if reason is None:
+        return experts_triton.triton_experts(module, hidden_states, top_k_index, top_k_weights)
+    if not torch.compiler.is_compiling():
+        logger.warning_once(f'experts_implementation="{triton_support.NAME}" does not serve a call: it {reason}.')
+    return auto_experts(module, hidden_states, top_k_index, top_k_weights)
+
+
 def register() -> None:
-    """Makes `experts_implementation="auto"` and `"cpu"` known to Transformers."""
+    """Makes `experts_implementation="auto"`, `"cpu"` and `"triton"` known to Transformers."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, auto_experts)
     ALL_EXPERTS_FUNCTIONS.register(experts_cpu.NAME, cpu_experts)
+    ALL_EXPERTS_FUNCTIONS.register(triton_support.NAME, triton_experts)

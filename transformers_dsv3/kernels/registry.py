@@ -21,10 +21,12 @@ from . import (
     experts_grouped,
     experts_liger,
     experts_lora,
+    experts_triton,
     linear_onednn,
     mla_flash,
     mla_training,
     public_kernels,
+    triton_support,
     whole_step,
 )
 from .selection import VARIABLE, chosen, cpu_refusal
@@ -130,7 +132,12 @@ BACKENDS = [
     _public("flash_mla", "FlashMLA; copies the whole context at every step, three times the memory traffic"),
     _public("flash_attention_3_mla", "FlashAttention 3 on the latents as they lie in the cache"),
     Backend(ABSORBED, "torch", "matrix products on the cached latents", _absorbed),
-    _experts(experts_auto.NAME, "the fastest that takes a call: cpu, grouped_cpu, grouped_mm, eager", _always),
+    _experts(experts_auto.NAME, "the fastest that takes a call: triton, cpu, grouped_cpu, grouped_mm, eager", _always),
+    _experts(
+        triton_support.NAME,
+        "Triton programs for GPUs: sorted on the device, reads the chosen experts' weights once",
+        experts_triton.why_not,
+    ),
     _experts(experts_cpu.NAME, "compiled: one pass, reads the chosen experts' weights once", _compiled_experts),
     _experts("eager", "one expert after another", _always),
     _experts(
@@ -217,9 +224,12 @@ def _experts_in_use(parts: _Parts) -> dict[str, str]:
     assert parts.experts is not None
     asked_for = parts.model.config._experts_implementation or "eager"
     if asked_for == experts_auto.NAME:
+        if not _weight(parts.experts).is_cpu:
+            return _serving(EXPERTS, parts.experts, {triton_support.NAME: "in use"}, asked_for)
         notes = {experts_cpu.NAME: WITHOUT_GRADIENTS, experts_grouped.NAME: TRAINING}
         return {**_serving(EXPERTS, parts.experts, notes, asked_for), asked_for: "in use"}
-    if asked_for in (experts_cpu.NAME, experts_liger.NAME):  # leave to `auto` what they do not take
+    # These leave to `auto` what they do not take
+    if asked_for in (experts_cpu.NAME, experts_liger.NAME, triton_support.NAME):
         return _serving(EXPERTS, parts.experts, {asked_for: "in use where it takes a call"}, experts_auto.NAME)
     return {asked_for if _takes_a_function(parts.experts) else "eager": "in use"}
 

@@ -65,7 +65,41 @@ class Specimen:
 
 # From an operation and a family to the constants and the compiler's options of its program; a family that is missing
 # takes "default".
-TILES: dict[str, dict[str, dict[str, int]]] = {}
+TILES: dict[str, dict[str, dict[str, int]]] = {
+    "experts_gate_up/16": {
+        "default": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+    },
+    "experts_gate_up/32": {
+        "default": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+    },
+    "experts_gate_up/64": {
+        "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+    },
+    "experts_gate_up/128": {
+        "default": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+    },
+    "experts_gate_up/fp32": {
+        "default": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2},
+    },
+    "experts_product/16": {
+        "default": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 128, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+    },
+    "experts_product/32": {
+        "default": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+    },
+    "experts_product/64": {
+        "default": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+    },
+    "experts_product/128": {
+        "default": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+    },
+    "experts_product/fp32": {
+        "default": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2},
+    },
+    "experts_sum": {"default": {"BLOCK": 1024, "num_warps": 4}},
+    "experts_sort_few": {"default": {"BLOCK": 128, "OTHERS": 32, "num_warps": 4}},
+    "experts_sort_chunk": {"default": {"BLOCK": 256, "OTHERS": 16, "num_warps": 8}},
+}
 
 
 def tiles(operation: str, family: str) -> dict[str, int]:

@@ -1,0 +1,165 @@
+"""`experts_implementation="triton"`: routed experts by Triton's programs, for NVIDIA and AMD GPUs.
+
+Pairs of a token and an expert are sorted by expert once, on the device; tiles have pairs of one expert each; nothing
+makes the host wait, so that CUDA graphs can hold a call. The same inputs give the same bits. The programs are in
+`triton_src/experts_*.py`; `auto` takes them for all calls on a GPU that they can serve.
+
+Shape suffixes: T tokens, K experts chosen a token, E experts, S = T * K pairs, X = E + 1, D hidden size, I width of an
+expert.
+"""
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .experts_cpu import experts_refusal as stack_refusal
+from .selection import PLAIN
+from .triton_support import device_refusal, triton_refusal
+
+
+WEIGHTS = ("gate_up_proj", "down_proj")
+
+
+def why_not(module: nn.Module) -> str | None:
+    """The reason why `triton_experts` cannot serve a module of experts, or None where it can."""
+    if (reason := stack_refusal(module)) is not None:
+        return reason
+    if not getattr(module, "is_concatenated", True):
+        return "takes gates above ups, not in turns"
+    gate_up, down = (getattr(module, name) for name in WEIGHTS)
+    for name in WEIGHTS:
+        weight = getattr(module, name)
+        if type(weight) not in PLAIN and is_traceable_wrapper_subclass(weight):
+            return f"takes plain tensors, {name} is a {type(weight).__name__}"
+        if weight.dtype is torch.int8:
+            if getattr(module, f"{name}_scale", None) is None:
+                return f"takes INT8 weights with scales, {name} has none"
+        elif weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"takes fp32, bf16, fp16 and INT8 weights, {name} is {weight.dtype}"
+        if weight.is_meta:
+            return f"{name} is offloaded, it is not in memory"
+    if gate_up.dtype != down.dtype or gate_up.device != down.device:
+        return "takes weights of one dtype on one device"
+    E, D, I = down.shape
+    if gate_up.shape != (E, 2 * I, D):
+        return "takes gate_up_proj (E, 2I, D) with down_proj (E, D, I)"
+    return device_refusal(gate_up)
+
+
+def experts_refusal(module: nn.Module, hidden_states: torch.Tensor, top_k_weights: torch.Tensor) -> str | None:
+    """The reason why `triton_experts` does not take a call, or None where it does."""
+    if (reason := why_not(module) or triton_refusal("experts", hidden_states)) is not None:
+        return reason
+    weight = module.gate_up_proj
+    if weight.device != hidden_states.device:
+        return f"needs weights on {hidden_states.device}, not on {weight.device}"
+    dtype = _dtype_of_products(hidden_states)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"follows autocast to bf16 and fp16, not to {dtype}"
+    if weight.dtype not in (dtype, torch.int8) and not _autocast(hidden_states):
+        return f"takes activations of the weights' dtype ({weight.dtype}), not {dtype}"
+    if torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (hidden_states, top_k_weights, weight, module.down_proj)
+    ):
+        return "has no gradients"
+    return None
+
+
+def _autocast(tensor: torch.Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
+def _dtype_of_products(hidden_states: torch.Tensor) -> torch.dtype:
+    if _autocast(hidden_states):
+        return torch.get_autocast_dtype(hidden_states.device.type)
+    return hidden_states.dtype
+
+
+@torch.library.custom_op("transformers_dsv3::triton_experts", mutates_args=())
+def _forward(
+    hidden_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    mixing_TK: torch.Tensor,
+    gate_up_EID: torch.Tensor,
+    gate_up_scale: torch.Tensor | None,
+    down_EDI: torch.Tensor,
+    down_scale: torch.Tensor | None,
+    dtype: torch.dtype,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        dtype: that of the products; inputs and weights of another are cast to it.
+        keep: whether a backward pass follows.
+
+    Returns:
+        The output `(T, D)`; then what the backward pass needs, empty without `keep`: gate and up products, the order
+        of the pairs, and where each expert's begin in it.
+    """
+    from .triton_src import experts_forward, experts_rows, experts_sort
+
+    E = gate_up_EID.shape[0]
+    if not index_TK.numel():
+        return _empty(hidden_TD, index_TK, gate_up_EID, dtype, keep, fill=0)
+    index_TK, mixing_TK = index_TK.contiguous(), mixing_TK.contiguous()
+    with experts_rows.on_device_of(hidden_TD):
+        order_S, offsets_X = experts_sort.sort_pairs(index_TK, E)
+        sorting = (order_S, offsets_X)
+        x_TD = hidden_TD.to(dtype).contiguous()
+        act_SI, kept_SI = experts_forward.activations(x_TD, *sorting, mixing_TK, gate_up_EID, gate_up_scale, keep)
+        out_SD = experts_forward.products(act_SI, *sorting, down_EDI, down_scale, False, len(hidden_TD))
+        out_TD = experts_forward.sums(out_SD, index_TK, E, hidden_TD.dtype)
+    if kept_SI is None:
+        return (out_TD, *_empty(hidden_TD, index_TK, gate_up_EID, dtype, keep)[1:])
+    return out_TD, kept_SI, *sorting
+
+
+@_forward.register_fake
+def _(hidden_TD, index_TK, mixing_TK, gate_up_EID, gate_up_scale, down_EDI, down_scale, dtype, keep):  # type: ignore[no-untyped-def]
+    return _empty(hidden_TD, index_TK, gate_up_EID, dtype, keep)
+
+
+def _empty(
+    hidden_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    gate_up_EID: torch.Tensor,
+    dtype: torch.dtype,
+    keep: bool,
+    fill: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `_forward` returns, not written or filled."""
+    pairs = index_TK.numel() if keep else 0
+    results = (
+        hidden_TD.new_empty(hidden_TD.shape),
+        hidden_TD.new_empty((pairs, gate_up_EID.shape[1]), dtype=dtype),
+        index_TK.new_empty(pairs, dtype=torch.int32),
+        index_TK.new_empty(gate_up_EID.shape[0] + 1 if keep else 0, dtype=torch.int32),
+    )
+    if fill is not None:
+        for result in results:
+            result.fill_(fill)
+    return results
+
+
+def triton_experts(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum of the chosen experts' outputs; only where `experts_refusal` gives no reason against it.
+
+    Under autocast, products are in its dtype, sums over experts in fp32 and the result as without.
+
+    Args:
+        module: has `gate_up_proj` `(E, 2I, D)` and `down_proj` `(E, D, I)`, with fp32 `..._scale` of their first two
+            dimensions where they are INT8.
+        hidden_states: `(T, D)`.
+        top_k_index: `(T, K)`; what is none of the E experts is left out, as index E under expert parallelism.
+        top_k_weights: `(T, K)`, of any floating dtype.
+
+    Returns:
+        `(T, D)`, of the dtype of `hidden_states`.
+    """
+    gate_up, down = module.gate_up_proj, module.down_proj
+    scales = [getattr(module, f"{name}_scale", None) for name in WEIGHTS]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_states, top_k_weights, gate_up, down))
+    dtype = _dtype_of_products(hidden_states)
+    return _forward(hidden_states, top_k_index, top_k_weights, gate_up, scales[0], down, scales[1], dtype, keep)[0]

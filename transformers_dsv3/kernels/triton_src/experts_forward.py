@@ -1,0 +1,239 @@
+"""Routed experts: gate, up and SwiGLU in one program, down in another, then the sum over a token's experts.
+
+The mixing weight multiplies the activations before the down projection, in fp32 and before their only rounding. So its
+gradient is a product of activations, and experts' outputs need not be kept for it. Each pair's output is written where
+the pair lies among a token's, and a last program sums these in the order in which they were chosen: no atomic
+additions, and the same bits every time.
+
+Shape suffixes: T tokens, K experts chosen a token, E experts, S = T * K pairs, X = E + 1, D hidden size, I width of an
+expert; in programs M rows of a tile (pairs of one expert), N its columns, R what a product sums over.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .experts_rows import most_tiles, place_of, precision, read, row_of, tile_of
+from .tuned import family_of, tiles
+
+
+@triton.jit
+def gate_up(
+    hidden,
+    order,
+    offsets,
+    mixing,
+    weight,
+    scale,
+    activation,
+    kept,
+    row_tiles,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    PAD_E: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    SCALED: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """`activation` `(S, I)`: SiLU(gate) * up * mixing weight; with KEEP `kept` `(S, 2I)`: gate and up."""
+    m, n = place_of(row_tiles, tl.cdiv(I, BLOCK_N), GROUP)
+    expert, start, end = tile_of(m, offsets, E, PAD_E, BLOCK_M)
+    if expert >= E:
+        return
+    row_M = start + tl.arange(0, BLOCK_M)
+    in_M = row_M < end
+    pair_M = tl.load(order + row_M, mask=in_M, other=0)
+    hidden_M = hidden + (pair_M // K).to(tl.int64) * D
+    n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    gate_N = weight + expert.to(tl.int64) * (2 * I * D) + n_N * D
+    gate_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start_r in range(0, D, BLOCK_R):
+        r = start_r + tl.arange(0, BLOCK_R)
+        x_MR = read(hidden_M[:, None] + r[None, :], r[None, :] < D, D % BLOCK_R == 0)
+        weight_RN = gate_N[None, :] + r[:, None]
+        in_RN = (r[:, None] < D) & (n_N[None, :] < I)
+        whole: tl.constexpr = D % BLOCK_R == 0 and I % BLOCK_N == 0
+        gate_RN = read(weight_RN, in_RN, whole).to(x_MR.dtype)
+        up_RN = read(weight_RN + I * D, in_RN, whole).to(x_MR.dtype)
+        gate_MN = tl.dot(x_MR, gate_RN, gate_MN, input_precision=PRECISION)
+        up_MN = tl.dot(x_MR, up_RN, up_MN, input_precision=PRECISION)
+    if SCALED:
+        scale_N = scale + expert * (2 * I) + n_N
+        gate_MN *= tl.load(scale_N, mask=n_N < I, other=0)[None, :]
+        up_MN *= tl.load(scale_N + I, mask=n_N < I, other=0)[None, :]
+    in_MN = in_M[:, None] & (n_N[None, :] < I)
+    row_M = row_M.to(tl.int64)
+    if KEEP:
+        kept_MN = kept + row_M[:, None] * (2 * I) + n_N[None, :]
+        tl.store(kept_MN, gate_MN.to(kept.dtype.element_ty), mask=in_MN)
+        tl.store(kept_MN + I, up_MN.to(kept.dtype.element_ty), mask=in_MN)
+    w_M = tl.load(mixing + pair_M, mask=in_M, other=0).to(tl.float32)
+    activation_MN = gate_MN * tl.sigmoid(gate_MN) * up_MN * w_M[:, None]
+    place_MN = activation + row_M[:, None] * I + n_N[None, :]
+    tl.store(place_MN, activation_MN.to(activation.dtype.element_ty), mask=in_MN)
+
+
+@triton.jit
+def pair_product(
+    rows,
+    order,
+    offsets,
+    weight,
+    scale,
+    out,
+    row_tiles,
+    E: tl.constexpr,
+    PAD_E: tl.constexpr,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_R: tl.constexpr,
+    SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """`out[pair]` `(S, N)`: `rows` `(S, R)`, sorted by expert, times their expert's weight."""
+    m, n = place_of(row_tiles, tl.cdiv(N, BLOCK_N), GROUP)
+    expert, start, end = tile_of(m, offsets, E, PAD_E, BLOCK_M)
+    if expert >= E:
+        return
+    row_M = start + tl.arange(0, BLOCK_M)
+    in_M = row_M < end
+    # Rows behind the expert's own are read as its last one, and not written
+    rows_M = rows + tl.minimum(row_M, end - 1).to(tl.int64) * R
+    n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_N = weight + expert.to(tl.int64) * (N * R) + n_N * STRIDE_N
+    out_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start_r in range(0, R, BLOCK_R):
+        r = start_r + tl.arange(0, BLOCK_R)
+        x_MR = read(rows_M[:, None] + r[None, :], r[None, :] < R, R % BLOCK_R == 0)
+        in_RN = (r[:, None] < R) & (n_N[None, :] < N)
+        whole: tl.constexpr = R % BLOCK_R == 0 and N % BLOCK_N == 0
+        weight_RN = read(weight_N[None, :] + r[:, None] * STRIDE_R, in_RN, whole).to(x_MR.dtype)
+        out_MN = tl.dot(x_MR, weight_RN, out_MN, input_precision=PRECISION)
+    if SCALED:
+        out_MN *= tl.load(scale + expert * N + n_N, mask=n_N < N, other=0)[None, :]
+    pair_M = tl.load(order + row_M, mask=in_M, other=0).to(tl.int64)
+    place_MN = out + pair_M[:, None] * N + n_N[None, :]
+    tl.store(place_MN, out_MN.to(out.dtype.element_ty), mask=in_M[:, None] & (n_N[None, :] < N))
+
+
+@triton.jit
+def sum_pairs(pairs, index, out, K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """`out` `(T, D)`: the sum of a token's rows of `pairs` `(T * K, D)`, of those that have an expert, in fp32."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sum_D = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        expert = tl.load(index + token * K + k)
+        width = tl.where((expert >= 0) & (expert < E), D, 0)  # of what was written
+        sum_D += tl.load(pairs + (token * K + k) * D + d, mask=d < width, other=0).to(tl.float32)
+    tl.store(out + token * D + d, sum_D.to(out.dtype.element_ty), mask=d < D)
+
+
+def activations(
+    hidden_TD: torch.Tensor,
+    order_S: torch.Tensor,
+    offsets_X: torch.Tensor,
+    mixing_TK: torch.Tensor,
+    gate_up_EID: torch.Tensor,
+    scale: torch.Tensor | None,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """SiLU(gate) * up * mixing weight of each pair, `(S, I)`, and with `keep` gates and ups, `(S, 2I)`; else None.
+
+    Rows are sorted by expert, those of pairs without one are not written.
+
+    Args:
+        hidden_TD: of the dtype of the products and of the results. mixing_TK: of any floating dtype.
+        order_S, offsets_X: see `experts_sort.sort_pairs`.
+        gate_up_EID: of that dtype, fp32 or, with fp32 scales `(E, 2I)`, INT8.
+    """
+    (T, K), (E, width, D), I = mixing_TK.shape, gate_up_EID.shape, gate_up_EID.shape[1] // 2
+    S, dtype = T * K, hidden_TD.dtype
+    row = row_of("gate_up", dtype, gate_up_EID, T, S)
+    act_SI = hidden_TD.new_empty(S, I)
+    kept_SI = hidden_TD.new_empty(S, width) if keep else None
+    row_tiles = most_tiles(S, E, row["BLOCK_M"])
+    gate_up[(row_tiles * triton.cdiv(I, row["BLOCK_N"]),)](
+        hidden_TD,
+        order_S,
+        offsets_X,
+        mixing_TK,
+        gate_up_EID,
+        scale,
+        act_SI,
+        kept_SI,
+        row_tiles,
+        K=K,
+        E=E,
+        PAD_E=triton.next_power_of_2(E),
+        D=D,
+        I=I,
+        SCALED=scale is not None,
+        KEEP=keep,
+        PRECISION=precision(),
+        **row,
+    )
+    return act_SI, kept_SI
+
+
+def products(
+    rows_SR: torch.Tensor,
+    order_S: torch.Tensor,
+    offsets_X: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    transposed: bool,
+    tokens: int,
+) -> torch.Tensor:
+    """Each pair's row times its expert's weight, `(S, N)`, where the pair lies among its token's; others unwritten.
+
+    Args:
+        rows_SR: sorted by expert. weight: `(E, N, R)`, or `(E, R, N)` where `transposed`. scale: of INT8, `(E, N)`.
+    """
+    S, R = rows_SR.shape
+    E = weight.shape[0]
+    N = weight.shape[2 if transposed else 1]
+    row = row_of("product", rows_SR.dtype, weight, tokens, S)
+    out_SN = rows_SR.new_empty(S, N)
+    row_tiles = most_tiles(S, E, row["BLOCK_M"])
+    pair_product[(row_tiles * triton.cdiv(N, row["BLOCK_N"]),)](
+        rows_SR,
+        order_S,
+        offsets_X,
+        weight,
+        scale,
+        out_SN,
+        row_tiles,
+        E=E,
+        PAD_E=triton.next_power_of_2(E),
+        N=N,
+        R=R,
+        STRIDE_N=1 if transposed else R,
+        STRIDE_R=N if transposed else 1,
+        SCALED=scale is not None,
+        PRECISION=precision(),
+        **row,
+    )
+    return out_SN
+
+
+def sums(pairs_SD: torch.Tensor, index_TK: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """`(T, D)`: the sums of the rows of a token's pairs that have an expert."""
+    T, K = index_TK.shape
+    D = pairs_SD.shape[1]
+    row = tiles("experts_sum", family_of(pairs_SD.device))
+    out_TD = pairs_SD.new_empty(T, D, dtype=dtype)
+    sum_pairs[(T, triton.cdiv(D, row["BLOCK"]))](pairs_SD, index_TK, out_TD, K=K, E=num_experts, D=D, **row)
+    return out_TD

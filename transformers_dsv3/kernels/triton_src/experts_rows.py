@@ -1,0 +1,88 @@
+"""What the programs of the experts share: which tile a program computes, and reads with or without a mask.
+
+A tile has pairs of one expert only, so that the last tile of an expert is ragged and none is padded further. How many
+tiles there are is known on the device alone: programs are launched for as many as there can be, and those past the
+last tile end at once.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from .tuned import family_of, tiles
+
+
+@triton.jit
+def place_of(tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """Tile of rows and tile of columns of this program.
+
+    Programs that run at the same time share rows and weights in the L2 cache: GROUP tiles of rows go together through
+    all columns.
+    """
+    group = tl.program_id(0) // (GROUP * COLUMNS)
+    within = tl.program_id(0) % (GROUP * COLUMNS)
+    rows = tl.minimum(tiles - group * GROUP, GROUP)
+    return group * GROUP + within % rows, within // rows
+
+
+@triton.jit
+def tile_of(tile, offsets, E: tl.constexpr, PAD_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Expert of a tile of rows, E for a tile past the last one; its first row and the end of the expert's rows."""
+    e = tl.arange(0, PAD_E)
+    start_E = tl.load(offsets + e, mask=e < E, other=0)
+    end_E = tl.load(offsets + e + 1, mask=e < E, other=0)
+    tiles_E = (end_E - start_E + BLOCK_M - 1) // BLOCK_M
+    passed_E = (tl.cumsum(tiles_E, 0) <= tile) & (e < E)
+    expert = tl.sum(passed_E.to(tl.int32), 0)
+    within = tile - tl.sum(tl.where(passed_E, tiles_E, 0), 0)
+    start = tl.sum(tl.where(e == expert, start_E, 0), 0) + within * BLOCK_M
+    return expert, start, tl.sum(tl.where(e == expert, end_E, 0), 0)
+
+
+@triton.jit
+def read(pointers, mask, WHOLE: tl.constexpr):
+    """What pointers point to, zero where the mask is False; WHOLE tells that it is True everywhere."""
+    if WHOLE:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0)
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which is to be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def precision() -> str:
+    """How products of fp32 are computed: as PyTorch's own are on NVIDIA GPUs."""
+    tf32 = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def row_of(program: str, dtype: torch.dtype, weight: torch.Tensor, tokens: int, pairs: int) -> dict[str, int]:
+    """The row of the table for a call.
+
+    Up to 64 tokens a tile takes all pairs that an expert can have, so that its weights are read once. With more, tiles
+    are the higher the more pairs experts have on average.
+
+    Args:
+        program: "gate_up", "product" or "activation_gradient".
+        dtype: of the products. weight: `(E, ..., ...)`. tokens, pairs: T and S.
+    """
+    family = family_of(weight.device)
+    if dtype == torch.float32:
+        return tiles(f"experts_{program}/fp32", family)
+    if tokens <= 64:
+        height = next(height for height in (16, 32, 64) if tokens <= height)
+    else:
+        height = 64 if pairs <= 96 * weight.shape[0] else 128
+    # Weights that are converted in registers: twice as wide as those that are not
+    wide = "/wide" if weight.dtype == torch.float32 else ""
+    return tiles(f"experts_{program}/{height}{wide}", family)
+
+
+def most_tiles(pairs: int, experts: int, height: int) -> int:
+    """How many tiles of so many rows there can be, each with pairs of one of the experts."""
+    return (pairs + min(pairs, experts) * (height - 1)) // height
