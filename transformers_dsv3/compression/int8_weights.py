@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..kernels import experts_triton
 from ..kernels.experts_cpu import may_serve, mixture, mixture_refusal
 from ..kernels.linear_cpu import linear, linear_refusal
 from ..models.dsv3.moe_dsv3 import Dsv3Experts
@@ -111,6 +112,11 @@ class Int8Experts(_Int8Module):
             and mixture_refusal(hidden_states, self, top_k_weights, None) is None
         ):
             return mixture(hidden_states, self, top_k_index, top_k_weights, None)
+        if (
+            experts_triton.may_serve(self.config._experts_implementation, hidden_states)
+            and experts_triton.experts_refusal(self, hidden_states, top_k_weights) is None
+        ):
+            return experts_triton.triton_experts(self, hidden_states, top_k_index, top_k_weights)
         dtype = hidden_states.dtype
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():

@@ -32,8 +32,10 @@ def auto_experts(
     `grouped_cpu` for training. What these leave: `batched_mm` for a few tokens on a GPU, where `generate` would switch
     to it; `grouped_mm`; else the module's own plain loop.
     """
-    # Under Triton's interpreter it would take CPU tensors as well, where it was asked for by name
-    if not hidden_states.is_cpu and experts_triton.experts_refusal(module, hidden_states, top_k_weights) is None:
+    if (
+        experts_triton.may_serve(NAME, hidden_states)
+        and experts_triton.experts_refusal(module, hidden_states, top_k_weights) is None
+    ):
         return experts_triton.triton_experts(module, hidden_states, top_k_index, top_k_weights)
     if not module.training and experts_cpu.mixture_refusal(hidden_states, module, top_k_weights, None) is None:
         return experts_cpu.mixture(hidden_states, module, top_k_index, top_k_weights, None)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .experts_cpu import experts_refusal as stack_refusal
 from .selection import PLAIN
-from .triton_support import device_refusal, triton_refusal
+from .triton_support import NAME, device_refusal, triton_refusal
 
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -58,11 +58,15 @@ def experts_refusal(module: nn.Module, hidden_states: torch.Tensor, top_k_weight
         return f"follows autocast to bf16 and fp16, not to {dtype}"
     if weight.dtype not in (dtype, torch.int8) and not _autocast(hidden_states):
         return f"takes activations of the weights' dtype ({weight.dtype}), not {dtype}"
-    if torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (hidden_states, top_k_weights, weight, module.down_proj)
-    ):
-        return "has no gradients"
+    needs = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+    if needs and weight.dtype is torch.int8:
+        return "has no gradients with INT8 weights"
     return None
+
+
+def may_serve(experts_implementation: str | None, hidden_states: torch.Tensor) -> bool:
+    """Whether the choice of an implementation leaves experts to this backend; on a CPU, interpreted, by name only."""
+    return experts_implementation == NAME or (experts_implementation == "auto" and not hidden_states.is_cpu)
 
 
 def _autocast(tensor: torch.Tensor) -> bool:
@@ -139,6 +143,76 @@ def _empty(
         for result in results:
             result.fill_(fill)
     return results
+
+
+@torch.library.custom_op("transformers_dsv3::triton_experts_backward", mutates_args=())
+def _backward(
+    grad_TD: torch.Tensor,
+    hidden_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    mixing_TK: torch.Tensor,
+    gate_up_EID: torch.Tensor,
+    down_EDI: torch.Tensor,
+    kept_SI: torch.Tensor,
+    order_S: torch.Tensor,
+    offsets_X: torch.Tensor,
+    needs_hidden: bool,
+    needs_mixing: bool,
+    needs_gate_up: bool,
+    needs_down: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden states, mixing weights, `gate_up_proj` and `down_proj`; empty where not needed."""
+    from .triton_src import experts_backward, experts_forward, experts_rows
+
+    inputs = (hidden_TD, mixing_TK, gate_up_EID, down_EDI)
+    needs = (needs_hidden, needs_mixing, needs_gate_up, needs_down)
+    if not index_TK.numel():
+        return tuple(x.new_zeros(x.shape if needed else (0,)) for x, needed in zip(inputs, needs))
+    results: list[torch.Tensor | None] = [None] * 4
+    index_TK, mixing_TK = index_TK.contiguous(), mixing_TK.contiguous()
+    T, K = index_TK.shape
+    sorting, dtype = (order_S, offsets_X), kept_SI.dtype
+    with experts_rows.on_device_of(hidden_TD):
+        grad_TD = grad_TD.to(dtype).contiguous()
+        d_kept_SI, activation_SI, results[1] = experts_backward.through_activations(
+            grad_TD, *sorting, mixing_TK, down_EDI, kept_SI, needs_hidden or needs_gate_up, needs_down, needs_mixing
+        )
+        if activation_SI is not None:
+            results[3] = experts_backward.weight_gradients(grad_TD, activation_SI, *sorting, K, True, down_EDI.dtype)
+            del activation_SI
+        if needs_gate_up:
+            x_TD = hidden_TD.to(dtype).contiguous()
+            results[2] = experts_backward.weight_gradients(d_kept_SI, x_TD, *sorting, K, False, gate_up_EID.dtype)
+        if needs_hidden:
+            d_hidden_SD = experts_forward.products(d_kept_SI, *sorting, gate_up_EID, None, True, T)
+            results[0] = experts_forward.sums(d_hidden_SD, index_TK, len(gate_up_EID), hidden_TD.dtype)
+    return tuple(x.new_empty(0) if result is None else result for x, result in zip(inputs, results))
+
+
+@_backward.register_fake
+def _(grad_TD, hidden_TD, index_TK, mixing_TK, gate_up_EID, down_EDI, kept_SI, order_S, offsets_X, *needs):  # type: ignore[no-untyped-def]
+    inputs = (hidden_TD, mixing_TK, gate_up_EID, down_EDI)
+    return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs))
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden_TD, index_TK, mixing_TK, gate_up_EID, _, down_EDI, _, _, _ = inputs
+    ctx.save_for_backward(hidden_TD, index_TK, mixing_TK, gate_up_EID, down_EDI, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
+    if grad_TD is None:
+        return (None,) * 9
+    hidden, _, mixing, gate_up, _, down, _, _, _ = ctx.needs_input_grad
+    needs = (hidden, mixing, gate_up, down)
+    grads = torch.ops.transformers_dsv3.triton_experts_backward(grad_TD, *ctx.saved_tensors, *needs)
+    d_hidden, d_mixing, d_gate_up, d_down = (grad if needed else None for grad, needed in zip(grads, needs))
+    return d_hidden, None, d_mixing, d_gate_up, None, d_down, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep_for_backward)
 
 
 def triton_experts(

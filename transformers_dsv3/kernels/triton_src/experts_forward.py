@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .experts_rows import most_tiles, place_of, precision, read, row_of, tile_of
+from .experts_rows import height_of, most_tiles, place_of, precision, read, row_of, tile_of
 from .tuned import family_of, tiles
 
 
@@ -160,8 +160,8 @@ def activations(
         gate_up_EID: of that dtype, fp32 or, with fp32 scales `(E, 2I)`, INT8.
     """
     (T, K), (E, width, D), I = mixing_TK.shape, gate_up_EID.shape, gate_up_EID.shape[1] // 2
-    S, dtype = T * K, hidden_TD.dtype
-    row = row_of("gate_up", dtype, gate_up_EID, T, S)
+    S = T * K
+    row = row_of("gate_up", height_of(T, S, E), hidden_TD.dtype, gate_up_EID)
     act_SI = hidden_TD.new_empty(S, I)
     kept_SI = hidden_TD.new_empty(S, width) if keep else None
     row_tiles = most_tiles(S, E, row["BLOCK_M"])
@@ -205,7 +205,7 @@ def products(
     S, R = rows_SR.shape
     E = weight.shape[0]
     N = weight.shape[2 if transposed else 1]
-    row = row_of("product", rows_SR.dtype, weight, tokens, S)
+    row = row_of("product", height_of(tokens, S, E), rows_SR.dtype, weight)
     out_SN = rows_SR.new_empty(S, N)
     row_tiles = most_tiles(S, E, row["BLOCK_M"])
     pair_product[(row_tiles * triton.cdiv(N, row["BLOCK_N"]),)](

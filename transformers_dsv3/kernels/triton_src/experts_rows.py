@@ -61,26 +61,32 @@ def precision() -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def row_of(program: str, dtype: torch.dtype, weight: torch.Tensor, tokens: int, pairs: int) -> dict[str, int]:
-    """The row of the table for a call.
+def height_of(tokens: int, pairs: int, experts: int) -> int:
+    """How many rows tiles have in a call.
 
     Up to 64 tokens a tile takes all pairs that an expert can have, so that its weights are read once. With more, tiles
     are the higher the more pairs experts have on average.
+    """
+    if tokens <= 64:
+        return next(height for height in (16, 32, 64) if tokens <= height)
+    return 64 if pairs <= 96 * experts else 128
+
+
+def row_of(program: str, height: int, dtype: torch.dtype, weight: torch.Tensor) -> dict[str, int]:
+    """The row of the table for a call.
 
     Args:
         program: "gate_up", "product" or "activation_gradient".
-        dtype: of the products. weight: `(E, ..., ...)`. tokens, pairs: T and S.
+        height: see `height_of`; programs whose products are of fp32, or of fp32 weights that are rounded in registers
+            (under autocast), have tiles of one height.
+        dtype: of the products. weight: the experts'.
     """
-    family = family_of(weight.device)
+    kind = str(height)
     if dtype == torch.float32:
-        return tiles(f"experts_{program}/fp32", family)
-    if tokens <= 64:
-        height = next(height for height in (16, 32, 64) if tokens <= height)
-    else:
-        height = 64 if pairs <= 96 * weight.shape[0] else 128
-    # Weights that are converted in registers: twice as wide as those that are not
-    wide = "/wide" if weight.dtype == torch.float32 else ""
-    return tiles(f"experts_{program}/{height}{wide}", family)
+        kind = "fp32"
+    elif weight.dtype == torch.float32:
+        kind = "rounded"
+    return tiles(f"experts_{program}/{kind}", family_of(weight.device))
 
 
 def most_tiles(pairs: int, experts: int, height: int) -> int:

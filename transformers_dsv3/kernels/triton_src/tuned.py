@@ -96,6 +96,30 @@ TILES: dict[str, dict[str, dict[str, int]]] = {
     "experts_product/fp32": {
         "default": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2},
     },
+    "experts_gate_up/rounded": {
+        "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2},
+    },
+    "experts_product/rounded": {
+        "default": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2},
+    },
+    "experts_activation_gradient/64": {
+        "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+    },
+    "experts_activation_gradient/128": {
+        "default": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+    },
+    "experts_activation_gradient/rounded": {
+        "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2},
+    },
+    "experts_activation_gradient/fp32": {
+        "default": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2},
+    },
+    "experts_weight_gradient/half": {
+        "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3},
+    },
+    "experts_weight_gradient/fp32": {
+        "default": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2},
+    },
     "experts_sum": {"default": {"BLOCK": 1024, "num_warps": 4}},
     "experts_sort_few": {"default": {"BLOCK": 128, "OTHERS": 32, "num_warps": 4}},
     "experts_sort_chunk": {"default": {"BLOCK": 256, "OTHERS": 16, "num_warps": 8}},
