@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -40,6 +42,9 @@ def hub(monkeypatch, tmp_path):
             STRANGER: hub_server.User("eve"),
         }
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        # These were made when they were imported, or first needed
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -67,6 +72,60 @@ def short_waits(monkeypatch):
     """The client's pauses between tries take a hundredth of their time."""
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 100))
+
+
+class Tally:
+    """What became of the faults of a run: printed at its end, under "measured".
+
+    A call that faults struck got over them ("resumed"), or was refused with a sentence, and the same call went through
+    when they were gone. "Lost" are files that differ, after a fault, from what was there and from what was to be
+    there, and those that a repetition did not bring.
+    """
+
+    def __init__(self, figures):
+        self.figures = figures
+
+    def count(self, what, number=1):
+        self.figures[f"Hub, {what}"] = self.figures.get(f"Hub, {what}", 0) + number
+
+    def settle(self, hits, refused, lost):
+        """One call under `hits` faults; `lost` names what is wrong afterwards."""
+        assert hits > 0, "no fault struck"
+        self.count("faults injected", hits)
+        self.count("faulty calls that resumed", not refused)
+        self.count("faulty calls refused clearly, and complete when repeated", bool(refused))
+        self.count("files lost", len(lost))
+        assert not lost
+
+
+@pytest.fixture
+def tally(measured):
+    return Tally(measured)
+
+
+@pytest.fixture
+def impatient(monkeypatch, short_waits):
+    """Clients that take a second of silence for the end of a connection, and hardly wait between tries."""
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
+    monkeypatch.setattr("transformers_dsv3.hub.patience.SILENCE", 0.5)
+    monkeypatch.setattr("transformers_dsv3.hub.pull._TIMEOUT", 0.5)
+
+
+@pytest.fixture
+def shell(hub):
+    """Starts a Python of its own, as a user's shell that knows this Hub: `shell(*arguments)` gives the process."""
+
+    def start(*arguments, **environment):
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env={**os.environ, **hub.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
 
 
 @pytest.fixture(scope="session")

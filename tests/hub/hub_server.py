@@ -47,6 +47,7 @@ class Fault:
     `kind` is one of
     - `status`: answered with `status`; a 429 asks to be tried again in `retry_after` seconds.
     - `cut_request`, `cut_response`: the connection is reset after `at` bytes of the body.
+    - `corrupt_request`: the byte at `at` of the body arrives as another one.
     - `corrupt`: the byte at `at` of the answer is another one. `truncate`: the answer ends, in good order, at `at`.
     - `stall`: after `at` bytes of the answer nothing more comes.
     - `lose_answer`: what is asked is done, and the connection is reset before the answer.
@@ -163,6 +164,10 @@ class HubServer:
         repository = self.repositories["model", repo_id]
         return {path: self.objects[oid] for path, (_, oid) in repository.commits[repository.refs[ref]].files.items()}
 
+    def has(self, data: bytes) -> bool:
+        """Whether an object with these bytes has arrived."""
+        return hashlib.sha256(data).hexdigest() in self.objects
+
     def inject(self, where: str, kind: str, **fields) -> Fault:
         """Adds a fault to `faults`; see `Fault`."""
         self.faults.append(Fault(where, kind, **fields))
@@ -227,15 +232,18 @@ class _Handler(BaseHTTPRequestHandler):
     def read_body(self) -> bytes:
         if not int(self.headers.get("Content-Length") or 0) and not self.headers.get("Transfer-Encoding"):
             return b""
-        fault = self.hub.take_fault(self.request_line, "cut_request", "call")
+        fault = self.hub.take_fault(self.request_line, "cut_request", "corrupt_request", "call")
         body = bytearray()
         for piece in self.pieces():
             body += piece
             if fault is not None and len(body) >= fault.at:
                 if fault.kind == "cut_request":
                     raise Cut
-                assert fault.action is not None
-                fault.action()
+                if fault.kind == "corrupt_request":
+                    body[fault.at % len(body)] ^= 1
+                else:
+                    assert fault.action is not None
+                    fault.action()
                 fault = None
         self.hub.received["PUT" if self.command == "PUT" else "other"] += len(body)
         return bytes(body)

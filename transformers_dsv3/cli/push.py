@@ -51,7 +51,7 @@ def push(
 
     from ..hub.hub_errors import HubError
     from ..hub.model_folder import CheckpointError, read_model_folder
-    from ..hub.push import prepare, push_to_hub
+    from ..hub.push import SAFE_TO_REPEAT, prepare, push_to_hub
 
     try:
         if dry_run:
@@ -78,10 +78,7 @@ def push(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo(
-            "\nStopped. No part of it is visible in the repository; the same command goes on with what is missing.",
-            err=True,
-        )
+        typer.echo(f"\nStopped. {SAFE_TO_REPEAT}.", err=True)
         raise typer.Exit(130) from None
     typer.echo(commit.pr_url or commit.commit_url)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from json import JSONDecodeError
 
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -39,9 +41,13 @@ def reason(error: BaseException) -> str:
         return _http_reason(error)
     if isinstance(error, HTTPError):
         return f"the connection failed ({type(error).__name__}: {_first_line(error)})"
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return reason(error.__cause__)
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{os.strerror(error.errno)}"
+    if isinstance(error, JSONDecodeError):
+        return "an answer of the Hub's did not arrive whole"
     # huggingface_hub names the file, and keeps what happened as the cause
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return f"{_first_line(error).rstrip('.')}: {reason(error.__cause__)}"

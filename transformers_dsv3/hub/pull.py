@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from transformers.utils import logging
 
 from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, listing, read_checkpoint, resolve_checkpoint
 from .hub_errors import HTTPError, HubError, reason
 from .model_folder import ADAPTER_CONFIG, CONFIG, PICKLED
+from .patience import bounded_silence, may_pass
 
 
-_ATTEMPTS = 2
+logger = logging.get_logger(__name__)
+
+_ATTEMPTS = 2  # at a file that arrives wrong
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # after connections that fail, s
 _TIMEOUT = 30.0  # of the first question to the Hub, s
 
 
@@ -34,8 +40,9 @@ def pull_from_hub(
 ) -> Path:
     """Downloads a model repository and compares every file's hash with the Hub's.
 
-    All files are of one commit. A file that arrived wrong is thrown away and fetched once more. Pickled files are left
-    out. After an interruption the next call goes on with the files that are still missing.
+    All files are of one commit. A file that arrived wrong is thrown away and fetched once more; lost connections and a
+    Hub that is out of order for a while are waited for. Pickled files are left out. After an interruption the next
+    call goes on with the files that are still missing.
 
     Args:
         repo_id: `namespace/name`.
@@ -75,37 +82,56 @@ def _download(api: HfApi, repo_id: str, revision: str | None, place: dict[str, P
     """Downloads to a `local_dir` or into a `cache_dir`, checks, and returns the folder. `near` is on its disk."""
     files: dict[str, Any] = {"ignore_patterns": list(PICKLED), **place}
     try:
-        info = api.model_info(repo_id, revision=revision, timeout=_TIMEOUT)
-        if not {file.rfilename for file in info.siblings or []} & {CONFIG, ADAPTER_CONFIG}:
-            raise HubError(f"{repo_id} is no model: it has neither {CONFIG} nor {ADAPTER_CONFIG}")
-        planned = api.snapshot_download(repo_id, revision=info.sha, dry_run=True, **files)
-        _check_space(sum(file.file_size or 0 for file in planned if file.will_download), near, repo_id)
-        for _ in range(_ATTEMPTS):
-            # The cache has to know the branch by its name. Whatever that is now, the folder has the commit's
-            in_cache = "cache_dir" in place
-            folder = Path(api.snapshot_download(repo_id, revision=revision if in_cache else info.sha, **files))
-            commit = folder.name if in_cache else info.sha
-            result = api.verify_repo_checksums(repo_id, revision=commit, **place)
-            wrong = [mismatch["path"] for mismatch in result.mismatches]
-            for name in wrong:
-                _throw_away(folder / name)
-            wrong += filter_repo_objects(result.missing_paths, ignore_patterns=list(PICKLED))
-            if not wrong:
-                break
-        else:
-            raise HubError(
-                f"{listing(sorted(wrong))} of {repo_id} did not arrive as the Hub has it, {_ATTEMPTS} times, and is "
-                "not kept. Try another network"
-            )
-        if not in_cache:
-            for name in result.extra_paths:  # of another revision, from an earlier call
-                (folder / name).unlink()
-        _check_whole(folder, repo_id)
-        return folder
-    except (HTTPError, OSError) as error:
+        with bounded_silence():
+            info = api.model_info(repo_id, revision=revision, timeout=_TIMEOUT)
+            if not {file.rfilename for file in info.siblings or []} & {CONFIG, ADAPTER_CONFIG}:
+                raise HubError(f"{repo_id} is no model: it has neither {CONFIG} nor {ADAPTER_CONFIG}")
+            planned = api.snapshot_download(repo_id, revision=info.sha, dry_run=True, **files)
+            _check_space(sum(file.file_size or 0 for file in planned if file.will_download), near, repo_id)
+            return _download_checked(api, repo_id, revision, str(info.sha), files)
+    except (HTTPError, OSError, ValueError) as error:
         raise HubError(
             f"downloading {repo_id} failed: {reason(error)}. Run the same again: files that are there are kept"
         ) from error
+
+
+def _download_checked(api: HfApi, repo_id: str, revision: str | None, commit: str, files: dict[str, Any]) -> Path:
+    in_cache = "cache_dir" in files
+    place = {name: files[name] for name in files if name.endswith("_dir")}
+    for _ in range(_ATTEMPTS):
+        # The cache has to know the branch by its name. Whatever that is now, the folder has the commit's
+        folder = _download_patiently(api, repo_id, revision if in_cache else commit, files)
+        commit = folder.name if in_cache else commit
+        result = api.verify_repo_checksums(repo_id, revision=commit, **place)
+        wrong = [mismatch["path"] for mismatch in result.mismatches]
+        for name in wrong:
+            _throw_away(folder / name)
+        wrong += filter_repo_objects(result.missing_paths, ignore_patterns=list(PICKLED))
+        if not wrong:
+            break
+    else:
+        raise HubError(
+            f"{listing(sorted(wrong))} of {repo_id} did not arrive as the Hub has it, {_ATTEMPTS} times, and is "
+            "not kept. Try another network"
+        )
+    if not in_cache:
+        for name in result.extra_paths:  # of another revision, from an earlier call
+            (folder / name).unlink()
+    _check_whole(folder, repo_id)
+    return folder
+
+
+def _download_patiently(api: HfApi, repo_id: str, revision: str | None, files: dict[str, Any]) -> Path:
+    """Downloads what is missing. Failures that may pass are waited for, since huggingface_hub itself waits for few."""
+    for pause in (*_PAUSES, None):
+        try:
+            return Path(api.snapshot_download(repo_id, revision=revision, **files))
+        except (HTTPError, OSError, ValueError) as error:
+            if pause is None or not may_pass(error):
+                raise
+            logger.warning(f"{repo_id}: {reason(error)}. Trying again in {pause:.0f} s")
+            time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def _check_space(size: int, near: Path, repo_id: str) -> None:

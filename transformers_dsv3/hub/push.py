@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,28 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    get_session,
     get_token,
 )
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .code_file import AUTO_MAP, CODE, CODE_FILE
 from .hub_errors import HTTPError, HubError, reason
 from .model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, CONFIG, ModelFolder, read_model_folder, set_base_model
+from .patience import bounded_silence
 
 
 logger = logging.get_logger(__name__)
 
-# How long the Hub may be silent during an upload, s; huggingface_hub itself would wait forever
-SILENCE = 120.0
-_SAFE_TO_REPEAT = "The repository is as it was. Run the same again: files that have arrived are not sent a second time"
+# The answer to the commit itself may have been lost
+SAFE_TO_REPEAT = (
+    "A push is one commit: the repository has all of it or is as it was. Run the same again: files that have arrived "
+    "are not sent a second time"
+)
 
 
 def push_to_hub(
@@ -81,8 +83,8 @@ def push_to_hub(
 
     Raises:
         CheckpointError: a folder that is no checkpoint, or a broken one. Nothing was asked of the Hub.
-        HubError: no or an invalid token, no access, an unfit name or revision, or an upload that failed. What the
-            repository had, it has.
+        HubError: no or an invalid token, no access, an unfit name or revision, no space for a model object's files, or
+            an upload that failed. The repository has all of the push or is as it was.
     """
     with contextlib.ExitStack() as stack:
         if isinstance(model, (str, Path)):
@@ -114,6 +116,16 @@ def prepare(folder: ModelFolder, base_model: str | None = None, include_code: bo
 
 
 def _save(model: Any, tokenizer: Any, card: Any, path: Path) -> None:
+    try:
+        _save_files(model, tokenizer, card, path)
+    except (OSError, SafetensorError) as error:
+        raise HubError(
+            f"cannot save the model in {path} to upload it from there: {reason(error)}. TMPDIR names another disk. "
+            "Nothing was uploaded"
+        ) from error
+
+
+def _save_files(model: Any, tokenizer: Any, card: Any, path: Path) -> None:
     model.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
@@ -150,7 +162,7 @@ def _push(
     token: str | None,
 ) -> CommitInfo:
     api = HfApi(token=token, library_name="transformers_dsv3")
-    with _bounded_silence():
+    with bounded_silence():
         target = _check_target(api, repo_id, private, revision, create_pr)
         operations = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder.replaced.get(name, str(folder.path / name)))
@@ -172,10 +184,10 @@ def _push(
                 parent_commit=target.head,
             )
         except (HTTPError, OSError, RuntimeError, ValueError) as error:
-            raise HubError(f"pushing to {target.repo_id} failed: {reason(error)}. {_SAFE_TO_REPEAT}") from error
+            raise HubError(f"pushing to {target.repo_id} failed: {reason(error)}. {SAFE_TO_REPEAT}") from error
         try:
             _check_arrival(api, target.repo_id, commit.oid, operations)
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             raise HubError(f"{commit.commit_url} is there, but could not be compared: {reason(error)}") from error
         return commit
 
@@ -212,7 +224,7 @@ def _check_target(api: HfApi, repo_id: str, private: bool | None, revision: str 
         tree = api.list_repo_tree(repo_id, revision=head, recursive=True)
         files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
         return _Target(repo_id, True, head, files, branch_exists=branch in branches)
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise HubError(f"cannot push to {repo_id}: {reason(error)}. Nothing was uploaded") from error
 
 
@@ -275,15 +287,3 @@ def _check_arrival(api: HfApi, repo_id: str, commit: str, operations: list[Commi
                 same = entry.blob_id == git_hash(file.read())
         if not same:
             raise HubError(f"{operation.path_in_repo} in commit {commit} of {repo_id} is not the file that was sent")
-
-
-@contextlib.contextmanager
-def _bounded_silence() -> Iterator[None]:
-    """Lets requests fail on a connection that has gone silent, instead of waiting forever."""
-    session = get_session()
-    before = session.timeout
-    session.timeout = SILENCE
-    try:
-        yield
-    finally:
-        session.timeout = before

@@ -146,6 +146,10 @@ class Dsv3CheckpointMixin(_Base):
             model._weight_conversions = [*used, *deepseek_v3_conversion_mapping()]
         return loaded
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing, as `Dsv3Config.register_for_auto_class`."""
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,

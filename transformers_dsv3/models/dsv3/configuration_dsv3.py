@@ -87,6 +87,15 @@ class Dsv3Config(DeepseekV3Config):
         return isinstance(other, PreTrainedConfig) and self.__dict__ == other.__dict__
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: the code is the installed package's, and checkpoints carry no copy of it.
+
+        Transformers calls it after loading with `trust_remote_code=True`, and would put flattened modules beside the
+        next checkpoint, without the conversion of expert weights. `push_to_hub(include_code=True)` adds a file that
+        imports the package.
+        """
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # Transformers takes from `kwargs` the attributes that are there
         if "output_router_logits" in kwargs:
