@@ -25,6 +25,7 @@ from . import (
     linear_onednn,
     mla_flash,
     mla_training,
+    mla_triton,
     public_kernels,
     triton_support,
     whole_step,
@@ -82,6 +83,10 @@ def _compiled_experts(module: nn.Module) -> str | None:
     return experts_cpu.experts_refusal(module) or _compiled("experts", module)
 
 
+def _triton_absorbed(module: nn.Module) -> str | None:
+    return _absorbed(module) or mla_triton.why_not(module)
+
+
 def _public_absorbed(name: str, module: nn.Module) -> str | None:
     return _absorbed(module) or mla_flash.why_not(name, module)
 
@@ -129,6 +134,7 @@ BACKENDS = [
     Backend(EXPANDED, "cpu", "compiled, where sdpa is asked for", partial(_compiled, "attention")),
     Backend(EXPANDED, "cpu_training", "gradients in place, where sdpa is asked for", _training_attention),
     Backend(ABSORBED, "cpu", "compiled: reads each latent once for all heads", _compiled_absorbed),
+    Backend(ABSORBED, "triton", "GPU programs that read each latent once for many heads", _triton_absorbed),
     _public("flash_mla", "FlashMLA; copies the whole context at every step, three times the memory traffic"),
     _public("flash_attention_3_mla", "FlashAttention 3 on the latents as they lie in the cache"),
     Backend(ABSORBED, "torch", "matrix products on the cached latents", _absorbed),
@@ -216,7 +222,7 @@ def _absorbed_in_use(parts: _Parts) -> dict[str, str]:
     if parts.model.config._attn_implementation != "eager":
         if chosen["attention"] in mla_flash.PACKAGES:
             notes[chosen["attention"]] = "in use without gradients and masks"
-        notes["cpu"] = WITHOUT_GRADIENTS
+        notes["cpu"] = notes["triton"] = WITHOUT_GRADIENTS
     return _serving(ABSORBED, parts.attention, notes, "torch")
 
 

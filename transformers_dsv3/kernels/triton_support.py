@@ -5,6 +5,7 @@ torch. Under Triton's interpreter (`TRITON_INTERPRET=1` before Triton is importe
 they were asked for by name: that is how they are tested without a GPU.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -48,6 +49,11 @@ def compute_capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@torch.compiler.assume_constant_result
+def _why_missing() -> str | None:
+    return _missing()
+
+
 def interpreted() -> bool:
     """Whether Triton interprets programs on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,7 +61,7 @@ def interpreted() -> bool:
 
 def device_refusal(tensor: torch.Tensor) -> str | None:
     """The reason why Triton's programs cannot run where a tensor lies, or None where they can."""
-    if (missing := _missing()) is not None:
+    if (missing := _why_missing()) is not None:
         return missing
     if tensor.is_cpu and interpreted():
         return None
@@ -66,6 +72,11 @@ def device_refusal(tensor: torch.Tensor) -> str | None:
     if compute_capability(tensor.device.index) < (8, 0):
         return "needs compute capability 8.0 or newer"
     return None
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Makes a tensor's device the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def triton_refusal(operation: str, x: torch.Tensor, *weights: torch.Tensor) -> str | None:

@@ -66,6 +66,36 @@ class Specimen:
 # From an operation and a family to the constants and the compiler's options of its program; a family that is missing
 # takes "default".
 TILES: dict[str, dict[str, dict[str, int]]] = {
+    # By rows that are asked for, of which one program takes BLOCK_M; RESIDENT: programs that a processor has at a time
+    "mla_decode/16": {
+        "sm80": {"BLOCK_M": 16, "BLOCK_S": 32, "num_warps": 4, "num_stages": 4, "RESIDENT": 1},
+        "sm89": {"BLOCK_M": 16, "BLOCK_S": 32, "num_warps": 4, "num_stages": 3, "RESIDENT": 1},
+        "sm90": {"BLOCK_M": 16, "BLOCK_S": 32, "num_warps": 4, "num_stages": 3, "RESIDENT": 2},
+        "gfx90a": {"BLOCK_M": 16, "BLOCK_S": 32, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
+        "gfx942": {"BLOCK_M": 16, "BLOCK_S": 32, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
+        "default": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
+    },
+    "mla_decode/32": {
+        "sm80": {"BLOCK_M": 32, "BLOCK_S": 32, "num_warps": 8, "num_stages": 3, "RESIDENT": 1},
+        "sm89": {"BLOCK_M": 32, "BLOCK_S": 32, "num_warps": 8, "num_stages": 2, "RESIDENT": 1},
+        "sm90": {"BLOCK_M": 32, "BLOCK_S": 32, "num_warps": 8, "num_stages": 3, "RESIDENT": 1},
+        "gfx90a": {"BLOCK_M": 32, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
+        "gfx942": {"BLOCK_M": 32, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
+        "default": {"BLOCK_M": 32, "BLOCK_S": 16, "num_warps": 8, "num_stages": 1, "RESIDENT": 1},
+    },
+    "mla_decode/64": {
+        "sm80": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 8, "num_stages": 3, "RESIDENT": 1},
+        "sm89": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 8, "num_stages": 2, "RESIDENT": 1},
+        "sm90": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 8, "num_stages": 3, "RESIDENT": 1},
+        "gfx90a": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
+        "gfx942": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
+        "default": {"BLOCK_M": 32, "BLOCK_S": 16, "num_warps": 8, "num_stages": 1, "RESIDENT": 1},
+    },
+    "mla_decode/fp32": {
+        "gfx90a": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1, "RESIDENT": 1},
+        "gfx942": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1, "RESIDENT": 1},
+        "default": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 8, "num_stages": 1, "RESIDENT": 1},
+    },
     "experts_gate_up/16": {
         "default": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
     },

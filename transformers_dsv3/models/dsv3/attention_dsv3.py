@@ -24,9 +24,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ...kernels import mla_cpu, mla_flash, mla_training
+from ...kernels import mla_cpu, mla_flash, mla_training, mla_triton
 from ...kernels.rows_cpu import rotate_refusal
-from .cache_dsv3 import extend
+from .cache_dsv3 import extend, filled_positions
 from .configuration_dsv3 import Dsv3Config
 from .linear_dsv3 import Dsv3Linear
 from .norm_dsv3 import Dsv3RMSNorm
@@ -356,6 +356,8 @@ class Dsv3Attention(nn.Module):
                 output = mla_flash.absorbed_attention(*arguments)
             elif not self.training and mla_cpu.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight, mask) is None:
                 output = mla_cpu.absorbed_attention(*arguments)
+            elif not self.training and mla_triton.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight, mask) is None:
+                output = mla_triton.absorbed_attention(*arguments, filled_positions(past_key_values, self.layer_idx))
             else:
                 output, _ = absorbed_attention(*arguments)
         else:

@@ -1,9 +1,9 @@
-"""Appending to Transformers' dynamic cache without copying what it holds."""
+"""Appending to Transformers' dynamic cache without copying what it holds, and what is known of its static one."""
 
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 
@@ -91,3 +91,14 @@ def take_back(cache: Cache, tokens: int) -> None:
         spare = getattr(layer, "spare_room", None)
         if spare is not None:
             spare.filled = min(spare.filled, layer.keys.shape[2])
+
+
+def filled_positions(cache: Cache | None, layer_idx: int) -> torch.Tensor | None:
+    """How many positions of a static cache's layer hold something, from the first on: integer `()` on its device.
+
+    Transformers counts them there, in place, so that nobody waits for the device to know. None for other caches.
+    """
+    if not isinstance(cache, StaticCache):
+        return None
+    layer = cache.layers[layer_idx]
+    return layer.cumulative_length if type(layer) is StaticLayer else None
