@@ -206,8 +206,8 @@ def decode_whole(
     r = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     logs += b * splits * rows + m
     sums += (b * splits * rows + m) * R
-    t = tl.arange(0, _MOST_PARTS)
-    logs_T = tl.load(logs + t * rows, mask=t < splits, other=float("-inf"))
+    every = tl.arange(0, _MOST_PARTS)
+    logs_T = tl.load(logs + every * rows, mask=every < splits, other=float("-inf"))
     top = tl.max(logs_T, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2(logs_T - top), 0)
