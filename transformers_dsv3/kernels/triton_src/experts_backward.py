@@ -10,8 +10,64 @@ import torch
 import triton
 import triton.language as tl
 
-from .experts_rows import height_of, most_tiles, place_of, precision, read, row_of, tile_of
-from .tuned import family_of, tiles
+from .experts_rows import (
+    LAYERS,
+    height_of,
+    kinds,
+    most_tiles,
+    place_of,
+    precision,
+    precision_of,
+    read,
+    row_of,
+    specimen,
+    tile_of,
+)
+from .tuned import Specimen, family_of, tiles
+
+
+@triton.jit
+def _halves(x_MN):
+    """The left and the right half of a tile's columns."""
+    halves_MHN = tl.reshape(x_MN, (x_MN.shape[0], 2, x_MN.shape[1] // 2))
+    return tl.split(tl.permute(halves_MHN, (0, 2, 1)))
+
+
+@triton.jit
+def _through_swiglu(
+    d_act_MN,
+    w_M,
+    in_M,
+    kept,
+    d_kept,
+    activation,
+    row,
+    column,
+    I: tl.constexpr,
+    NEEDS_KEPT: tl.constexpr,
+    NEEDS_ACTIVATION: tl.constexpr,
+):
+    """Writes a part of `d_kept` and `activation` that begins at a row and a column; the part's sums for `d_mixing`."""
+    m_M = tl.arange(0, d_act_MN.shape[0])
+    n_N = column + tl.arange(0, d_act_MN.shape[1])
+    in_MN = in_M[:, None] & (n_N[None, :] < I)
+    # Within a tile 32 bits are enough, and take half the registers
+    first = row.to(tl.int64) * I
+    wide_MN = m_M[:, None] * (2 * I) + n_N[None, :]
+    gate_MN = tl.load(kept + 2 * first + wide_MN, mask=in_MN, other=0).to(tl.float32)
+    up_MN = tl.load(kept + 2 * first + I + wide_MN, mask=in_MN, other=0).to(tl.float32)
+    sigmoid_MN = tl.sigmoid(gate_MN)
+    silu_MN = gate_MN * sigmoid_MN
+    if NEEDS_ACTIVATION:
+        activation_MN = (silu_MN * up_MN * w_M[:, None]).to(activation.dtype.element_ty)
+        tl.store(activation + first + (m_M[:, None] * I + n_N[None, :]), activation_MN, mask=in_MN)
+    if NEEDS_KEPT:
+        d_up_MN = d_act_MN * w_M[:, None]
+        d_gate_MN = d_up_MN * up_MN * sigmoid_MN * (1 + gate_MN * (1 - sigmoid_MN))
+        tl.store(d_kept + 2 * first + wide_MN, d_gate_MN.to(d_kept.dtype.element_ty), mask=in_MN)
+        d_up_MN = (d_up_MN * silu_MN).to(d_kept.dtype.element_ty)
+        tl.store(d_kept + 2 * first + I + wide_MN, d_up_MN, mask=in_MN)
+    return tl.sum(silu_MN * up_MN * d_act_MN, 1)
 
 
 @triton.jit
@@ -46,7 +102,7 @@ def activation_gradient(
     `d_kept` `(S, 2I)`: gradients of gates and ups. `activation` `(S, I)`: as the down projection had it. `d_mixing`
     `(tiles of columns, S)`: what each tile of columns adds to the gradient of a pair's mixing weight.
     """
-    m, n = place_of(row_tiles, tl.cdiv(I, BLOCK_N), GROUP)
+    m, n = place_of(tl.program_id(0), row_tiles, tl.cdiv(I, BLOCK_N), GROUP)
     expert, start, end = tile_of(m, offsets, E, PAD_E, BLOCK_M)
     if expert >= E:
         return
@@ -57,33 +113,36 @@ def activation_gradient(
     d_act_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if NEEDS_KEPT or NEEDS_MIXING:
         grad_M = grad + (pair_M // K).to(tl.int64) * D
-        weight_N = weight + expert.to(tl.int64) * (D * I) + n_N
+        weight += expert.to(tl.int64) * (D * I)
         for start_r in range(0, D, BLOCK_R):
             r = start_r + tl.arange(0, BLOCK_R)
             grad_MR = read(grad_M[:, None] + r[None, :], r[None, :] < D, D % BLOCK_R == 0)
             in_RN = (r[:, None] < D) & (n_N[None, :] < I)
             whole: tl.constexpr = D % BLOCK_R == 0 and I % BLOCK_N == 0
-            weight_RN = read(weight_N[None, :] + r[:, None] * I, in_RN, whole).to(grad_MR.dtype)
+            weight_RN = read(weight + r[:, None] * I + n_N[None, :], in_RN, whole).to(grad_MR.dtype)
             d_act_MN = tl.dot(grad_MR, weight_RN, d_act_MN, input_precision=PRECISION)
-    in_MN = in_M[:, None] & (n_N[None, :] < I)
-    row_M = row_M.to(tl.int64)
-    kept_MN = kept + row_M[:, None] * (2 * I) + n_N[None, :]
-    gate_MN = tl.load(kept_MN, mask=in_MN, other=0).to(tl.float32)
-    up_MN = tl.load(kept_MN + I, mask=in_MN, other=0).to(tl.float32)
+    # In quarters, since a whole tile of all that is computed from here has no room in registers. What the first one
+    # writes keeps the compiler from reading for the others before.
     w_M = tl.load(mixing + pair_M, mask=in_M, other=0).to(tl.float32)
-    sigmoid_MN = tl.sigmoid(gate_MN)
-    silu_MN = gate_MN * sigmoid_MN
+    left_MN, right_MN = _halves(d_act_MN)
+    parts = _halves(left_MN) + _halves(right_MN)
+    sum_M = tl.zeros((BLOCK_M,), tl.float32)
+    for i in tl.static_range(4):
+        sum_M += _through_swiglu(
+            parts[i],
+            w_M,
+            in_M,
+            kept,
+            d_kept,
+            activation,
+            start,
+            n * BLOCK_N + i * (BLOCK_N // 4),
+            I,
+            NEEDS_KEPT,
+            NEEDS_ACTIVATION,
+        )
     if NEEDS_MIXING:
-        tl.store(d_mixing + n.to(tl.int64) * S + pair_M, tl.sum(silu_MN * up_MN * d_act_MN, 1), mask=in_M)
-    if NEEDS_ACTIVATION:
-        activation_MN = (silu_MN * up_MN * w_M[:, None]).to(activation.dtype.element_ty)
-        tl.store(activation + row_M[:, None] * I + n_N[None, :], activation_MN, mask=in_MN)
-    if NEEDS_KEPT:
-        d_act_MN *= w_M[:, None]
-        d_gate_MN = d_act_MN * up_MN * sigmoid_MN * (1 + gate_MN * (1 - sigmoid_MN))
-        d_kept_MN = d_kept + row_M[:, None] * (2 * I) + n_N[None, :]
-        tl.store(d_kept_MN, d_gate_MN.to(d_kept.dtype.element_ty), mask=in_MN)
-        tl.store(d_kept_MN + I, (d_act_MN * silu_MN).to(d_kept.dtype.element_ty), mask=in_MN)
+        tl.store(d_mixing + n.to(tl.int64) * S + pair_M, sum_M, mask=in_M)
 
 
 @triton.jit
@@ -101,17 +160,17 @@ def weight_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """`out` `(E, M, N)`: the sum over an expert's pairs of a row of `left` times a row of `right`.
 
     One of both is `(S, M or N)`, sorted by expert, the other one `(T, M or N)`: `left` with LEFT_BY_TOKEN.
     """
-    columns: tl.constexpr = tl.cdiv(N, BLOCK_N)
-    per_expert: tl.constexpr = tl.cdiv(M, BLOCK_M) * columns
+    per_expert: tl.constexpr = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // per_expert
-    within = tl.program_id(0) % per_expert
-    m_M = within // columns * BLOCK_M + tl.arange(0, BLOCK_M)
-    n_N = within % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    m, n = place_of(tl.program_id(0) % per_expert, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    m_M = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
     out_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -127,7 +186,7 @@ def weight_gradient(
             right + right_R[:, None] * N + n_N[None, :], mask=in_R[:, None] & (n_N[None, :] < N), other=0
         )
         out_MN = tl.dot(tl.trans(left_RM), right_RN, out_MN, input_precision=PRECISION)
-    place_MN = out + expert.to(tl.int64) * (M * N) + m_M[:, None] * N + n_N[None, :]
+    place_MN = out + expert.to(tl.int64) * (M * N) + (m_M[:, None] * N + n_N[None, :])
     tl.store(place_MN, out_MN.to(out.dtype.element_ty), mask=(m_M[:, None] < M) & (n_N[None, :] < N))
 
 
@@ -196,7 +255,9 @@ def weight_gradients(
         dtype: of the result; sums are in fp32.
     """
     E, M, N = len(offsets_X) - 1, left.shape[1], right.shape[1]
-    kind = "fp32" if left.dtype == torch.float32 else "half"
+    kind = "half"
+    if left.dtype == torch.float32:
+        kind = "fp32" if precision() == "ieee" else "tf32"
     row = tiles(f"experts_weight_gradient/{kind}", family_of(left.device))
     out_EMN = left.new_empty(E, M, N, dtype=dtype)
     weight_gradient[(E * triton.cdiv(M, row["BLOCK_M"]) * triton.cdiv(N, row["BLOCK_N"]),)](
@@ -213,3 +274,38 @@ def weight_gradients(
         **row,
     )
     return out_EMN
+
+
+def specimens(family: str) -> list[Specimen]:
+    """The programs above where everything has a gradient."""
+    found = []
+    K, E, D, I = LAYERS["Moonlight"]
+    sorting: dict[str, object] = {"order": "*i32:16", "offsets": "*i32:16", "K": K}
+    everything = dict.fromkeys(("NEEDS_KEPT", "NEEDS_ACTIVATION", "NEEDS_MIXING"), True)
+    for kind, (dtype, weight) in kinds(family).items():
+        arguments = {
+            **dict.fromkeys(("grad", "kept", "d_kept", "activation"), f"*{dtype}:16"),
+            **{
+                "weight": f"*{weight}:16",
+                "mixing": "*fp32:16",
+                "d_mixing": "*fp32:16",
+                "S": "i32",
+                "row_tiles": "i32",
+            },
+            **{"E": E, "PAD_E": triton.next_power_of_2(E), "D": D, "I": I, "PRECISION": precision_of(kind)},
+        }
+        row = tiles(f"experts_activation_gradient/{kind}", family)
+        label = f"activation_gradient, Moonlight, {kind}, {dtype} times {weight}"
+        arguments = {**sorting, **arguments, **everything}
+        found.append(specimen(label, activation_gradient, arguments, row, matrix=kind != "fp32"))
+        if kind == "64":
+            continue
+        kind = "half" if dtype == "bf16" else kind
+        row = tiles(f"experts_weight_gradient/{kind}", family)
+        arguments = {"left": f"*{dtype}:16", "right": f"*{dtype}:16", "out": f"*{weight}:16"}
+        arguments |= {**sorting, "PRECISION": precision_of(kind)}
+        for name, M, N, by_token in (("gate_up_proj", 2 * I, D, False), ("down_proj", D, I, True)):
+            label = f"weight_gradient, Moonlight, {name}, {kind}, {dtype} to {weight}"
+            sizes = {"M": M, "N": N, "LEFT_BY_TOKEN": by_token}
+            found.append(specimen(label, weight_gradient, {**arguments, **sizes}, row, matrix=kind != "fp32"))
+    return found

@@ -13,8 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .experts_rows import height_of, most_tiles, place_of, precision, read, row_of, tile_of
-from .tuned import family_of, tiles
+from .experts_rows import (
+    LAYERS,
+    height_of,
+    kinds,
+    most_tiles,
+    place_of,
+    precision,
+    precision_of,
+    read,
+    row_of,
+    specimen,
+    tile_of,
+)
+from .tuned import Specimen, family_of, tiles
 
 
 @triton.jit
@@ -42,7 +54,7 @@ def gate_up(
     GROUP: tl.constexpr,
 ):
     """`activation` `(S, I)`: SiLU(gate) * up * mixing weight; with KEEP `kept` `(S, 2I)`: gate and up."""
-    m, n = place_of(row_tiles, tl.cdiv(I, BLOCK_N), GROUP)
+    m, n = place_of(tl.program_id(0), row_tiles, tl.cdiv(I, BLOCK_N), GROUP)
     expert, start, end = tile_of(m, offsets, E, PAD_E, BLOCK_M)
     if expert >= E:
         return
@@ -69,14 +81,15 @@ def gate_up(
         gate_MN *= tl.load(scale_N, mask=n_N < I, other=0)[None, :]
         up_MN *= tl.load(scale_N + I, mask=n_N < I, other=0)[None, :]
     in_MN = in_M[:, None] & (n_N[None, :] < I)
-    row_M = row_M.to(tl.int64)
+    # Within a tile 32 bits are enough, and take half the registers
+    first = start.to(tl.int64) * I
     if KEEP:
-        kept_MN = kept + row_M[:, None] * (2 * I) + n_N[None, :]
+        kept_MN = kept + 2 * first + (tl.arange(0, BLOCK_M)[:, None] * (2 * I) + n_N[None, :])
         tl.store(kept_MN, gate_MN.to(kept.dtype.element_ty), mask=in_MN)
         tl.store(kept_MN + I, up_MN.to(kept.dtype.element_ty), mask=in_MN)
     w_M = tl.load(mixing + pair_M, mask=in_M, other=0).to(tl.float32)
     activation_MN = gate_MN * tl.sigmoid(gate_MN) * up_MN * w_M[:, None]
-    place_MN = activation + row_M[:, None] * I + n_N[None, :]
+    place_MN = activation + first + (tl.arange(0, BLOCK_M)[:, None] * I + n_N[None, :])
     tl.store(place_MN, activation_MN.to(activation.dtype.element_ty), mask=in_MN)
 
 
@@ -103,7 +116,7 @@ def pair_product(
     GROUP: tl.constexpr,
 ):
     """`out[pair]` `(S, N)`: `rows` `(S, R)`, sorted by expert, times their expert's weight."""
-    m, n = place_of(row_tiles, tl.cdiv(N, BLOCK_N), GROUP)
+    m, n = place_of(tl.program_id(0), row_tiles, tl.cdiv(N, BLOCK_N), GROUP)
     expert, start, end = tile_of(m, offsets, E, PAD_E, BLOCK_M)
     if expert >= E:
         return
@@ -112,14 +125,14 @@ def pair_product(
     # Rows behind the expert's own are read as its last one, and not written
     rows_M = rows + tl.minimum(row_M, end - 1).to(tl.int64) * R
     n_N = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_N = weight + expert.to(tl.int64) * (N * R) + n_N * STRIDE_N
+    weight += expert.to(tl.int64) * (N * R)
     out_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_r in range(0, R, BLOCK_R):
         r = start_r + tl.arange(0, BLOCK_R)
         x_MR = read(rows_M[:, None] + r[None, :], r[None, :] < R, R % BLOCK_R == 0)
         in_RN = (r[:, None] < R) & (n_N[None, :] < N)
         whole: tl.constexpr = R % BLOCK_R == 0 and N % BLOCK_N == 0
-        weight_RN = read(weight_N[None, :] + r[:, None] * STRIDE_R, in_RN, whole).to(x_MR.dtype)
+        weight_RN = read(weight + (n_N[None, :] * STRIDE_N + r[:, None] * STRIDE_R), in_RN, whole).to(x_MR.dtype)
         out_MN = tl.dot(x_MR, weight_RN, out_MN, input_precision=PRECISION)
     if SCALED:
         out_MN *= tl.load(scale + expert * N + n_N, mask=n_N < N, other=0)[None, :]
@@ -237,3 +250,56 @@ def sums(pairs_SD: torch.Tensor, index_TK: torch.Tensor, num_experts: int, dtype
     out_TD = pairs_SD.new_empty(T, D, dtype=dtype)
     sum_pairs[(T, triton.cdiv(D, row["BLOCK"]))](pairs_SD, index_TK, out_TD, K=K, E=num_experts, D=D, **row)
     return out_TD
+
+
+def specimens(family: str) -> list[Specimen]:
+    """The programs above: every height of tiles, training, INT8 weights, fp32, autocast."""
+    trained = kinds(family)
+    served = {"16": ("bf16", "bf16"), "32": ("bf16", "bf16"), "128": ("bf16", "bf16")}
+    int8 = {"16": ("bf16", "i8"), "128": ("bf16", "i8")}
+    found = [
+        *(_gate_up_specimen(family, "Moonlight", kind, *dtypes, keep=True) for kind, dtypes in trained.items()),
+        *(_gate_up_specimen(family, "Moonlight", kind, *dtypes, keep=False) for kind, dtypes in served.items()),
+        *(_gate_up_specimen(family, "Moonlight", kind, *dtypes, keep=False) for kind, dtypes in int8.items()),
+        _gate_up_specimen(family, "V3", "128", "fp16", "fp16", keep=True),
+        *(_product_specimen(family, "Moonlight", kind, *dtypes, transposed=True) for kind, dtypes in trained.items()),
+        *(_product_specimen(family, "Moonlight", kind, *dtypes, transposed=False) for kind, dtypes in served.items()),
+        *(_product_specimen(family, "Moonlight", kind, *dtypes, transposed=False) for kind, dtypes in int8.items()),
+        _product_specimen(family, "V3", "64", "fp16", "fp16", transposed=False),
+    ]
+    K, E, D, _ = LAYERS["Moonlight"]
+    sizes = {"pairs": "*bf16:16", "index": "*i64:16", "out": "*bf16:16", "K": K, "E": E, "D": D}
+    found.append(specimen("sum_pairs, Moonlight", sum_pairs, sizes, tiles("experts_sum", family), matrix=False))
+    return found
+
+
+def _shared_arguments(layer: str, kind: str, weight: str) -> dict[str, object]:
+    E, scaled = LAYERS[layer][1], weight == "i8"
+    return {
+        **dict.fromkeys(("order", "offsets"), "*i32:16"),
+        **{"weight": f"*{weight}:16", "scale": "*fp32:16" if scaled else None, "SCALED": scaled},
+        **{"row_tiles": "i32", "E": E, "PAD_E": triton.next_power_of_2(E), "PRECISION": precision_of(kind)},
+    }
+
+
+def _gate_up_specimen(family: str, layer: str, kind: str, dtype: str, weight: str, keep: bool) -> Specimen:
+    K, _, D, I = LAYERS[layer]
+    arguments = {
+        **_shared_arguments(layer, kind, weight),
+        **{"hidden": f"*{dtype}:16", "mixing": "*fp32:16", "activation": f"*{dtype}:16", "K": K, "D": D, "I": I},
+        **{"kept": f"*{dtype}:16" if keep else None, "KEEP": keep},
+    }
+    label = f"gate_up, {layer}, {kind}, {dtype} times {weight}{', kept' * keep}"
+    return specimen(label, gate_up, arguments, tiles(f"experts_gate_up/{kind}", family), matrix=kind != "fp32")
+
+
+def _product_specimen(family: str, layer: str, kind: str, dtype: str, weight: str, transposed: bool) -> Specimen:
+    _, _, D, I = LAYERS[layer]
+    down, back = {"R": I, "STRIDE_N": I, "STRIDE_R": 1}, {"R": 2 * I, "STRIDE_N": 1, "STRIDE_R": D}
+    arguments = {
+        **_shared_arguments(layer, kind, weight),
+        **{"rows": f"*{dtype}:16", "out": f"*{dtype}:16", "N": D},
+        **(back if transposed else down),
+    }
+    label = f"pair_product, {layer}, {kind}, {dtype} times {weight}{', transposed' * transposed}"
+    return specimen(label, pair_product, arguments, tiles(f"experts_product/{kind}", family), matrix=kind != "fp32")

@@ -6,23 +6,29 @@ last tile end at once.
 """
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .tuned import family_of, tiles
+from .tuned import FAMILIES, Specimen, family_of, tiles
+
+
+# Layers that programs are compiled ahead of time for: K, E, D and I of Moonlight and of DeepSeek-V3
+LAYERS = {"Moonlight": (6, 64, 2048, 1408), "V3": (8, 256, 7168, 2048)}
 
 
 @triton.jit
-def place_of(tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Tile of rows and tile of columns of this program.
+def place_of(program, tiles, columns, GROUP: tl.constexpr):
+    """Tile of rows and tile of columns of a program.
 
     Programs that run at the same time share rows and weights in the L2 cache: GROUP tiles of rows go together through
     all columns.
     """
-    group = tl.program_id(0) // (GROUP * COLUMNS)
-    within = tl.program_id(0) % (GROUP * COLUMNS)
+    group = program // (GROUP * columns)
+    within = program % (GROUP * columns)
     rows = tl.minimum(tiles - group * GROUP, GROUP)
     return group * GROUP + within % rows, within // rows
 
@@ -83,7 +89,7 @@ def row_of(program: str, height: int, dtype: torch.dtype, weight: torch.Tensor) 
     """
     kind = str(height)
     if dtype == torch.float32:
-        kind = "fp32"
+        kind = "fp32" if precision() == "ieee" else "tf32"
     elif weight.dtype == torch.float32:
         kind = "rounded"
     return tiles(f"experts_{program}/{kind}", family_of(weight.device))
@@ -92,3 +98,38 @@ def row_of(program: str, height: int, dtype: torch.dtype, weight: torch.Tensor) 
 def most_tiles(pairs: int, experts: int, height: int) -> int:
     """How many tiles of so many rows there can be, each with pairs of one of the experts."""
     return (pairs + min(pairs, experts) * (height - 1)) // height
+
+
+def specimen(
+    label: str, kernel: Any, arguments: Mapping[str, object], row: Mapping[str, int], matrix: bool = True
+) -> Specimen:
+    """How a program is compiled.
+
+    Args:
+        arguments: from each argument to its type, as in a `Specimen`'s signature, or to its value if it is constant.
+        row: of the table.
+        matrix: as in a `Specimen`.
+    """
+    arguments = {**arguments, **{key: value for key, value in row.items() if key.isupper()}}
+    types = {key: value for key, value in arguments.items() if str(value).startswith(("*", "i32"))}
+    return Specimen(
+        label,
+        kernel,
+        {key: str(value) for key, value in types.items()},
+        {key: value for key, value in arguments.items() if key not in types},
+        {key: value for key, value in row.items() if not key.isupper()},
+        matrix,
+    )
+
+
+def kinds(family: str) -> dict[str, tuple[str, str]]:
+    """Rows of the table that training takes, and for each the dtypes of activations and of weights."""
+    found = {"64": ("bf16", "bf16"), "128": ("bf16", "bf16"), "rounded": ("bf16", "fp32"), "fp32": ("fp32", "fp32")}
+    if FAMILIES[family].backend == "cuda":
+        found["tf32"] = ("fp32", "fp32")
+    return found
+
+
+def precision_of(kind: str) -> str:
+    """As `precision` gives it where a row of the table is taken."""
+    return "tf32" if kind == "tf32" else "ieee"

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .tuned import family_of, tiles
+from .experts_rows import LAYERS, specimen
+from .tuned import Specimen, family_of, tiles
 
 
 # Up to so many pairs each program compares its own with all of them, in one launch
@@ -115,3 +116,22 @@ def sort_pairs(index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
     count_chunk[(chunks,)](index_TK, counts_CX, S, num_experts, padded, **counting)
     sort_chunk[(chunks,)](index_TK, counts_CX, order_S, offsets_X, S, chunks, num_experts, padded, **row)
     return order_S, offsets_X
+
+
+def specimens(family: str) -> list[Specimen]:
+    """The programs above for 64 and 256 experts."""
+    found = []
+    few, chunk = tiles("experts_sort_few", family), tiles("experts_sort_chunk", family)
+    count = {key: value for key, value in chunk.items() if key != "OTHERS"}
+    for layer, (_, E, _, _) in LAYERS.items():
+        sizes = {"S": "i32", "E": E, "PAD_X": triton.next_power_of_2(E + 1)}
+        index, order = {"index": "*i64:16"}, {"order": "*i32:16", "offsets": "*i32:16"}
+        counts = {"counts": "*i32:16"}
+        found += [
+            specimen(f"sort_few, {layer}", sort_few, {**index, **order, **sizes}, few, False),
+            specimen(f"count_chunk, {layer}", count_chunk, {**index, **counts, **sizes}, count, False),
+            specimen(
+                f"sort_chunk, {layer}", sort_chunk, {**index, **counts, **order, **sizes, "chunks": "i32"}, chunk
+            ),
+        ]
+    return found

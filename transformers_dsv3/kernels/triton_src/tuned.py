@@ -63,6 +63,12 @@ class Specimen:
     matrix: bool = False
 
 
+def _product(m: int, n: int, r: int, warps: int, stages: int, group: int = 8) -> dict[str, int]:
+    """Constants of the experts' products: rows and columns of a tile, how much of the sum at a time, and the order."""
+    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": r, "GROUP": group}
+    return {**tile, "num_warps": warps, "num_stages": stages}
+
+
 # From an operation and a family to the constants and the compiler's options of its program; a family that is missing
 # takes "default".
 TILES: dict[str, dict[str, dict[str, int]]] = {
@@ -96,63 +102,127 @@ TILES: dict[str, dict[str, dict[str, int]]] = {
         "gfx942": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1, "RESIDENT": 1},
         "default": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 8, "num_stages": 1, "RESIDENT": 1},
     },
-    "experts_gate_up/16": {
-        "default": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
-    },
-    "experts_gate_up/32": {
-        "default": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
-    },
-    "experts_gate_up/64": {
-        "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3},
-    },
-    "experts_gate_up/128": {
-        "default": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
-    },
-    "experts_gate_up/fp32": {
-        "default": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2},
-    },
-    "experts_product/16": {
-        "default": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 128, "GROUP": 8, "num_warps": 4, "num_stages": 3},
-    },
-    "experts_product/32": {
-        "default": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
-    },
-    "experts_product/64": {
-        "default": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3},
-    },
-    "experts_product/128": {
-        "default": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_R": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
-    },
-    "experts_product/fp32": {
-        "default": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2},
-    },
-    "experts_gate_up/rounded": {
-        "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2},
-    },
-    "experts_product/rounded": {
-        "default": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2},
-    },
-    "experts_activation_gradient/64": {
-        "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3},
-    },
-    "experts_activation_gradient/128": {
-        "default": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
-    },
-    "experts_activation_gradient/rounded": {
-        "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2},
-    },
-    "experts_activation_gradient/fp32": {
-        "default": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2},
-    },
-    "experts_weight_gradient/half": {
-        "default": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3},
-    },
-    "experts_weight_gradient/fp32": {
-        "default": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2},
-    },
-    "experts_sum": {"default": {"BLOCK": 1024, "num_warps": 4}},
     "experts_sort_few": {"default": {"BLOCK": 128, "OTHERS": 32, "num_warps": 4}},
     "experts_sort_chunk": {"default": {"BLOCK": 256, "OTHERS": 16, "num_warps": 8}},
+    # BLOCK_N gates and as many ups
+    "experts_gate_up/16": {
+        "sm80": _product(16, 32, 128, 4, 5),
+        "sm89": _product(16, 32, 128, 4, 4),
+        "sm90": _product(16, 32, 128, 4, 5),
+        "default": _product(16, 32, 64, 4, 3),
+    },
+    "experts_gate_up/32": {
+        "sm80": _product(32, 32, 64, 4, 5),
+        "sm89": _product(32, 32, 64, 4, 5),
+        "sm90": _product(32, 32, 128, 4, 4),
+        "default": _product(32, 32, 64, 4, 3),
+    },
+    "experts_gate_up/64": {
+        "sm80": _product(64, 64, 64, 4, 4),
+        "sm89": _product(64, 64, 32, 4, 4),
+        "sm90": _product(64, 64, 64, 4, 4),
+        "gfx90a": _product(64, 64, 64, 4, 2),
+        "gfx942": _product(64, 64, 64, 4, 2),
+        "default": _product(64, 64, 32, 4, 3),
+    },
+    "experts_gate_up/128": {
+        "sm80": _product(128, 128, 32, 8, 4),
+        "sm89": _product(128, 64, 32, 8, 4),
+        "sm90": _product(128, 128, 64, 8, 4),
+        "gfx90a": _product(128, 64, 64, 8, 2),
+        "gfx942": _product(128, 128, 64, 8, 2),
+        "default": _product(128, 64, 32, 8, 3),
+    },
+    "experts_gate_up/fp32": {"default": _product(64, 32, 16, 4, 2)},
+    "experts_gate_up/tf32": {
+        "sm80": _product(128, 64, 32, 8, 3),
+        "sm90": _product(128, 64, 32, 8, 4),
+        "default": _product(64, 32, 32, 4, 3),
+    },
+    "experts_gate_up/rounded": {
+        "sm80": _product(128, 64, 32, 8, 3),
+        "sm90": _product(128, 64, 64, 8, 3),
+        "default": _product(64, 64, 32, 4, 2),
+    },
+    "experts_product/16": {
+        "sm80": _product(16, 32, 128, 4, 5),
+        "sm89": _product(16, 32, 128, 4, 4),
+        "sm90": _product(16, 32, 128, 4, 5),
+        "default": _product(16, 32, 128, 4, 3),
+    },
+    "experts_product/32": {
+        "sm80": _product(32, 64, 128, 4, 4),
+        "sm89": _product(32, 64, 128, 4, 4),
+        "sm90": _product(32, 64, 128, 4, 4),
+        "default": _product(32, 64, 64, 4, 3),
+    },
+    "experts_product/64": {
+        "sm80": _product(64, 128, 64, 4, 4),
+        "sm89": _product(64, 128, 32, 4, 4),
+        "sm90": _product(64, 128, 64, 4, 4),
+        "gfx90a": _product(64, 128, 64, 4, 2),
+        "gfx942": _product(64, 128, 64, 4, 2),
+        "default": _product(64, 128, 32, 4, 3),
+    },
+    "experts_product/128": {
+        "sm80": _product(128, 256, 32, 8, 4),
+        "sm89": _product(128, 128, 32, 8, 4),
+        "sm90": _product(128, 256, 64, 8, 4),
+        "gfx90a": _product(128, 128, 64, 8, 2),
+        "gfx942": _product(128, 256, 64, 8, 2),
+        "default": _product(128, 128, 32, 8, 3),
+    },
+    "experts_product/fp32": {"default": _product(64, 32, 16, 4, 2)},
+    "experts_product/tf32": {
+        "sm80": _product(128, 128, 32, 8, 3),
+        "sm90": _product(128, 128, 32, 8, 4),
+        "default": _product(64, 64, 32, 4, 3),
+    },
+    "experts_product/rounded": {
+        "sm80": _product(128, 128, 32, 8, 3),
+        "sm90": _product(128, 128, 64, 8, 3),
+        "default": _product(64, 128, 32, 4, 2),
+    },
+    "experts_activation_gradient/64": {
+        "sm80": _product(64, 128, 64, 4, 3),
+        "sm90": _product(64, 128, 64, 4, 4),
+        "default": _product(64, 64, 32, 4, 3),
+    },
+    "experts_activation_gradient/128": {
+        "sm80": _product(128, 128, 32, 8, 4),
+        "sm89": _product(128, 128, 32, 8, 4),
+        "sm90": _product(128, 128, 64, 8, 4),
+        "gfx90a": _product(128, 128, 64, 8, 2),
+        "gfx942": _product(128, 128, 64, 8, 2),
+        "default": _product(128, 64, 32, 8, 3),
+    },
+    "experts_activation_gradient/fp32": {"default": _product(64, 64, 16, 4, 2)},
+    "experts_activation_gradient/tf32": {
+        "sm80": _product(128, 128, 32, 8, 3),
+        "sm90": _product(128, 128, 32, 8, 4),
+        "default": _product(64, 64, 32, 4, 3),
+    },
+    "experts_activation_gradient/rounded": {
+        "sm80": _product(128, 128, 32, 8, 3),
+        "sm90": _product(128, 128, 64, 8, 3),
+        "default": _product(64, 64, 32, 4, 2),
+    },
+    # Here the sum is over an expert's pairs
+    "experts_weight_gradient/half": {
+        "sm80": _product(128, 128, 32, 8, 5),
+        "sm89": _product(128, 128, 32, 8, 4),
+        "sm90": _product(256, 128, 64, 8, 5),
+        "gfx90a": _product(128, 128, 64, 8, 2),
+        "gfx942": _product(128, 128, 64, 8, 2),
+        "default": _product(64, 64, 32, 4, 3),
+    },
+    "experts_weight_gradient/fp32": {"default": _product(64, 64, 16, 4, 2)},
+    "experts_weight_gradient/tf32": {
+        "sm80": _product(128, 128, 32, 8, 3),
+        "sm90": _product(128, 128, 32, 8, 4),
+        "default": _product(64, 64, 32, 4, 3),
+    },
+    "experts_sum": {"default": {"BLOCK": 1024, "num_warps": 4}},
 }
 
 
