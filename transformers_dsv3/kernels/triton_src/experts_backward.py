@@ -70,7 +70,7 @@ def _through_swiglu(
     return tl.sum(silu_MN * up_MN * d_act_MN, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "row_tiles"])
 def activation_gradient(
     grad,
     order,

@@ -29,7 +29,7 @@ from .experts_rows import (
 from .tuned import Specimen, family_of, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def gate_up(
     hidden,
     order,
@@ -93,7 +93,7 @@ def gate_up(
     tl.store(place_MN, activation_MN.to(activation.dtype.element_ty), mask=in_MN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def pair_product(
     rows,
     order,

@@ -2,7 +2,8 @@
 
 A tile has pairs of one expert only, so that the last tile of an expert is ragged and none is padded further. How many
 tiles there are is known on the device alone: programs are launched for as many as there can be, and those past the
-last tile end at once.
+last tile end at once. Numbers that change from call to call are not specialised on: no batch has a program compiled
+anew, which a CUDA graph could not hold.
 """
 
 import contextlib

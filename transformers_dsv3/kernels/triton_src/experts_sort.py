@@ -23,7 +23,7 @@ def _expert_of(index, i, S, E: tl.constexpr):
     return tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def sort_few(
     index, order, offsets, S, E: tl.constexpr, PAD_X: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr
 ):
@@ -46,7 +46,7 @@ def sort_few(
         tl.store(offsets + x, tl.cumsum(counts_X, 0) - counts_X, mask=x <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def count_chunk(index, counts, S, E: tl.constexpr, PAD_X: tl.constexpr, BLOCK: tl.constexpr):
     """How many pairs of each expert a chunk has, `(C, PAD_X)`."""
     i_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +54,7 @@ def count_chunk(index, counts, S, E: tl.constexpr, PAD_X: tl.constexpr, BLOCK: t
     tl.store(counts + tl.program_id(0) * PAD_X + tl.arange(0, PAD_X), counts_X)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "chunks"])
 def sort_chunk(
     index,
     counts,
