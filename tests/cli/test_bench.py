@@ -299,6 +299,8 @@ def test_static_caches_and_parts_of_a_layer(checkpoint, tmp_path):
     assert both["operations"] == 3 * 9 * one["operations"]
     assert len(both["contenders"]["eager"]["errors"]) == 5
     assert attention["bytes_read"] == 2 * 7 * (16 + 8) * 4
+    assert {"cpu", "triton", "torch"} == attention["contenders"].keys() | attention["failed"].keys()
+    assert "triton" in attention["failed"]
     for text in ("experts, 9 tokens, forward + backward, fp32", "x torch", "the first generate of plugin static"):
         assert text in result.output
 

@@ -10,7 +10,7 @@ from torch import nn
 from . import cpu_ops  # noqa: F401  (defines the operators)
 from .experts_grouped import is_silu
 from .linear_cpu import FEWEST_INT8_ROWS
-from .selection import bypass_refusal, cpu_refusal
+from .selection import bypass_refusal, cpu_refusal, is_marked
 
 
 NAME = "cpu"
@@ -36,7 +36,7 @@ def mlp_refusal(mlp: nn.Module) -> str | None:
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = getattr(mlp, name)
         # Of the class itself: a subclass may compute something else
-        if type(layer) is not nn.Linear and "is_plain_linear" not in type(layer).__dict__:
+        if type(layer) is not nn.Linear and not is_marked(type(layer), "is_plain_linear"):
             return f"takes plain linear layers, {name} is a {type(layer).__name__}"
         if layer.bias is not None:
             return f"takes linear layers without bias, {name} has one"

@@ -105,6 +105,15 @@ def mask_refusal(mask: object) -> str | None:
     return "has no gradients of masks" if mask.requires_grad and torch.is_grad_enabled() else None
 
 
+@torch.compiler.assume_constant_result
+def is_marked(kind: type, mark: str) -> bool:
+    """Whether a class has a mark in its own body, which subclasses do not inherit: they may compute something else.
+
+    A constant to `torch.compile`, which does not look into a class where any dictionary has been changed before.
+    """
+    return mark in kind.__dict__
+
+
 def bypass_refusal(name: str, module: torch.nn.Module) -> str | None:
     """The reason why a module's weights may not be used without calling it, or None where they may."""
     if module._forward_hooks or module._forward_pre_hooks:

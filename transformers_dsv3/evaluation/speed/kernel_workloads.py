@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ...kernels import mla_cpu, registry, selection, triton_support
+from ...kernels import mla_cpu, mla_triton, registry, selection, triton_support
 from ...models.dsv3.attention_dsv3 import absorbed_attention, softmax_scale
 from ...models.dsv3.configuration_dsv3 import Dsv3Config
 from ...models.dsv3.moe_dsv3 import Dsv3Experts
@@ -211,9 +211,7 @@ def experts_part(experts: Dsv3Experts, tokens: int, seed: int, with_gradients: b
             continue
         if with_gradients and name in WITHOUT_GRADIENTS:
             continue
-        reason = backend.why_not(experts)
-        if name == triton_support.NAME and triton_support.interpreted():
-            reason = "is interpreted, as TRITON_INTERPRET asks"
+        reason = interpreted(name) or backend.why_not(experts)
         if reason is not None:
             part.failed[name] = reason
             continue
@@ -283,7 +281,9 @@ def attention_part(config: Dsv3Config, batch: int, context: int, dtype: torch.dt
     for name, (refusal, attention) in absorbed_backends().items():
         with selection.use(attention=name), torch.no_grad():
             arguments = (latent, k_rope, weight, None)
-            reason = refusal(queries[0][0], *arguments) if refusal is not None else None
+            reason = interpreted(name)
+            if reason is None and refusal is not None:
+                reason = refusal(queries[0][0], *arguments)
             if reason is not None:
                 part.failed[name] = reason
                 continue
@@ -303,9 +303,17 @@ def attention_part(config: Dsv3Config, batch: int, context: int, dtype: torch.dt
     return part
 
 
+def interpreted(name: str) -> str | None:
+    """The reason why a backend's time would mean nothing: Triton's interpreter is for tests."""
+    if name == triton_support.NAME and triton_support.interpreted():
+        return "is interpreted, as TRITON_INTERPRET asks"
+    return None
+
+
 def absorbed_backends() -> dict[str, tuple[Callable | None, Callable]]:
     """For each backend of absorbed attention, what tells why it takes no call, and what computes it."""
     return {
         "cpu": (mla_cpu.absorbed_refusal, mla_cpu.absorbed_attention),
+        "triton": (mla_triton.absorbed_refusal, mla_triton.absorbed_attention),
         "torch": (None, lambda *arguments: absorbed_attention(*arguments)[0]),
     }

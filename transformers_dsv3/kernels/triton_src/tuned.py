@@ -87,7 +87,7 @@ TILES: dict[str, dict[str, dict[str, int]]] = {
         "sm90": {"BLOCK_M": 32, "BLOCK_S": 32, "num_warps": 8, "num_stages": 3, "RESIDENT": 1},
         "gfx90a": {"BLOCK_M": 32, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
         "gfx942": {"BLOCK_M": 32, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
-        "default": {"BLOCK_M": 32, "BLOCK_S": 16, "num_warps": 8, "num_stages": 1, "RESIDENT": 1},
+        "default": {"BLOCK_M": 32, "BLOCK_S": 16, "num_warps": 8, "num_stages": 2, "RESIDENT": 1},
     },
     "mla_decode/64": {
         "sm80": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 8, "num_stages": 3, "RESIDENT": 1},
@@ -95,12 +95,12 @@ TILES: dict[str, dict[str, dict[str, int]]] = {
         "sm90": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 8, "num_stages": 3, "RESIDENT": 1},
         "gfx90a": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
         "gfx942": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
-        "default": {"BLOCK_M": 32, "BLOCK_S": 16, "num_warps": 8, "num_stages": 1, "RESIDENT": 1},
+        "default": {"BLOCK_M": 32, "BLOCK_S": 16, "num_warps": 8, "num_stages": 2, "RESIDENT": 1},
     },
     "mla_decode/fp32": {
         "gfx90a": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1, "RESIDENT": 1},
         "gfx942": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1, "RESIDENT": 1},
-        "default": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 8, "num_stages": 1, "RESIDENT": 1},
+        "default": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 8, "num_stages": 2, "RESIDENT": 1},
     },
     "experts_sort_few": {"default": {"BLOCK": 128, "OTHERS": 32, "num_warps": 4}},
     "experts_sort_chunk": {"default": {"BLOCK": 256, "OTHERS": 16, "num_warps": 8}},

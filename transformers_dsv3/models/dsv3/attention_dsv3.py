@@ -24,9 +24,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ...kernels import mla_cpu, mla_flash, mla_training, mla_triton
+from ...kernels import mla_cpu, mla_flash, mla_training, mla_triton, rows_triton
 from ...kernels.rows_cpu import rotate_refusal
-from .cache_dsv3 import extend, filled_positions
+from .cache_dsv3 import extend, filled_positions, next_place
 from .configuration_dsv3 import Dsv3Config
 from .linear_dsv3 import Dsv3Linear
 from .norm_dsv3 import Dsv3RMSNorm
@@ -252,6 +252,34 @@ class Dsv3Attention(nn.Module):
             return torch.ops.transformers_dsv3.rotate(x, cos, sin, self.rope_interleave)
         return rotate(x, cos, sin, self.rope_interleave)
 
+    def _write(
+        self,
+        kv_a: torch.Tensor,
+        q_rope: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Normalises, rotates and caches in one launch where a backend takes the call, else None.
+
+        Args:
+            kv_a: `(B, Q, R + P)`. q_rope: `(B, H, Q, P)`, not rotated.
+
+        Returns:
+            Rotated queries, and all that the cache holds after it, `(B, 1, S, R)` and `(B, 1, S, P)`.
+        """
+        norm = self.kv_a_layernorm
+        if past_key_values is None or rows_triton.latent_rows_refusal(norm, kv_a, q_rope, cos, sin) is not None:
+            return None
+        place = next_place(past_key_values, kv_a, self.layer_idx)
+        if place is None:
+            return None
+        q_rope = torch.ops.transformers_dsv3.latent_rows(
+            *(kv_a, norm.weight, norm.variance_epsilon, q_rope, cos, sin, self.rope_interleave),
+            *(place.keys, place.values, place.position, place.start),
+        )
+        return q_rope, *place.take(kv_a.shape[1])
+
     def _fused_expanded(
         self, q_nope: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor, attention_mask: Any
     ) -> Callable | None:
@@ -313,6 +341,7 @@ class Dsv3Attention(nn.Module):
         batch_size, q_len = hidden_states.shape[:2]
         cos, sin = position_embeddings
         dims = [self.qk_nope_head_dim, self.qk_rope_head_dim]
+        written = None
         if not self.training and mla_cpu.project_refusal(self, hidden_states, cos) is None:
             query, latent, k_rope = mla_cpu.project(self, hidden_states, cos, sin, self.rope_interleave)
             q_nope, q_rope = query.split(dims, dim=-1)
@@ -322,14 +351,18 @@ class Dsv3Attention(nn.Module):
             else:
                 query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
             q_nope, q_rope = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2).split(dims, dim=-1)
-            latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(
-                [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
-            )
-            latent = self.kv_a_layernorm(latent).unsqueeze(1)
-            q_rope = self._rotate(q_rope, cos, sin)
-            k_rope = self._rotate(k_rope.unsqueeze(1), cos, sin)
+            kv_a = self.kv_a_proj_with_mqa(hidden_states)
+            if not self.training:
+                written = self._write(kv_a, q_rope, cos, sin, past_key_values)
+            if written is None:
+                latent, k_rope = kv_a.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+                latent = self.kv_a_layernorm(latent).unsqueeze(1)
+                q_rope = self._rotate(q_rope, cos, sin)
+                k_rope = self._rotate(k_rope.unsqueeze(1), cos, sin)
 
-        if past_key_values is not None:
+        if written is not None:
+            q_rope, latent, k_rope = written
+        elif past_key_values is not None:
             latent, k_rope = extend(past_key_values, latent, k_rope, self.layer_idx)
 
         kv_len = latent.shape[2]

@@ -56,6 +56,17 @@ def extend(
     Returns:
         All that the layer holds, `(B, 1, S, R)` and `(B, 1, S, P)`.
     """
+    layer = _growing(cache, latent, layer_idx)
+    if layer is None:
+        return cache.update(latent, k_rope, layer_idx)
+    place = _room_in(layer, latent.shape[2])
+    end = place.start + latent.shape[2]
+    place.keys[:, :, place.start : end], place.values[:, :, place.start : end] = latent, k_rope
+    return place.take(latent.shape[2])
+
+
+def _growing(cache: Cache, latent: torch.Tensor, layer_idx: int) -> DynamicLayer | None:
+    """The layer that can grow in place by latents like these, if it can."""
     if (
         is_torchdynamo_compiling()
         or torch.is_grad_enabled()
@@ -68,9 +79,14 @@ def extend(
         or layer.keys.dtype != latent.dtype
         or layer.keys.device != latent.device
     ):
-        return cache.update(latent, k_rope, layer_idx)
+        return None
+    return layer
+
+
+def _room_in(layer: DynamicLayer, tokens: int) -> "Place":
+    """Where the next tokens of a layer that grows in place go."""
     length = layer.keys.shape[2]
-    end = length + latent.shape[2]
+    end = length + tokens
     spare = getattr(layer, "spare_room", None)
     if spare is None or not spare.fits(layer, length, end):
         room = end + max(SPARE_TOKENS, end // 8)
@@ -78,10 +94,67 @@ def extend(
         spare.keys[:, :, :length], spare.values[:, :, :length] = layer.keys, layer.values
         spare.owner = id(layer)
         layer.spare_room = spare
-    spare.keys[:, :, length:end], spare.values[:, :, length:end] = latent, k_rope
-    spare.filled = end
-    layer.keys, layer.values = spare.keys[:, :, :end], spare.values[:, :, :end]
-    return layer.keys, layer.values
+    return Place(layer, spare.keys, spare.values, length)
+
+
+@dataclass
+class Place:
+    """Where the next tokens' latents go in a layer of a cache.
+
+    Args:
+        keys, values: `(B, 1, S, R)` and `(B, 1, S, P)`, with room for them.
+        start: the first position to write to, behind what `position`, a tensor `()` on their device, holds.
+    """
+
+    layer: DynamicLayer | StaticLayer
+    keys: torch.Tensor
+    values: torch.Tensor
+    start: int = 0
+    position: torch.Tensor | None = None
+
+    def take(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that the layer holds after so many tokens were written here, which it counts from now on."""
+        if self.position is not None:
+            self.position.add_(tokens)
+            return self.keys, self.values
+        end = self.start + tokens
+        self.layer.spare_room.filled = end
+        self.layer.keys, self.layer.values = self.keys[:, :, :end], self.values[:, :, :end]
+        return self.layer.keys, self.layer.values
+
+
+def next_place(cache: Cache | None, latent: torch.Tensor, layer_idx: int) -> Place | None:
+    """Where a kernel may write the next tokens' latents itself, in place of `extend`; None where it may not.
+
+    Args:
+        latent: `(B, Q, ...)`, read for its shape, dtype and device.
+    """
+    if cache is None:
+        return None
+    layer = _static(cache, layer_idx)
+    if layer is None:
+        growing = _growing(cache, latent, layer_idx)
+        return None if growing is None else _room_in(growing, latent.shape[1])
+    if not layer.is_initialized or layer.keys.dtype != latent.dtype or layer.keys.device != latent.device:
+        return None
+    return Place(layer, layer.keys, layer.values, position=layer.cumulative_length)
+
+
+def _static(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
+    """A layer of Transformers' static cache itself, which is not offloaded either."""
+    if not isinstance(cache, StaticCache) or getattr(cache, "offloading", False):
+        return None
+    layer = cache.layers[layer_idx]
+    return layer if type(layer) is StaticLayer else None
+
+
+def filled_positions(cache: Cache | None, layer_idx: int) -> torch.Tensor | None:
+    """How many positions of a static cache's layer hold something, from the first on: integer `()` on its device.
+
+    Transformers counts them there, in place, so that nobody waits for the device to know. None for other caches.
+    """
+    layer = _static(cache, layer_idx)
+    return None if layer is None else layer.cumulative_length
 
 
 def take_back(cache: Cache, tokens: int) -> None:
@@ -91,14 +164,3 @@ def take_back(cache: Cache, tokens: int) -> None:
         spare = getattr(layer, "spare_room", None)
         if spare is not None:
             spare.filled = min(spare.filled, layer.keys.shape[2])
-
-
-def filled_positions(cache: Cache | None, layer_idx: int) -> torch.Tensor | None:
-    """How many positions of a static cache's layer hold something, from the first on: integer `()` on its device.
-
-    Transformers counts them there, in place, so that nobody waits for the device to know. None for other caches.
-    """
-    if not isinstance(cache, StaticCache):
-        return None
-    layer = cache.layers[layer_idx]
-    return layer.cumulative_length if type(layer) is StaticLayer else None

@@ -13,6 +13,7 @@ from transformers.integrations import use_experts_implementation
 
 from ...kernels.experts_cpu import may_serve, mixture, mixture_refusal, route_refusal
 from ...kernels.experts_lora import low_rank_experts
+from ...kernels.selection import is_marked
 from .adapted_experts_dsv3 import adapted_experts
 from .configuration_dsv3 import Dsv3Config
 from .linear_dsv3 import Dsv3MLP
@@ -240,7 +241,7 @@ class Dsv3MoE(nn.Module):
         if (
             shared is not None
             and not self.training
-            and "is_plain_experts" in type(self.experts).__dict__  # PEFT's adapters are modules around them
+            and is_marked(type(self.experts), "is_plain_experts")  # PEFT's adapters are modules around them
             and may_serve(self.experts.config._experts_implementation)
             and mixture_refusal(hidden_states, self.experts, weights, shared) is None
         ):

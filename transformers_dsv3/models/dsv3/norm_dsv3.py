@@ -3,7 +3,7 @@
 import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
-from ...kernels.rows_cpu import rms_norm_refusal
+from ...kernels import rows_cpu, rows_triton
 
 
 class Dsv3RMSNorm(DeepseekV3RMSNorm):
@@ -13,6 +13,10 @@ class Dsv3RMSNorm(DeepseekV3RMSNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., D)` to `(..., D)`."""
-        if not self.training and rms_norm_refusal(hidden_states, self.weight) is None:
-            return torch.ops.transformers_dsv3.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        if not self.training:
+            arguments = (hidden_states, self.weight, self.variance_epsilon)
+            if rows_cpu.rms_norm_refusal(hidden_states, self.weight) is None:
+                return torch.ops.transformers_dsv3.rms_norm(*arguments)
+            if rows_triton.rms_norm_refusal(hidden_states, self.weight) is None:
+                return torch.ops.transformers_dsv3.rms_norm_triton(*arguments)
         return super().forward(hidden_states)
