@@ -13,11 +13,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from typer.testing import CliRunner
 
 from transformers_dsv3 import Dsv3ForCausalLM
+from transformers_dsv3.cli.main import app
 from transformers_dsv3.cli.quickstart import run_quickstart
 from transformers_dsv3.cli.routing import read_texts
 from transformers_dsv3.evaluation import harness
+from transformers_dsv3.evaluation.evaluation_record import read_record
 from transformers_dsv3.evaluation.harness import TaskError, TaskSuite, harness_model, harness_problem, task_entries
 from transformers_dsv3.evaluation.quickstart_report import native_model
 from transformers_dsv3.training.quickstart_run import QuickstartSettings
@@ -104,8 +107,21 @@ def test_log_likelihoods_are_natives_on_the_quickstarts_model(tmp_path, write_ha
     write_harness_tasks(tmp_path, held_out[:: len(held_out) // 300])
     suite = TaskSuite(["halves", "halves_text"], [tmp_path])
     plugin, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    command = ["evaluate", str(folder), "--what", "none", "--tasks", ",".join(suite.names), "--batch-size", "4"]
+    command += ["--include-path", str(tmp_path), "--json", str(tmp_path / "evaluation.json")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    record = read_record(tmp_path / "evaluation.json")
     with native_model(folder) as native:
         largest, count = largest_difference(plugin, native, tokenizer, suite)
+        # And what the command says of them
+        wrapped = harness_model(native, tokenizer, 4)
+        entries = {n: e for name in suite.names for n, e in task_entries(suite.run(name, wrapped)).items()}
+    assert record.tasks.keys() == entries.keys()
+    for name, entry in entries.items():
+        values = {metric: figure["value"] for metric, figure in entry["metrics"].items()}
+        found = {metric: figure["value"] for metric, figure in record.tasks[name]["metrics"].items()}
+        assert found == pytest.approx(values, rel=1e-4)
     measured["lm-eval on the quickstart's model: largest difference of log-likelihoods to native"] = largest
     assert largest <= 1e-4 and count >= 900
 
