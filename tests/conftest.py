@@ -56,7 +56,7 @@ MEASURED = pytest.StashKey()
 
 @pytest.fixture(scope="session")
 def measured(pytestconfig):
-    """Dictionary from a description to the largest value measured, printed at the end of the run."""
+    """Dictionary from a description to the largest value measured, or a count, printed at the end of the run."""
     return pytestconfig.stash.setdefault(MEASURED, {})
 
 
@@ -65,7 +65,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if figures:
         terminalreporter.section("measured")
         for what, value in sorted(figures.items()):
-            terminalreporter.write_line(f"{what}: {value:.3g}")
+            terminalreporter.write_line(f"{what}: {value if isinstance(value, int) else format(value, '.3g')}")
 
 
 def randomize(model, seed=0):

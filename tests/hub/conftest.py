@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,10 +78,15 @@ def short_waits(monkeypatch):
 class Tally:
     """What became of the faults of a run: printed at its end, under "measured".
 
-    A call that faults struck got over them ("resumed"), or was refused with a sentence, and the same call went through
-    when they were gone. "Lost" are files that differ, after a fault, from what was there and from what was to be
-    there, and those that a repetition did not bring.
+    A call that faults struck got over them ("resumed"), or was refused with a sentence and went through when they were
+    gone, or its process was killed and the same command got to the end. "Lost" are files that differ, after a fault,
+    from what was there and from what was to be there, and those that a repetition did not bring.
     """
+
+    RESUMED = "faulty calls that resumed"
+    REFUSED = "faulty calls refused clearly, and complete when repeated"
+    KILLED = "processes killed, and complete by the same command"
+    RAISED = "faulty calls of from_pretrained and snapshot_download, complete when repeated"
 
     def __init__(self, figures):
         self.figures = figures
@@ -88,12 +94,11 @@ class Tally:
     def count(self, what, number=1):
         self.figures[f"Hub, {what}"] = self.figures.get(f"Hub, {what}", 0) + number
 
-    def settle(self, hits, refused, lost):
-        """One call under `hits` faults; `lost` names what is wrong afterwards."""
+    def settle(self, hits, outcome, lost):
+        """One call under `hits` faults, and its outcome; `lost` names what is wrong afterwards."""
         assert hits > 0, "no fault struck"
         self.count("faults injected", hits)
-        self.count("faulty calls that resumed", not refused)
-        self.count("faulty calls refused clearly, and complete when repeated", bool(refused))
+        self.count(outcome)
         self.count("files lost", len(lost))
         assert not lost
 
@@ -120,6 +125,8 @@ def shell(hub):
         return subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             env={**os.environ, **hub.environment, **environment},
+            # Where a shell started the tests in the background, SIGINT is ignored, and would be here
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -123,15 +123,16 @@ def _download_checked(api: HfApi, repo_id: str, revision: str | None, commit: st
 
 def _download_patiently(api: HfApi, repo_id: str, revision: str | None, files: dict[str, Any]) -> Path:
     """Downloads what is missing. Failures that may pass are waited for, since huggingface_hub itself waits for few."""
-    for pause in (*_PAUSES, None):
+    pauses = iter(_PAUSES)
+    while True:
         try:
             return Path(api.snapshot_download(repo_id, revision=revision, **files))
         except (HTTPError, OSError, ValueError) as error:
+            pause = next(pauses, None)
             if pause is None or not may_pass(error):
                 raise
             logger.warning(f"{repo_id}: {reason(error)}. Trying again in {pause:.0f} s")
             time.sleep(pause)
-    raise AssertionError("unreachable")
 
 
 def _check_space(size: int, near: Path, repo_id: str) -> None:
