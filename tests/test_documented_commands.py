@@ -1,6 +1,7 @@
 """Every command in the documentation.
 
-These are the commands of fenced blocks and inline code of all pages, of the scripts' own docstrings and of `--help`.
+These are the commands of fenced blocks and inline code of all pages, of the scripts' own docstrings and of `--help`
+(those of the cards in `model_cards/` are made from records).
 Each is parsed by its own program's parser, so that an option, a file or a verb that is no more fails here; and
 `RUN_BY` says which test runs it, small, or why it is run elsewhere.
 """
@@ -25,7 +26,7 @@ from transformers_dsv3.kernels.selection import CHOICES, VARIABLE
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "examples/*.md", "tests/**/*.md", "model_cards/**/*.md")
+    for pattern in ("*.md", "examples/*.md", "tests/**/*.md", "model_cards/*.md")
     for path in ROOT.glob(pattern)
 )
 PROGRAMS = (

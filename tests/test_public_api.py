@@ -1,6 +1,7 @@
 """The names that users rely on, each with a docstring of this package's own."""
 
 import inspect
+import re
 
 import pytest
 
@@ -47,3 +48,24 @@ def test_docstrings(name):
 def test_classes_are_found_by_transformers_naming():
     for name in NAMES[1:6]:
         assert getattr(transformers_dsv3, name).config_class is transformers_dsv3.Dsv3Config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_and_errors_are_described(name):
+    thing = getattr(transformers_dsv3, name)
+    text = inspect.getdoc(thing)
+    own = thing if inspect.isfunction(thing) else vars(thing).get("__init__", lambda: None)
+    parameters = [parameter for parameter in inspect.signature(own).parameters if parameter not in ("self", "config")]
+    if not name.startswith("Dsv3"):
+        assert not parameters or ("Args:" in text or "Attributes:" in text)
+        assert all(re.search(rf"\b{parameter}\b", text) for parameter in parameters)
+        if parameters:
+            assert "Raises:" in text
+    elif hasattr(thing, "forward") and "forward" in vars(thing):
+        text = inspect.getdoc(thing.forward)
+        assert all(part in text for part in ("Args:", "Returns:", "Raises:", "`(B, Q"))
+
+
+def test_the_papers_are_named():
+    assert "2412.19437" in transformers_dsv3.Dsv3Model.__doc__
+    assert "2407.01906" in transformers_dsv3.train_selected_experts.__doc__

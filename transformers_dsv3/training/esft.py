@@ -63,7 +63,14 @@ def train_selected_experts(model: nn.Module, selection: ExpertSelection) -> Trai
     """Makes the selected experts the only parameters of a model that train, in place.
 
     To be called before the optimizer is made. Called again it replaces the selection. Weights and state dict stay as
-    they are: the model saves, loads and generates as before.
+    they are: the model saves, loads and generates as before. The method is that of arXiv 2407.01906, section 3.
+
+    Args:
+        model: a model of this package, in any dtype that trains.
+        selection: the experts of each mixture layer, from `ExpertScores.select` or from a file.
+
+    Returns:
+        How many parameters train, layer by layer, of how many.
 
     Raises:
         ValueError: the selection is of other layers or another number of experts than the model's; the model has no

@@ -79,6 +79,9 @@ class ExpertSelection:
         experts: from a layer's number to its selected experts.
         n_experts: routed experts of a layer, E.
         score, p: what they were selected by.
+
+    Raises:
+        ValueError: a layer with no expert, with one twice, or with one that there is not.
     """
 
     experts: dict[int, tuple[int, ...]]

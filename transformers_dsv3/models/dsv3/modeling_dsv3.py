@@ -59,7 +59,14 @@ class Dsv3CausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
 
 class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedModel):
-    """Weights, loading and saving that all DeepSeek-V3 models share."""
+    """Weights, loading and saving that all DeepSeek-V3 models share.
+
+    Args:
+        config: the model's dimensions and settings.
+
+    Raises:
+        ValueError: `config` is of another class, or its fields contradict each other.
+    """
 
     config: Dsv3Config
     config_class = Dsv3Config
@@ -157,10 +164,11 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedM
 
 
 class Dsv3Model(Dsv3PreTrainedModel):
-    """The decoder without a head.
+    """The decoder without a head: latent attention, mixtures of experts, multi-token prediction.
 
-    `layers` holds the `num_hidden_layers` layers of the main model, then the MTP layers, numbered as in the official
-    checkpoint.
+    After DeepSeek-V3's report (arXiv 2412.19437): attention of section 2.1.1, routing and experts of 2.1.2, MTP layers
+    of 2.2. `layers` holds the `num_hidden_layers` layers of the main model, then the MTP layers, numbered as in the
+    official checkpoint.
     """
 
     def __init__(self, config: Dsv3Config):
@@ -240,6 +248,11 @@ class Dsv3Model(Dsv3PreTrainedModel):
             past_key_values: cache of latents, extended in place.
             use_cache: whether to make a cache where none is given.
             training_pass: losses to carry beside the main one, set up by [`Dsv3ForCausalLM`].
+
+        Returns:
+            `last_hidden_state` `(B, Q, D)` in the weights' dtype, after the last norm, and the cache, if there is one.
+            On request `hidden_states` and `attentions`, tuples over layers, and `router_logits`, fp32 `(B * Q, E)` for
+            each mixture layer, before the sigmoid and the correction bias.
 
         Raises:
             ValueError: for token ids out of range, no tokens, a row that is all padding, or more positions than
@@ -359,7 +372,11 @@ class Dsv3Model(Dsv3PreTrainedModel):
 
 
 class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
-    """The language model: decoder, MTP layers and output head."""
+    """The language model: decoder, MTP layers and output head.
+
+    In training the MTP layers' loss (section 2.2) and the sequence-wise balance loss (2.1.2) go with the decoder's
+    gradient, weighted by `config.mtp_loss_weight` and `config.seq_aux_loss_weight`; `loss` is without them.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -426,8 +443,12 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
         The other arguments are those of [`Dsv3Model.forward`].
 
         Returns:
-            A loss of 0 where `labels` have no target. In training, logits that would take more than 512 MiB in fp32
-            are made part by part for the loss, and are None in the output.
+            `logits` `(B, Q or so many as are kept, vocabulary)` in the weights' dtype, and `loss`, fp32, a mean over
+            targets, 0 where `labels` have none. In training, logits that would take more than 512 MiB in fp32 are made
+            part by part for the loss, and are None in the output.
+
+        Raises:
+            ValueError: as [`Dsv3Model.forward`], and for labels of another shape or out of range.
         """
         shift_labels = kwargs.get("shift_labels")
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
@@ -521,7 +542,10 @@ def _tell_decoder_the_targets(
 
 
 class Dsv3ForSequenceClassification(GenericForSequenceClassification, Dsv3PreTrainedModel):
-    """A score for each label from the last token that is not padding. Reward models are this with one label."""
+    """A score for each label from the last token that is not padding. Reward models are this with one label.
+
+    `logits` are `(B, num_labels)`, of the tokens that [`Dsv3Model.forward`] takes; there is no MTP loss.
+    """
 
     def __init__(self, config: Dsv3Config):
         super().__init__(config)
@@ -529,7 +553,7 @@ class Dsv3ForSequenceClassification(GenericForSequenceClassification, Dsv3PreTra
 
 
 class Dsv3ForTokenClassification(GenericForTokenClassification, Dsv3PreTrainedModel):
-    """A score for each label and token."""
+    """A score for each label and token: `logits` are `(B, Q, num_labels)`."""
 
     def __init__(self, config: Dsv3Config):
         super().__init__(config)
