@@ -22,6 +22,7 @@ NAMES = [
     "explain",
     "is_registered",
     "lora_config",
+    "model_card",
     "pull_from_hub",
     "push_to_hub",
     "register",

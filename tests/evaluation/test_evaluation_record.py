@@ -23,12 +23,14 @@ def record(make_model):
     base = CheckpointIdentity("base", "a" * 64, "b" * 64, revision="c" * 40)
     identity = CheckpointIdentity("adapter", "d" * 64, "e" * 64, base=base)
     record = new_record(identity, command="transformers-dsv3 evaluate adapter", settings={"limit": 3}, seed=7)
-    record.text = dict.fromkeys(("bits_per_byte", "nats_per_token", "perplexity", "byte_perplexity"), 1.5)
-    record.text |= {"tokens": 10, "bytes": 20}
+    figures = ("bits_per_byte", "nats_per_token", "byte_perplexity", "zlib_bits_per_byte", "lzma_bits_per_byte")
+    record.text = {"source": "notes", "sha256": "f" * 64, **dict.fromkeys(figures, 1.5), "perplexity": float("inf")}
+    record.text |= {"documents": 1, "tokens": 10, "bytes": 20, "window": 16}
     record.routing = routing_report(make_model(), torch.arange(40), window=16).to_dict()
     metrics = {"acc,none": {"value": 0.5, "stderr": float("nan"), "higher_is_better": True}}
-    record.tasks = {"local": {"metrics": metrics, "n": 4, "num_fewshot": 0, "version": 1}}
-    record.human_eval = {"pass@k": {"1": {"value": 0.0, "stderr": 0.0}}, "problems": 164}
+    task = {"metrics": metrics, "n": 4, "num_fewshot": 0, "version": 1}
+    record.tasks = {"local": {**task, "dataset": None, "subtasks": [], "truncated": False}}
+    record.human_eval = {"pass@k": {"1": {"value": 0.0, "stderr": 0.0}}, "problems": 164, "outcomes": {"died": 164}}
     return record
 
 
@@ -39,22 +41,24 @@ def test_written_and_read(record, tmp_path):
     assert read.checkpoint == record.checkpoint
     assert read.to_dict() == record.to_dict()
     assert read.tasks["local"]["metrics"]["acc,none"]["stderr"] is None  # JSON has no NaN
+    assert read.text["perplexity"] is None
     assert read.versions["torch"] == torch.__version__ and read.hardware["device"] == "cpu"
 
 
+TASK = {"metrics": {}, "n": 1, "num_fewshot": 0, "dataset": None, "subtasks": [], "truncated": False}
 WRONG = [
     ({"record": "bench"}, "no record of `transformers-dsv3 evaluate`"),
     ({"version": 2}, "version 2 of the record; this package reads version 1"),
     ({"seed": "0"}, "field 'seed' is '0', not int"),
     ({"seed": True}, "field 'seed' is True, not int"),
     ({"checkpoint": {"name": "a"}}, "field 'checkpoint.sha256' is missing"),
-    ({"text": {"bits_per_byte": 1.0}}, "field 'text.nats_per_token' is missing"),
+    ({"text": {"bits_per_byte": 1.0}}, "field 'text.source' is missing"),
     ({"routing": {"layers": 3}}, "field 'routing' is no routing report"),
-    (
-        {"tasks": {"a": {"metrics": {"acc": 0.5}, "n": 1, "num_fewshot": 0}}},
-        "'tasks.a.metrics.acc' is 0.5, not dict",
-    ),
+    ({"speed": {"threads": "2"}}, "field 'speed.threads' is '2', not int"),
+    ({"tasks": {"a": {**TASK, "metrics": {"acc": 0.5}}}}, "'tasks.a.metrics.acc' is 0.5, not dict"),
+    ({"tasks": {"a": {**TASK, "truncated": None}}}, "'tasks.a.truncated' is None, not bool"),
     ({"human_eval": {}}, "field 'human_eval.pass@k' is missing"),
+    ({"human_eval": {"pass@k": {"1": 0.5}, "problems": 1, "outcomes": {}}}, "'human_eval.pass@k.1' is 0.5, not dict"),
 ]
 
 

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from card_rules import metadata_errors
+
 
 # What the Hub's own `.gitattributes` of a new repository sends to LFS
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".h5", ".model")
@@ -415,13 +417,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer_json({})
 
     def validate_yaml(self, body: bytes) -> None:
-        content = json.loads(body)["content"]
-        if not content.startswith("---\n"):
+        fields = json.loads(body)
+        errors = metadata_errors(fields["content"]) if fields["repoType"] == "model" else []
+        if errors is None:
             return self.answer_json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]})
-        header = content.removeprefix("---\n").partition("\n---\n")[0]
-        bad = [line for line in header.splitlines() if ":" not in line and not line.lstrip().startswith("-")]
-        errors = [{"message": f"bad line: {line}"} for line in bad]
-        self.answer_json({"errors": errors, "warnings": []}, 400 if errors else 200)
+        answer = {"errors": [{"message": error} for error in errors], "warnings": []}
+        self.answer_json(answer, 400 if errors else 200)
 
     def preupload(self, body: bytes, repo_id: str, revision: str) -> None:
         repository = self.repository(repo_id, write=not self.query.get("create_pr"))

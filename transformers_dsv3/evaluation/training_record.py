@@ -34,7 +34,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..training.checkpoints import latest_checkpoint
 from .checkpoint_identity import checkpoint_digest, checkpoint_identity
-from .evaluation_record import RecordError, check_fields, circumstances, plain
+from .evaluation_record import RecordError, check_fields, check_kind, circumstances, plain, read_values
 from .shareable import shareable, shareable_command
 
 
@@ -217,19 +217,8 @@ def read_training_record(path: str | Path) -> dict[str, Any]:
     Raises:
         RecordError: naming the file and the first field that is missing or wrong.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RecordError(f"{path} is not JSON ({error})") from error
-    if not isinstance(values, dict) or values.get("record") != RECORD:
-        raise RecordError(f"{path} is no record of a training run: it has no 'record': {RECORD!r}")
-    if values.get("version") != VERSION:
-        raise RecordError(
-            f"{path}: version {values.get('version')!r} of the record; this package reads version {VERSION}"
-        )
-    source = str(path)
+    source, values = str(path), read_values(path)
+    check_kind(source, values, RECORD, VERSION, "a training run")
     check_fields(source, values, _FIELDS)
     check_fields(source, values["checkpoint"], _IDENTITY_FIELDS, "checkpoint.")
     for number, entry in enumerate(values["results"]):

@@ -41,7 +41,7 @@ _PUBLISHED = (
     "figures/*.svg",
 )
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Access tokens of the Hub as they are given out: to users, to organisations, for single sign-on
 _ACCESS_TOKEN = re.compile(rb"(?:hf|hf_oauth|hf_jwt|api_org)_[A-Za-z0-9._-]{30,}")
 
@@ -221,7 +221,7 @@ def set_base_model(folder: ModelFolder, base_model: str | None) -> None:
         folder.write_json(ADAPTER_CONFIG, {**fields, "base_model_name_or_path": base_model})
         return
     stored = fields.get("base_model_name_or_path") or ""
-    if not _REPO_ID.fullmatch(stored) or Path(stored).exists():
+    if not REPO_ID.fullmatch(stored) or Path(stored).exists():
         raise CheckpointError(
             f"{folder.path / ADAPTER_CONFIG}: base_model_name_or_path is {stored!r}, which nobody else has. Push the "
             "base model too, and give its name on the Hub (--base-model, base_model=)"

@@ -1,0 +1,198 @@
+"""What a checkpoint's own files tell of it, kept for where the weights are not: `checkpoint_record.json`.
+
+{
+  "record": "transformers-dsv3 checkpoint", "version": 1,
+  "checkpoint": {"name", "sha256", "config_sha256", "revision", "base"},   as in evaluation records
+  "files": 1, "bytes": 20561640,
+  "stored_as": {"F32": 5140410},       values by dtype, as safetensors names them
+  "parameters": null, or {"main", "active", "mtp"}:   see [`ParameterCounts`]; null where files hold packed codes
+  "tokenizer": null, or {"class", "entries", "chat_template"},
+  "base": null, or of an adapter's model {"name", "config", "parameters"}, as far as it is at hand
+}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from ..models.dsv3.checkpoint_checks_dsv3 import SCALE
+from ..models.dsv3.checkpoint_files_dsv3 import StoredTensor, read_checkpoint
+from ..models.dsv3.configuration_dsv3 import Dsv3Config
+from ..models.dsv3.mtp_dsv3 import COPIES
+from .checkpoint_identity import ADAPTER_CONFIG, CheckpointIdentity, checkpoint_identity, is_adapter, weight_files
+from .evaluation_record import check_fields, check_kind, identity_from_dict, plain, read_values
+from .shareable import shareable
+
+
+CHECKPOINT_RECORD = "checkpoint_record.json"
+RECORD, VERSION = "transformers-dsv3 checkpoint", 1
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# In the files beside the parameters: scales of FP8 blocks, and what balancing sets without a gradient
+_NO_PARAMETERS = (SCALE, ".e_score_correction_bias")
+_NONE = type(None)
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "checkpoint": (dict,),
+    "files": (int,),
+    "bytes": (int,),
+    "stored_as": (dict,),
+    "parameters": (dict, _NONE),
+    "tokenizer": (dict, _NONE),
+    "base": (dict, _NONE),
+}
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a checkpoint, from the shapes of its tensors.
+
+    Attributes:
+        main: of the model without its MTP layers, embedding and output head included.
+        active: those of `main` that one token passes through: of the routed experts, the chosen ones.
+        mtp: of the MTP layers, without the copies of embedding and head that each of them has in the files.
+    """
+
+    main: int
+    active: int
+    mtp: int
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """See the top of this file, which lists the fields as they stand in JSON."""
+
+    checkpoint: CheckpointIdentity
+    files: int
+    bytes: int
+    stored_as: dict[str, int]
+    parameters: ParameterCounts | None
+    tokenizer: dict[str, Any] | None
+    base: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without folders of this machine."""
+        return plain(shareable({"record": RECORD, "version": VERSION, **asdict(self)}))
+
+
+def describe_checkpoint(folder: str | Path) -> CheckpointRecord:
+    """The record of a folder's checkpoint or adapter. Reads every weight, for the digest.
+
+    Raises:
+        CheckpointError: it is none, or a file is broken.
+    """
+    folder = Path(folder)
+    tensors = read_checkpoint(*weight_files(folder))
+    adapter = is_adapter(folder)
+    stored_as = Counter[str]()
+    for tensor in tensors.values():
+        stored_as[tensor.dtype_name] += math.prod(tensor.shape)
+    paths = {tensor.path for tensor in tensors.values()}
+    return CheckpointRecord(
+        checkpoint=checkpoint_identity(folder),
+        files=len(paths),
+        bytes=sum(Path(path).stat().st_size for path in paths),
+        stored_as=dict(sorted(stored_as.items())),
+        parameters=None if adapter else parameter_counts(tensors, Dsv3Config.from_pretrained(folder)),
+        tokenizer=_tokenizer(folder),
+        base=_base(folder) if adapter else None,
+    )
+
+
+def parameter_counts(tensors: Mapping[str, StoredTensor], config: Dsv3Config) -> ParameterCounts | None:
+    """Count the parameters of an official checkpoint; None where its files hold something else than the values."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and not _field(quantization, "weight_block_size"):
+        return None
+    main = mtp = routed = 0
+    for name, tensor in tensors.items():
+        if name.endswith(_NO_PARAMETERS):
+            continue
+        values = math.prod(tensor.shape)
+        layer = _LAYER.search(name)
+        if layer is not None and int(layer[1]) >= config.num_hidden_layers:
+            mtp += 0 if name.endswith(COPIES) else values
+            continue
+        main += values
+        routed += values if ".mlp.experts." in name else 0
+    share = config.num_experts_per_tok / config.n_routed_experts
+    return ParameterCounts(main, main - routed + round(routed * share), mtp)
+
+
+def read_checkpoint_record(path: str | Path) -> CheckpointRecord:
+    """A record as it was written.
+
+    Raises:
+        RecordError: naming the file and the first field that is missing or wrong.
+    """
+    source, values = str(path), read_values(path)
+    check_kind(source, values, RECORD, VERSION, "a checkpoint")
+    check_fields(source, values, _FIELDS)
+    check_fields(source, values["stored_as"], dict.fromkeys(values["stored_as"], (int,)), "stored_as.")
+    tokenizer = values["tokenizer"]
+    if tokenizer is not None:
+        check_fields(source, tokenizer, {"class": (str,), "entries": (int,), "chat_template": (bool,)}, "tokenizer.")
+    base = values["base"]
+    if base is not None:
+        check_fields(source, base, {"name": (str,), "config": (dict,), "parameters": (dict, _NONE)}, "base.")
+        base = {**base, "parameters": _counts(source, base["parameters"], "base.parameters.")}
+        base["parameters"] = None if base["parameters"] is None else asdict(base["parameters"])
+    return CheckpointRecord(
+        checkpoint=identity_from_dict(source, "checkpoint", values["checkpoint"]),
+        files=values["files"],
+        bytes=values["bytes"],
+        stored_as=values["stored_as"],
+        parameters=_counts(source, values["parameters"], "parameters."),
+        tokenizer=tokenizer,
+        base=base,
+    )
+
+
+def _counts(source: str, values: dict[str, Any] | None, within: str) -> ParameterCounts | None:
+    if values is None:
+        return None
+    names = ("main", "active", "mtp")
+    check_fields(source, values, dict.fromkeys(names, (int,)), within)
+    return ParameterCounts(**{name: values[name] for name in names})
+
+
+def _tokenizer(folder: Path) -> dict[str, Any] | None:
+    """What the folder's own tokenizer is; None where it has none that can be loaded."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError):
+        return None
+    return {
+        "class": type(tokenizer).__name__,
+        "entries": len(tokenizer),
+        "chat_template": tokenizer.chat_template is not None,
+    }
+
+
+def _base(folder: Path) -> dict[str, Any] | None:
+    """Configuration and size of an adapter's model where that is a folder here, else None."""
+    fields = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    named = fields.get("base_model_name_or_path")
+    base = Path(named or "").expanduser()
+    if not named or not (base / "config.json").is_file():
+        return None
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        counts = parameter_counts(read_checkpoint(*weight_files(base)), Dsv3Config.from_pretrained(base))
+    except ValueError:  # a broken one is its own card's business
+        return None
+    return {"name": base.resolve().name, "config": config, "parameters": None if counts is None else asdict(counts)}
+
+
+def _field(values: Any, name: str) -> Any:
+    return values.get(name) if isinstance(values, dict) else getattr(values, name, None)
