@@ -25,7 +25,17 @@ CONFIG, CARD = "config.json", "README.md"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Formats in which a file can run code when it is read, and what training frameworks keep in them
 PICKLED = tuple(f"*.{suffix}" for suffix in "bin pt pth pkl pickle ckpt joblib npy npz h5 msgpack".split())
-_RUN_STATE = ("trainer_state.json", "checkpoint-*/*", "runs/*", "events.out.tfevents.*", "*.log")
+# on beside a checkpoint; a run's arguments can name folders of the machine
+_RUN_STATE = (
+    "trainer_state.json",
+    "run.json",
+    "before.json",
+    "before_results.json",
+    "checkpoint-*/*",
+    "runs/*",
+    "events.out.tfevents.*",
+    "*.log",
+)
 _PUBLISHED = (
     "*.safetensors",
     "*.json",
