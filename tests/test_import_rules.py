@@ -18,7 +18,7 @@ ALLOWED = {
     "data": {"models", "generation", "training"},
     "compression": {"models", "kernels", "generation", "training", "data"},
     "evaluation": {"models", "kernels", "generation", "training", "data", "compression"},
-    "hub": {"models", "evaluation"},
+    "hub": {"models", "training", "evaluation"},
     "cli": {"training", "data", "compression", "evaluation", "generation", "hub"},
     "registration": {"models", "kernels", "compression", "training"},
     "__init__": {"models", "kernels", "registration", "training", "hub"},

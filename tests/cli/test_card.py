@@ -64,7 +64,7 @@ def test_what_is_missing_is_told(here):
     for note in (
         "license 'apache2' is not among the Hub's identifiers, perhaps 'apache-2.0'",
         "there is no training_record.json: the card knows nothing of the training",
-        "there is no record of an evaluation: `transformers-dsv3 evaluate model` writes evaluation.json, for --results",
+        "there is no record of an evaluation: `transformers-dsv3 evaluate model` writes evaluation.json, for --res",
     ):
         assert f"Note: {note}" in message
 

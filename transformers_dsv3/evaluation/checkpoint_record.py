@@ -25,7 +25,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ..models.dsv3.checkpoint_checks_dsv3 import SCALE
-from ..models.dsv3.checkpoint_files_dsv3 import StoredTensor, read_checkpoint
+from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint
 from ..models.dsv3.configuration_dsv3 import Dsv3Config
 from ..models.dsv3.mtp_dsv3 import COPIES
 from .checkpoint_identity import ADAPTER_CONFIG, CheckpointIdentity, checkpoint_identity, is_adapter, weight_files
@@ -90,8 +90,9 @@ def describe_checkpoint(folder: str | Path) -> CheckpointRecord:
         CheckpointError: it is none, or a file is broken.
     """
     folder = Path(folder)
-    tensors = read_checkpoint(*weight_files(folder))
     adapter = is_adapter(folder)
+    config = None if adapter else _config(folder)
+    tensors = read_checkpoint(*weight_files(folder))
     stored_as = Counter[str]()
     for tensor in tensors.values():
         stored_as[tensor.dtype_name] += math.prod(tensor.shape)
@@ -101,7 +102,7 @@ def describe_checkpoint(folder: str | Path) -> CheckpointRecord:
         files=len(paths),
         bytes=sum(Path(path).stat().st_size for path in paths),
         stored_as=dict(sorted(stored_as.items())),
-        parameters=None if adapter else parameter_counts(tensors, Dsv3Config.from_pretrained(folder)),
+        parameters=None if config is None else parameter_counts(tensors, config),
         tokenizer=_tokenizer(folder),
         base=_base(folder) if adapter else None,
     )
@@ -164,6 +165,13 @@ def _counts(source: str, values: dict[str, Any] | None, within: str) -> Paramete
     return ParameterCounts(**{name: values[name] for name in names})
 
 
+def _config(folder: Path) -> Dsv3Config:
+    try:
+        return Dsv3Config.from_pretrained(folder)
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: the configuration is refused: {error}") from error
+
+
 def _tokenizer(folder: Path) -> dict[str, Any] | None:
     """What the folder's own tokenizer is; None where it has none that can be loaded."""
     if not (folder / "tokenizer_config.json").is_file():
@@ -188,7 +196,7 @@ def _base(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-        counts = parameter_counts(read_checkpoint(*weight_files(base)), Dsv3Config.from_pretrained(base))
+        counts = parameter_counts(read_checkpoint(*weight_files(base)), _config(base))
     except ValueError:  # a broken one is its own card's business
         return None
     return {"name": base.resolve().name, "config": config, "parameters": None if counts is None else asdict(counts)}

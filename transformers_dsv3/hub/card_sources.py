@@ -72,7 +72,7 @@ class CardSources:
         return str(named) if named else None
 
 
-def read_sources(folder: str | Path, results: Iterable[str | Path] = ()) -> CardSources:
+def read_sources(folder: str | Path, results: str | Path | Iterable[str | Path] = ()) -> CardSources:
     """Read a checkpoint or an adapter with its records, and check that all of them are of the same weights.
 
     Small files come first: whatever is wrong with one of them shows before the weights are read for their digest.
@@ -80,7 +80,7 @@ def read_sources(folder: str | Path, results: Iterable[str | Path] = ()) -> Card
     Args:
         folder: a checkpoint or an adapter; or a folder with `checkpoint_record.json` in place of the weights.
             Records of evaluations in it are taken too.
-        results: records of evaluations, or folders that hold some.
+        results: a record of an evaluation or a folder that holds some, or several of these.
 
     Raises:
         CheckpointError: the folder is none of these, or a file of it is broken.
@@ -97,7 +97,7 @@ def read_sources(folder: str | Path, results: Iterable[str | Path] = ()) -> Card
             f"{folder} has neither safetensors weights nor {CHECKPOINT_RECORD}, which stands for them in the folder "
             "of a card"
         )
-    named = list(results)
+    named = [results] if isinstance(results, (str, Path)) else list(results)
     evaluations = _latest(_read_results(folder, named))
     training = read_training_record(folder / TRAINING_RECORD) if (folder / TRAINING_RECORD).is_file() else None
     records = {str(folder / TRAINING_RECORD): training["checkpoint"]} if training is not None else {}

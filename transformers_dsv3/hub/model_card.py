@@ -73,7 +73,7 @@ class CheckpointCard(ModelCard):
 
 def model_card(
     folder: str | Path,
-    results: Iterable[str | Path] = (),
+    results: str | Path | Iterable[str | Path] = (),
     *,
     name: str | None = None,
     license: str | None = None,
@@ -87,7 +87,7 @@ def model_card(
     Args:
         folder: a checkpoint or an adapter; `training_record.json` and records of evaluations in it are used. Or the
             folder of a card without weights, where `checkpoint_record.json` stands for them.
-        results: more records of `transformers-dsv3 evaluate`, or folders with some.
+        results: a record of `transformers-dsv3 evaluate` or a folder with some, or several of these.
         name: what the model is called, or its name on the Hub (`namespace/name`); the folder's name if `None`.
         license: an identifier of the Hub; "unknown" if not given. "other" goes with `license_name` and `license_link`.
         base_model: name on the Hub of what the model was trained from.
@@ -138,7 +138,7 @@ def model_card(
 
 def write_card(
     folder: str | Path,
-    results: Iterable[str | Path] = (),
+    results: str | Path | Iterable[str | Path] = (),
     *,
     output: str | Path | None = None,
     force: bool = False,

@@ -23,9 +23,9 @@ from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, read_checkpoint
 
 CONFIG, CARD = "config.json", "README.md"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Formats in which a file can run code when it is read, and what training frameworks keep in them
+# Formats in which a file can run code when it is read
 PICKLED = tuple(f"*.{suffix}" for suffix in "bin pt pth pkl pickle ckpt joblib npy npz h5 msgpack".split())
-# on beside a checkpoint; a run's arguments can name folders of the machine
+# What training frameworks and this package's scripts keep to go on; their arguments can name folders of the machine
 _RUN_STATE = (
     "trainer_state.json",
     "run.json",
