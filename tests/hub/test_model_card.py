@@ -160,7 +160,7 @@ def test_every_figure_is_a_records(card, material):
     training = read_training_record(material / "model" / "training_record.json")
     text = section(card, "Training")
     table = rows(text)
-    assert table["data"] == ["the notes of Ada"] and table["time"] == ["2 min 41 s of training steps"]
+    assert table["data"] == ["the notes of Ada"] and table["time"][0].startswith("2 min 41 s of training steps")
     assert table["tokens"] == [f"{training['tokens']:,}"] == [f"{20 * 2 * 64:,}"]
     assert table["`learning_rate`"] == [f"`{training['arguments']['learning_rate']}`"]
     assert table["bits per byte"] == ["held-out text", "", "1.868", "zlib -9 2.136"]
@@ -176,6 +176,24 @@ def test_every_figure_is_a_records(card, material):
     assert table["limit"] == ["the first 4 documents of each task, for a try"]
     mean = json.loads((material / "results" / "evaluation.json").read_text())["routing"]["mean"]
     assert table["utilisation of experts"][0] == f"{mean['utilisation']:.1%}"
+
+
+@pytest.mark.parametrize(("load", "busy"), [(2.4, False), (2.6, True), (None, False)])
+def test_times_of_a_busy_machine_are_told(here, model, load, busy):
+    path = here / "model" / "training_record.json"
+    record = json.loads(path.read_text())
+    record["hardware"] |= {"cores": 2, "load_average": load}
+    path.write_text(json.dumps(record))
+    speed = {"threads": 2, "prefill_tokens_per_second": 100.0, "greedy_tokens_per_second": 10.5}
+    measured = evaluation(here / "model", None, speed={**speed, "cache_bytes_per_token": 192.0})
+    measured.hardware |= {"cores": 2, "load_average": None if load is None else load - 2}
+    measured.write(here / "speed.json")
+    card = model_card(here / "model", "speed.json")
+    assert rows(section(card, "Training"))["time"] == [
+        f"2 min 41 s of training steps{', beside other programs' if busy else ''}"
+    ]
+    told = rows(section(card, "Evaluation"))["greedy decode tokens/s"]
+    assert told[0] == "10.5" and ("other programs were running, load average 0.60 on 2 cores" in told[1]) == busy
 
 
 def test_before_and_after_and_the_way_from_the_first_command(here):

@@ -76,7 +76,7 @@ def card(
     """
     from ..evaluation.evaluation_record import RecordError
     from ..hub.model_card import CardError, write_card
-    from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError
+    from ..hub.model_folder import CheckpointError
 
     languages = [code.strip() for code in language.split(",") if code.strip()]
     try:

@@ -12,6 +12,7 @@ from ..evaluation.checkpoint_record import ParameterCounts
 from ..evaluation.evaluation_record import PARTS, EvaluationRecord
 from ..evaluation.evaluation_table import figures_of
 from ..evaluation.routing import moe_layers
+from ..evaluation.speed.record import BUSY
 from ..models.dsv3.configuration_dsv3 import Dsv3Config
 from .card_figures import FOLDER, CardFigure
 from .card_sources import CardSources
@@ -38,7 +39,8 @@ def introduction(sources: CardSources) -> str:
     else:
         text = "A DeepSeek-V3 model"
         if (counts := sources.parameters) is not None:
-            text += f" of {_millions(counts.main)} parameters, {_millions(counts.active)} of them active for a token"
+            mtp = f" (and {_millions(counts.mtp)} in MTP layers)" if counts.mtp else ""
+            text += f" of {_millions(counts.main)} parameters{mtp}, {_millions(counts.active)} active for a token"
     if training is None:
         return f"{text}. There is no record of its training: what it was trained on is not known."
     origin = "trained"
@@ -85,7 +87,7 @@ def training_section(sources: CardSources, figures: dict[str, CardFigure]) -> st
         of_all = trained["trained"] / trained["total"]
         rows.append(("trained", f"{trained['trained']:,} of {trained['total']:,} parameters ({share(of_all)})"))
     rows += [
-        ("time", "not known" if training["seconds"] is None else f"{duration(training['seconds'])} of training steps"),
+        ("time", _time(training)),
         ("processes", f"{training['processes']:,}"),
         *_circumstances(training, "at its end, the run itself included"),
     ]
@@ -156,7 +158,10 @@ def _by_place(modules: list[str]) -> list[str]:
 def _stored_as(sources: CardSources) -> str:
     checkpoint = sources.checkpoint
     types = ", ".join(f"{name} ({values:,} values)" for name, values in checkpoint.stored_as.items())
-    return f"{types}; {data_size(checkpoint.bytes)} in {count(checkpoint.files, 'file')}"
+    copies = ""
+    if checkpoint.parameters is not None and checkpoint.parameters.mtp:
+        copies = ", with each MTP layer's copy of embedding and head"
+    return f"{types}{copies}; {data_size(checkpoint.bytes)} in {count(checkpoint.files, 'file')}"
 
 
 def _architecture_rows(sources: CardSources, config: Dsv3Config) -> Iterator[tuple[str, str]]:
@@ -262,6 +267,15 @@ def _circumstances(told: dict[str, Any], moment: str) -> Iterator[tuple[str, str
     yield "versions", ", ".join(f"{plain(name)} {plain(version or 'not known')}" for name, version in versions.items())
     yield "source", "commit not known" if told["commit"] is None else f"commit {code(told['commit'])}"
     yield "date", plain(told["date"][:10])
+
+
+def _time(training: dict[str, Any]) -> str:
+    if training["seconds"] is None:
+        return "not known"
+    load, cores = (training["hardware"].get(name) for name in ("load_average", "cores"))
+    # What the run itself adds is as many as there are cores, at most
+    busy = load is not None and cores is not None and load > (1 + BUSY) * cores
+    return f"{duration(training['seconds'])} of training steps{', beside other programs' if busy else ''}"
 
 
 def _metric(name: str) -> str:

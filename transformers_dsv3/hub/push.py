@@ -67,8 +67,8 @@ def push_to_hub(
         model: a folder that `save_pretrained` wrote, or a model or PEFT model, which is saved to a temporary folder.
         repo_id: `name` or `namespace/name`.
         tokenizer: saved beside a model object; a folder has its own.
-        card: the README.md beside a model object: a `huggingface_hub.ModelCard`, or the path of a file, whose folder
-            `figures` goes with it; a folder has its own.
+        card: the README.md beside a model object: a `huggingface_hub.ModelCard`, as `model_card` makes one from
+            records, or the path of a file, whose folder `figures` goes with it; a folder has its own.
         base_model: the name on the Hub that the adapter's config gets for its base model.
         private: whether a new repository is private; the account's default if `None`. An existing repository that is
             public is refused if this is `True`.
