@@ -47,6 +47,18 @@ def material(model, byte_tokenizer, tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def drawing(request, monkeypatch):
+    """Pictures take most of a card's time: they are drawn for tests that ask for `pictures`."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(card_figures, "plot_problem", lambda: "left out in this test")
+
+
+@pytest.fixture
+def pictures():
+    pytest.importorskip("matplotlib")
+
+
 @pytest.fixture
 def here(material, tmp_path, monkeypatch):
     """The same, to be changed."""
@@ -230,9 +242,10 @@ def test_what_is_unknown_is_said_to_be(model, tmp_path):
         assert says in card.text
     assert card.data.license is None and card.data.eval_results is None and card.figures == {}
     assert "the licence is not stated" in card.remarks[0] and len(card.remarks) == 3
+    assert "Its speed was not measured." in card.text and "No task was evaluated" in card.text
 
 
-def test_the_same_records_give_the_same_bytes(here, model):
+def test_the_same_records_give_the_same_bytes(here, pictures):
     card, path = write_card(here / "model", [here / "results"], license="apache-2.0", name="ada/notes")
     assert path == here / "model" / "README.md" and path.read_text() == str(card) == str(ModelCard(str(card)))
     assert {p.name for p in (here / "model").glob("*.json")} >= {"evaluation.json", "tasks.json"}
@@ -266,7 +279,7 @@ def test_options_are_kept_until_others_are_given(here):
     assert card.data.license_name is None
 
 
-def test_pictures(here, monkeypatch):
+def test_pictures(here, pictures, monkeypatch):
     card, _ = write_card(here / "model", [here / "results"])
     assert set(card.figures) == {"routing.png", "training.png"}
     for name, data in card.figures.items():
@@ -587,7 +600,7 @@ def test_adapters_that_need_the_package(here):
 # On the Hub
 
 
-def test_a_folders_card_is_pushed_with_it(hub, here):
+def test_a_folders_card_is_pushed_with_it(hub, here, pictures):
     card, _ = write_card(here / "model", [here / "results"], license="mit", name="anna/model")
     push_to_hub(here / "model", "anna/model")
     there = hub.files("anna/model")
@@ -596,7 +609,7 @@ def test_a_folders_card_is_pushed_with_it(hub, here):
     assert {"evaluation.json", "tasks.json", "training_record.json", "checkpoint_record.json"} <= set(there)
 
 
-def test_a_card_beside_a_model_object(hub, here, model, byte_tokenizer):
+def test_a_card_beside_a_model_object(hub, here, pictures, model, byte_tokenizer):
     card = model_card(here / "model", [here / "results"], license="mit")
     push_to_hub(model, "anna/model", tokenizer=byte_tokenizer, card=card)
     there = hub.files("anna/model")

@@ -118,7 +118,7 @@ def _draw_curves(data: dict[str, Any], metadata: dict[str, str | None]) -> bytes
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     if losses:
-        figure.axes[0].set_ylabel("nats a token", fontsize=8)
+        figure.axes[0].set_ylabel("loss", fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI, metadata=metadata)
     return file.getvalue()

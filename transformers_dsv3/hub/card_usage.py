@@ -178,6 +178,8 @@ def _limits(sources: CardSources) -> Iterator[str]:
         yield "How evenly its experts are used was not evaluated."
     if not any(record.tasks or record.human_eval for record in sources.evaluations.values()):
         yield "No task was evaluated, neither of lm-evaluation-harness nor HumanEval."
+    if not any(record.speed for record in sources.evaluations.values()):
+        yield "Its speed was not measured."
     yield "Bias, safety, and whether what it says is true: not measured."
 
 
