@@ -161,9 +161,9 @@ def _limits(sources: CardSources) -> Iterator[str]:
     if training is not None and training["tokens"] is not None:
         source = training["data"].get("source")
         seen = f"{count(training['tokens'], 'token')}{'' if source is None else f' of {plain(source)}'}"
-        yield f"This run trained on {seen}. Other text and other languages were not measured."
+        yield f"This run trained on {seen}. Text and languages other than those above were not measured."
     else:
-        yield "How much it was trained on is not known. Languages and kinds of text were not measured."
+        yield "How much it was trained on is not known. Text and languages other than those above were not measured."
     if tokenizer is not None and not tokenizer["chat_template"]:
         yield "Its tokenizer has no chat template: it continues text, and was not made for instructions."
     length = None if training is None else _trained_length(training)
