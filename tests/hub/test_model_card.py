@@ -578,7 +578,7 @@ def test_adapters(here, model, byte_tokenizer):
     table = rows(section(card, "Model"))
     stored = sum(p.numel() for p in names["model"].parameters())  # LoRA's own factors
     assert table["rank"] == ["`2`"] and stored > 0
-    assert table["adapted modules"] == ['`["layers.*.self_attn.o_proj (2 layers)"]`']
+    assert table["adapted modules"] == ["`layers.*.self_attn.o_proj` (2 layers)"]
     assert "PEFT puts it on Transformers' own `deepseek_v3` class too" in card.text
     assert math.prod(model.lm_head.weight.shape) < int(table["active a token"][0].split(":")[0].replace(",", ""))
 

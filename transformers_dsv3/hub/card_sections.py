@@ -33,7 +33,7 @@ def introduction(sources: CardSources) -> str:
     checkpoint, training = sources.checkpoint, sources.training
     base = sources.base_name
     if sources.adapter is not None:
-        kind = plain(sources.adapter.get("peft_type") or "PEFT").replace("LORA", "LoRA")
+        kind = plain(_kind(sources.adapter.get("peft_type")))
         text = f"A {kind} adapter of {count(sum(checkpoint.stored_as.values()), 'parameter')}"
         text += "" if base is None else f" for {code(base)}, a DeepSeek-V3 model"
     else:
@@ -143,16 +143,23 @@ def _adapter_rows(adapter: dict[str, Any]) -> Iterator[tuple[str, str]]:
     }
     for field, name in names.items():
         value = adapter.get(field)
-        if isinstance(value, list):
-            value = _by_place(value)
-        if value not in (None, [], {}):
-            yield name, _value(value)
+        if value in (None, [], {}):
+            continue
+        if field == "peft_type":
+            value = _kind(value)
+        yield name, _by_place(value) if isinstance(value, list) else _value(value)
 
 
-def _by_place(modules: list[str]) -> list[str]:
-    """Names of modules, those of all layers under one."""
+def _kind(peft_type: Any) -> str:
+    """PEFT's constant as the paper writes it."""
+    return "LoRA" if peft_type == "LORA" else str(peft_type or "PEFT")
+
+
+def _by_place(modules: list[str]) -> str:
+    """Names of modules, those of several layers as one."""
     places = Counter(_LAYER.sub("layers.*.", module) for module in modules)
-    return [place if number == 1 else f"{place} ({number} layers)" for place, number in sorted(places.items())]
+    names = [code(place) + ("" if number == 1 else f" ({number} layers)") for place, number in sorted(places.items())]
+    return ", ".join(names)
 
 
 def _stored_as(sources: CardSources) -> str:

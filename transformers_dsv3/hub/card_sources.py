@@ -173,7 +173,7 @@ def _read_results(folder: Path, results: list[str | Path]) -> list[tuple[Path, E
             raise RecordError(f"{result} holds no record of `transformers-dsv3 evaluate`")
         paths += found
     records = []
-    for path in dict.fromkeys(path.resolve() for path in paths):
+    for path in {path.resolve(): path for path in paths}.values():
         record = read_record(path)
         if not record.complete:
             raise RecordError(f"{path} is not complete: run the same command again, {record.command}")
