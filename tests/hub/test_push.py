@@ -109,6 +109,9 @@ def test_adapters(hub, adapter):
     files = there(hub, "anna/adapter")
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "anna/model"
     assert files["adapter_model.safetensors"] == weights
+    # PEFT's template has an empty name, which the Hub refuses
+    assert "base_model: ''\n" in (adapter / "README.md").read_text()
+    assert ModelCard(files["README.md"].decode()).data.base_model == "anna/model"
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] != "anna/model"
     with pytest.raises(CheckpointError, match="include_code goes with a model"):
         push_to_hub(adapter, "anna/adapter", base_model="anna/model", include_code=True)

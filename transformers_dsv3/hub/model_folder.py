@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
 
 from ..models import dsv3
@@ -216,7 +218,7 @@ def _check_secrets(folder: ModelFolder, token: str | None) -> None:
 
 
 def set_base_model(folder: ModelFolder, base_model: str | None) -> None:
-    """Makes the adapter's config name its base model as others can find it.
+    """Makes the adapter's config, and its card, name its base model as others can find it.
 
     Raises:
         CheckpointError: it names a folder of this machine, or nothing, and `base_model` is not given; or `base_model`
@@ -229,6 +231,7 @@ def set_base_model(folder: ModelFolder, base_model: str | None) -> None:
     fields = folder.read_json(ADAPTER_CONFIG)
     if base_model is not None:
         folder.write_json(ADAPTER_CONFIG, {**fields, "base_model_name_or_path": base_model})
+        _set_base_model_of_card(folder, base_model)
         return
     stored = fields.get("base_model_name_or_path") or ""
     if not REPO_ID.fullmatch(stored) or Path(stored).exists():
@@ -236,3 +239,19 @@ def set_base_model(folder: ModelFolder, base_model: str | None) -> None:
             f"{folder.path / ADAPTER_CONFIG}: base_model_name_or_path is {stored!r}, which nobody else has. Push the "
             "base model too, and give its name on the Hub (--base-model, base_model=)"
         )
+
+
+def _set_base_model_of_card(folder: ModelFolder, base_model: str) -> None:
+    """PEFT writes the folder into the card's metadata, or nothing, and the Hub refuses both."""
+    content = folder.content(CARD).decode("utf-8", errors="replace") if CARD in folder.files else ""
+    if not content.startswith("---"):
+        return
+    try:
+        card = ModelCard(content)
+    except (ValueError, yaml.YAMLError):
+        return  # the Hub will say what is wrong with it
+    named = card.data.base_model
+    if named is not None and not (isinstance(named, list) or REPO_ID.fullmatch(named)):
+        card.data.base_model = base_model
+        folder.replaced[CARD] = str(card).encode()
+        folder.files[CARD] = len(folder.replaced[CARD])
