@@ -45,6 +45,7 @@ PROGRAMS = (
 # What runs a command at small size: a test, or what else does and why no test can
 RUN_BY = {
     "transformers-dsv3 bench": "tests/cli/test_bench.py",
+    "transformers-dsv3 card": "tests/cli/test_card.py",
     "transformers-dsv3 evaluate": "tests/cli/test_evaluate.py",
     "transformers-dsv3 explain": "tests/kernels/test_registry.py",
     "transformers-dsv3 pull": "tests/hub/test_pull.py",
