@@ -15,6 +15,7 @@ from .experts_rows import (
     height_of,
     kinds,
     most_tiles,
+    padded,
     place_of,
     precision,
     precision_of,
@@ -227,7 +228,7 @@ def through_activations(
         row_tiles,
         K=K,
         E=E,
-        PAD_E=triton.next_power_of_2(E),
+        PAD_E=padded(E),
         D=D,
         I=I,
         NEEDS_KEPT=needs_kept,
@@ -292,7 +293,7 @@ def specimens(family: str) -> list[Specimen]:
                 "S": "i32",
                 "row_tiles": "i32",
             },
-            **{"E": E, "PAD_E": triton.next_power_of_2(E), "D": D, "I": I, "PRECISION": precision_of(kind)},
+            **{"E": E, "PAD_E": padded(E), "D": D, "I": I, "PRECISION": precision_of(kind)},
         }
         row = tiles(f"experts_activation_gradient/{kind}", family)
         label = f"activation_gradient, Moonlight, {kind}, {dtype} times {weight}"

@@ -18,6 +18,7 @@ from .experts_rows import (
     height_of,
     kinds,
     most_tiles,
+    padded,
     place_of,
     precision,
     precision_of,
@@ -141,17 +142,31 @@ def pair_product(
     tl.store(place_MN, out_MN.to(out.dtype.element_ty), mask=in_M[:, None] & (n_N[None, :] < N))
 
 
-@triton.jit
-def sum_pairs(pairs, index, out, K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["T"])
+def sum_pairs(
+    pairs,
+    index,
+    out,
+    T,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """`out` `(T, D)`: the sum of a token's rows of `pairs` `(T * K, D)`, of those that have an expert, in fp32."""
-    token = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    sum_D = tl.zeros((BLOCK,), tl.float32)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_TD = (t[:, None] < T) & (d[None, :] < D)
+    row_T = t.to(tl.int64) * K
+    sum_TD = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for k in tl.static_range(K):
-        expert = tl.load(index + token * K + k)
-        width = tl.where((expert >= 0) & (expert < E), D, 0)  # of what was written
-        sum_D += tl.load(pairs + (token * K + k) * D + d, mask=d < width, other=0).to(tl.float32)
-    tl.store(out + token * D + d, sum_D.to(out.dtype.element_ty), mask=d < D)
+        expert_T = tl.load(index + row_T + k, mask=t < T, other=E)
+        written_T = (expert_T >= 0) & (expert_T < E)
+        pairs_TD = pairs + (row_T + k)[:, None] * D + d[None, :]
+        sum_TD += tl.load(pairs_TD, mask=in_TD & written_T[:, None], other=0).to(tl.float32)
+    out_TD = out + t.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out_TD, sum_TD.to(out.dtype.element_ty), mask=in_TD)
 
 
 def activations(
@@ -190,7 +205,7 @@ def activations(
         row_tiles,
         K=K,
         E=E,
-        PAD_E=triton.next_power_of_2(E),
+        PAD_E=padded(E),
         D=D,
         I=I,
         SCALED=scale is not None,
@@ -230,7 +245,7 @@ def products(
         out_SN,
         row_tiles,
         E=E,
-        PAD_E=triton.next_power_of_2(E),
+        PAD_E=padded(E),
         N=N,
         R=R,
         STRIDE_N=1 if transposed else R,
@@ -248,7 +263,8 @@ def sums(pairs_SD: torch.Tensor, index_TK: torch.Tensor, num_experts: int, dtype
     D = pairs_SD.shape[1]
     row = tiles("experts_sum", family_of(pairs_SD.device))
     out_TD = pairs_SD.new_empty(T, D, dtype=dtype)
-    sum_pairs[(T, triton.cdiv(D, row["BLOCK"]))](pairs_SD, index_TK, out_TD, K=K, E=num_experts, D=D, **row)
+    grid = (triton.cdiv(T, row["BLOCK_T"]), triton.cdiv(D, row["BLOCK_D"]))
+    sum_pairs[grid](pairs_SD, index_TK, out_TD, T, K=K, E=num_experts, D=D, **row)
     return out_TD
 
 
@@ -268,7 +284,7 @@ def specimens(family: str) -> list[Specimen]:
         _product_specimen(family, "V3", "64", "fp16", "fp16", transposed=False),
     ]
     K, E, D, _ = LAYERS["Moonlight"]
-    sizes = {"pairs": "*bf16:16", "index": "*i64:16", "out": "*bf16:16", "K": K, "E": E, "D": D}
+    sizes = {"pairs": "*bf16:16", "index": "*i64:16", "out": "*bf16:16", "T": "i32", "K": K, "E": E, "D": D}
     found.append(specimen("sum_pairs, Moonlight", sum_pairs, sizes, tiles("experts_sum", family), matrix=False))
     return found
 
@@ -278,7 +294,7 @@ def _shared_arguments(layer: str, kind: str, weight: str) -> dict[str, object]:
     return {
         **dict.fromkeys(("order", "offsets"), "*i32:16"),
         **{"weight": f"*{weight}:16", "scale": "*fp32:16" if scaled else None, "SCALED": scaled},
-        **{"row_tiles": "i32", "E": E, "PAD_E": triton.next_power_of_2(E), "PRECISION": precision_of(kind)},
+        **{"row_tiles": "i32", "E": E, "PAD_E": padded(E), "PRECISION": precision_of(kind)},
     }
 
 

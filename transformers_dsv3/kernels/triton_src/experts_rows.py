@@ -96,6 +96,11 @@ def row_of(program: str, height: int, dtype: torch.dtype, weight: torch.Tensor) 
     return tiles(f"experts_{program}/{kind}", family_of(weight.device))
 
 
+def padded(experts: int) -> int:
+    """Width of vectors of one number an expert, a power of 2."""
+    return max(triton.next_power_of_2(experts), 16)
+
+
 def most_tiles(pairs: int, experts: int, height: int) -> int:
     """How many tiles of so many rows there can be, each with pairs of one of the experts."""
     return (pairs + min(pairs, experts) * (height - 1)) // height

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .experts_rows import LAYERS, specimen
+from .experts_rows import LAYERS, padded, specimen
 from .tuned import Specimen, family_of, tiles
 
 
@@ -104,17 +104,17 @@ def sort_pairs(index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
     S = index_TK.numel()
     order_S = index_TK.new_empty(S, dtype=torch.int32)
     offsets_X = index_TK.new_empty(num_experts + 1, dtype=torch.int32)
-    padded = triton.next_power_of_2(num_experts + 1)
+    width = padded(num_experts + 1)
     if S <= FEW:
         row = tiles("experts_sort_few", family_of(index_TK.device))
-        sort_few[(triton.cdiv(S, row["BLOCK"]),)](index_TK, order_S, offsets_X, S, num_experts, padded, **row)
+        sort_few[(triton.cdiv(S, row["BLOCK"]),)](index_TK, order_S, offsets_X, S, num_experts, width, **row)
         return order_S, offsets_X
     row = tiles("experts_sort_chunk", family_of(index_TK.device))
     chunks = triton.cdiv(S, row["BLOCK"])
-    counts_CX = index_TK.new_empty((chunks, padded), dtype=torch.int32)
+    counts_CX = index_TK.new_empty((chunks, width), dtype=torch.int32)
     counting = {"BLOCK": row["BLOCK"], "num_warps": row["num_warps"]}
-    count_chunk[(chunks,)](index_TK, counts_CX, S, num_experts, padded, **counting)
-    sort_chunk[(chunks,)](index_TK, counts_CX, order_S, offsets_X, S, chunks, num_experts, padded, **row)
+    count_chunk[(chunks,)](index_TK, counts_CX, S, num_experts, width, **counting)
+    sort_chunk[(chunks,)](index_TK, counts_CX, order_S, offsets_X, S, chunks, num_experts, width, **row)
     return order_S, offsets_X
 
 
@@ -124,14 +124,15 @@ def specimens(family: str) -> list[Specimen]:
     few, chunk = tiles("experts_sort_few", family), tiles("experts_sort_chunk", family)
     count = {key: value for key, value in chunk.items() if key != "OTHERS"}
     for layer, (_, E, _, _) in LAYERS.items():
-        sizes = {"S": "i32", "E": E, "PAD_X": triton.next_power_of_2(E + 1)}
+        sizes = {"S": "i32", "E": E, "PAD_X": padded(E + 1)}
         index, order = {"index": "*i64:16"}, {"order": "*i32:16", "offsets": "*i32:16"}
         counts = {"counts": "*i32:16"}
-        found += [
-            specimen(f"sort_few, {layer}", sort_few, {**index, **order, **sizes}, few, False),
-            specimen(f"count_chunk, {layer}", count_chunk, {**index, **counts, **sizes}, count, False),
-            specimen(
-                f"sort_chunk, {layer}", sort_chunk, {**index, **counts, **order, **sizes, "chunks": "i32"}, chunk
-            ),
+        programs = [
+            (sort_few, {**index, **order}, few),
+            (count_chunk, {**index, **counts}, count),
+            (sort_chunk, {**index, **counts, **order, "chunks": "i32"}, chunk),
         ]
+        for kernel, arguments, row in programs:
+            label = f"{kernel.__name__}, {layer}"
+            found.append(specimen(label, kernel, {**arguments, **sizes}, row, matrix=False))
     return found

@@ -222,7 +222,7 @@ TILES: dict[str, dict[str, dict[str, int]]] = {
         "sm90": _product(128, 128, 32, 8, 4),
         "default": _product(64, 64, 32, 4, 3),
     },
-    "experts_sum": {"default": {"BLOCK": 1024, "num_warps": 4}},
+    "experts_sum": {"default": {"BLOCK_T": 8, "BLOCK_D": 256, "num_warps": 4}},
 }
 
 
