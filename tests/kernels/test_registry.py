@@ -19,6 +19,7 @@ from transformers_dsv3.kernels import (
     mla_training,
     public_kernels,
     selection,
+    triton_support,
 )
 from transformers_dsv3.kernels.registry import BACKENDS
 from transformers_dsv3.models.dsv3 import attention_dsv3
@@ -238,6 +239,16 @@ def test_a_model_on_a_gpu(tiny_config, monkeypatch):
         assert "no: is for CPUs, not cuda" in block(text, "attention, absorbed")["cpu"][1]
         assert "no: is for CPUs, not cuda" in block(text, "experts")["cpu"][1]
         assert "can be chosen" in block(text, "experts")["grouped_mm"][1]
+        assert "interpreted" in block(text, "attention, absorbed")["triton"][1]  # as these tests are run
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_support, "interpreted", lambda: False)
+            page = transformers_dsv3.explain(model)
+            for operation in ("attention, absorbed", "linear layers"):
+                assert block(page, operation)["triton"][0]
+            with selection.use(attention="torch", linear="torch"):
+                page = transformers_dsv3.explain(model)
+                for operation in ("attention, absorbed", "linear layers"):
+                    assert "no: " in block(page, operation)["triton"][1]
         assert 'can be chosen: generate(…, cache_implementation="static")' in block(text, "decoding step")["graph"][1]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")

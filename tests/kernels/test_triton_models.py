@@ -1,9 +1,11 @@
 """Whole models that decode by Triton's programs: the same text, one graph for every step, few launches."""
 
 import collections
+import re
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from tests.fake_gpu import Launches, fake_gpu, on_gpu
@@ -80,6 +82,26 @@ def test_generate_runs_every_step_as_one_graph(make_model, calls):
     assert len(graphs) == 1
     each = model.config.num_hidden_layers * (GREEDY["max_new_tokens"] - 1)
     assert (calls["attend"], calls["latent_rows"]) == (each, each)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow  # the compiler's C++ for a CPU
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiles with what the CPU has")
+def test_the_compiler_copies_no_cache(make_model):
+    """What the write returns of the caches is the caches: the compiler allocates nothing of their size."""
+    torch._dynamo.reset()
+    model = make_model()
+    attention = model.model.layers[0].self_attn
+    cache = StaticCache(config=model.config, max_cache_len=56)
+    angles = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
+    mask = torch.ones(2, 1, 1, 56, dtype=torch.bool)
+    with torch.no_grad(), selection.use(attention="triton", linear="triton"):
+        model(torch.arange(2, 14).view(2, 6), past_key_values=cache)
+        step = torch.compile(lambda x: attention(x, angles, mask, cache)[0], fullgraph=True)
+        _, (code,) = run_and_get_code(step, torch.randn(2, 1, 32))
+    assert "latent_rows.default(" in code and "mla_decode.default(" in code
+    sizes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code)
+    assert sizes and not [size for size in sizes if "56" in size]
     torch._dynamo.reset()
 
 

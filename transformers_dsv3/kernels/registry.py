@@ -68,11 +68,14 @@ def _absorbed(module: nn.Module) -> str | None:
     return module.why_not_absorbed()
 
 
+def _floating(module: nn.Module) -> torch.Tensor:
+    return next((p for p in module.parameters() if p.is_floating_point()), _weight(module))
+
+
 def _compiled(operation: str, module: nn.Module) -> str | None:
     """Why the compiled CPU backend serves no call of a module, be it without gradients; None if it serves some."""
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     with torch.no_grad():
-        return cpu_refusal(operation, _weight(module) if weight is None else weight)
+        return cpu_refusal(operation, _floating(module))
 
 
 def _compiled_absorbed(module: nn.Module) -> str | None:
@@ -85,6 +88,10 @@ def _compiled_experts(module: nn.Module) -> str | None:
 
 def _triton_absorbed(module: nn.Module) -> str | None:
     return _absorbed(module) or mla_triton.why_not(module)
+
+
+def _triton_norms(module: nn.Module) -> str | None:
+    return triton_support.triton_refusal("linear", _floating(module))
 
 
 def _public_absorbed(name: str, module: nn.Module) -> str | None:
@@ -134,7 +141,12 @@ BACKENDS = [
     Backend(EXPANDED, "cpu", "compiled, where sdpa is asked for", partial(_compiled, "attention")),
     Backend(EXPANDED, "cpu_training", "gradients in place, where sdpa is asked for", _training_attention),
     Backend(ABSORBED, "cpu", "compiled: reads each latent once for all heads", _compiled_absorbed),
-    Backend(ABSORBED, "triton", "GPU programs that read each latent once for many heads", _triton_absorbed),
+    Backend(
+        ABSORBED,
+        "triton",
+        "GPU programs: each latent read once for many heads; norm, rotation and cache in one launch",
+        _triton_absorbed,
+    ),
     _public("flash_mla", "FlashMLA; copies the whole context at every step, three times the memory traffic"),
     _public("flash_attention_3_mla", "FlashAttention 3 on the latents as they lie in the cache"),
     Backend(ABSORBED, "torch", "matrix products on the cached latents", _absorbed),
@@ -177,6 +189,7 @@ BACKENDS = [
     Backend(ADAPTED, "eager", "one expert after another", experts_lora.frozen_refusal),
     Backend(ADAPTED, "peft", "PEFT's own: adapters times adapters, of the size of all experts' weights", _always),
     Backend(LINEAR, "cpu", "compiled: reads the weights once for a few rows", partial(_compiled, "linear")),
+    Backend(LINEAR, "triton", "norms in one launch; products are PyTorch's own", _triton_norms),
     Backend(LINEAR, "onednn", "fp32 products with gradients by oneDNN instead of MKL", _onednn_linear),
     Backend(LINEAR, "torch", "PyTorch's own", _always),
     Backend(
@@ -247,7 +260,11 @@ def _adapted_in_use(parts: _Parts) -> dict[str, str]:
 
 
 def _linear_in_use(parts: _Parts) -> dict[str, str]:
-    notes = {"cpu": f"{WITHOUT_GRADIENTS}, for a few rows", "onednn": TRAINING}
+    notes = {
+        "cpu": f"{WITHOUT_GRADIENTS}, for a few rows",
+        "triton": f"{WITHOUT_GRADIENTS}, for norms",
+        "onednn": TRAINING,
+    }
     return _serving(LINEAR, parts.model, notes, "torch")
 
 
