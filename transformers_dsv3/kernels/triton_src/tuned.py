@@ -77,8 +77,8 @@ TILES: dict[str, dict[str, dict[str, int]]] = {
         "sm80": {"BLOCK_M": 16, "BLOCK_S": 32, "num_warps": 4, "num_stages": 4, "RESIDENT": 1},
         "sm89": {"BLOCK_M": 16, "BLOCK_S": 32, "num_warps": 4, "num_stages": 3, "RESIDENT": 1},
         "sm90": {"BLOCK_M": 16, "BLOCK_S": 32, "num_warps": 4, "num_stages": 3, "RESIDENT": 2},
-        "gfx90a": {"BLOCK_M": 16, "BLOCK_S": 32, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
-        "gfx942": {"BLOCK_M": 16, "BLOCK_S": 32, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
+        "gfx90a": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
+        "gfx942": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
         "default": {"BLOCK_M": 16, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
     },
     "mla_decode/32": {
