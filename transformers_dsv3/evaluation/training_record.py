@@ -221,6 +221,12 @@ def read_training_record(path: str | Path) -> dict[str, Any]:
     check_kind(source, values, RECORD, VERSION, "a training run")
     check_fields(source, values, _FIELDS)
     check_fields(source, values["checkpoint"], _IDENTITY_FIELDS, "checkpoint.")
+    for number, command in enumerate(values["commands"]):
+        check_fields(source, {"entry": command}, {"entry": (str,)}, f"commands.{number}.")
+    if values["base"] is not None:
+        check_fields(source, values["base"], {"name": (str,)}, "base.")
+    if values["parameters"] is not None:
+        check_fields(source, values["parameters"], {"trained": (int,), "total": (int,)}, "parameters.")
     for number, entry in enumerate(values["results"]):
         check_fields(source, {"entry": entry}, {"entry": (dict,)}, f"results.{number}.")
         check_fields(source, entry, _RESULT_FIELDS, f"results.{number}.")

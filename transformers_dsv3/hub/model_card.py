@@ -89,7 +89,7 @@ def model_card(
             folder of a card without weights, where `checkpoint_record.json` stands for them.
         results: a record of `transformers-dsv3 evaluate` or a folder with some, or several of these.
         name: what the model is called, or its name on the Hub (`namespace/name`); the folder's name if `None`.
-        license: an identifier of the Hub; "unknown" if not given. "other" goes with `license_name` and `license_link`.
+        license: an identifier of the Hub; not stated if `None`. "other" goes with `license_name` and `license_link`.
         base_model: name on the Hub of what the model was trained from.
         language: codes of ISO 639, or `code`.
 
