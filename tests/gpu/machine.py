@@ -10,7 +10,7 @@ import sys
 
 # Oldest that the package supports; newer ones than it was tried with are no reason not to try
 OLDEST = {"torch": "2.11", "transformers": "5.17", "triton": "3.6"}
-OPTIONAL = ("pytest", "hypothesis", "accelerate", "peft", "trl", "liger-kernel", "kernels")
+OPTIONAL = ("numpy", "pytest", "hypothesis", "accelerate", "peft", "trl", "liger-kernel", "kernels")
 FOR_TESTS = ("pytest", "hypothesis")
 
 
