@@ -65,6 +65,9 @@ RUN_BY = {
     "python setup.py": "tests/kernels/test_cpu_build.py",
     "examples/esft_study.py": "elsewhere: 20 minutes; its figures are in model_cards/esft",
     "examples/lora_study.py": "elsewhere: an hour and a half; its figures are in model_cards/lora",
+    "ahead_of_time": "tests/kernels/test_triton_compile.py",
+    "tests/gpu/run.sh": "tests/gpu/test_gpu_run.py",
+    "tests/compatibility.sh": "elsewhere: .ci/run",
     "tests/interop/run.sh": "elsewhere: installs 8 GB of other programs",
     "tests/kernels/sanitize.sh": "elsewhere: needs gcc's sanitizers, and two minutes",
     "python -m pytest": "elsewhere: it is what runs this",
@@ -140,7 +143,7 @@ class Parsed(Exception):
     pass
 
 
-def parse_script(words, monkeypatch):
+def parse_script(words, monkeypatch, run=lambda script: runpy.run_path(str(ROOT / script), run_name="__main__")):
     """Runs a script until its parser has taken the command line."""
     original = argparse.ArgumentParser.parse_known_args
 
@@ -153,7 +156,7 @@ def parse_script(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     with pytest.raises(Parsed):
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        run(words[0])
     monkeypatch.undo()
 
 
@@ -194,6 +197,8 @@ def parse(words, monkeypatch):
             parse_click(hf if hasattr(hf, "make_context") else typer.main.get_command(hf), words)
         case ["python", "-m", "pytest", *rest]:
             parse_pytest(rest)
+        case ["python", "-m", module, *rest]:
+            parse_script([module, *rest], monkeypatch, lambda name: runpy.run_module(name, run_name="__main__"))
         case ["python", "setup.py", *rest]:
             assert rest == ["build_ext", "--inplace"]
         case ["python", script, *rest]:

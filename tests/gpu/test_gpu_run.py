@@ -84,10 +84,10 @@ def test_time_that_runs_out_ends_a_stage(tmp_path):
         "pathlib.Path(sys.argv[1]).write_text('{\"child\": %d}' % child.pid)\n"
         "print('begun', flush=True); time.sleep(600)\n"
     )
-    stage = run.Stage("decoding", 5, [], ["-c", code, "{json}"])
+    stage = run.Stage("decoding", 10, [], ["-c", code, "{json}"])
     started = time.monotonic()
-    entry = run.run_stage(stage, "cpu", 5, tmp_path)
-    assert time.monotonic() - started < 5 + run.GRACE + 5
+    entry = run.run_stage(stage, "cpu", stage.seconds, tmp_path)
+    assert time.monotonic() - started < stage.seconds + run.GRACE + 5
     assert entry["outcome"] == "out of time" and entry["last_lines"] == ["begun"]
     status = Path(f"/proc/{entry['record']['child']}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
@@ -147,7 +147,7 @@ def test_targets():
     assert met([fast]) == [True, True, True, True, *[None] * 5, True]
     slow = kernels(triton=(1.9, 450e12, 2.1e-3))
     assert met([slow]) == [False, True, False, True, *[None] * 5, False]
-    assert "1.05×" in summary.targets([slow])[-1]["written"]
+    assert "1.050×" in summary.targets([slow])[-1]["written"]
     missing = kernels()
     missing["record"]["kernels"][0]["failed"] = {"triton": "needs a GPU"}
     assert summary.targets([missing])[0]["written"] == "not measured, triton: needs a GPU"

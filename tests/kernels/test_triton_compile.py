@@ -17,6 +17,7 @@ from transformers_dsv3.kernels.triton_src.tuned import FAMILIES
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
+MODULE = "transformers_dsv3.kernels.triton_src.ahead_of_time"
 PROGRAMS = sorted((ROOT / "transformers_dsv3" / "kernels" / "triton_src").glob("*.py"))
 
 # Programs of whose figures something is known, and some that fail
@@ -85,7 +86,7 @@ def compile_ahead(*arguments, folder=None):
     """The command's exit status and output."""
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([str(folder)] if folder else [])])
-    command = [sys.executable, "-m", "transformers_dsv3.kernels.triton_src.ahead_of_time", *map(str, arguments)]
+    command = [sys.executable, "-m", MODULE, *map(str, arguments)]
     done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
