@@ -126,5 +126,6 @@ def test_compiled_figures_are_of_every_family():
         family = FAMILIES[named(row["family"])[0]]
         assert row["devices"] == family.devices
         largest, of = (int(number) for number in re.match(r"(\d+) of (\d+) KiB", row["shared memory"]).groups())
-        assert of == family.shared // 1024 and largest <= of
+        assert of == family.shared // 1024
+        assert largest <= of or row["shared memory"].endswith("does not fit")
         assert row["spilled"] == "0"

@@ -92,7 +92,7 @@ TILES: dict[str, dict[str, dict[str, int]]] = {
     "mla_decode/64": {
         "sm80": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 8, "num_stages": 3, "RESIDENT": 1},
         "sm89": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 8, "num_stages": 2, "RESIDENT": 1},
-        "sm90": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 8, "num_stages": 3, "RESIDENT": 1},
+        "sm90": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 8, "num_stages": 2, "RESIDENT": 1},
         "gfx90a": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
         "gfx942": {"BLOCK_M": 64, "BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "RESIDENT": 1},
         "default": {"BLOCK_M": 32, "BLOCK_S": 16, "num_warps": 8, "num_stages": 2, "RESIDENT": 1},
