@@ -9,10 +9,11 @@ import math
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from transformers_dsv3.kernels import rows_triton, selection, triton_support
 from transformers_dsv3.models.dsv3.attention_dsv3 import rotate
-from transformers_dsv3.models.dsv3.cache_dsv3 import SPARE_TOKENS, next_place
+from transformers_dsv3.models.dsv3.cache_dsv3 import filled_positions, next_place
 from transformers_dsv3.models.dsv3.norm_dsv3 import Dsv3RMSNorm
 
 
@@ -144,17 +145,19 @@ def test_places_in_caches(tiny_config):
         # Transformers goes on where the kernel left off
         keys, _ = cache.update(latent[:, :, :1], k_rope[:, :, :1], LAYER)
         assert torch.equal(keys[:, :, 6], latent[:, :, 0]) and int(cache.get_seq_length()) == 7
-    assert SPARE_TOKENS > 1 and next_place(None, token, LAYER) is None
+    assert next_place(None, token, LAYER) is None
 
-    class Own(StaticCache):
+    class OwnCache(StaticCache):
+        """May keep its tensors elsewhere."""
+
+    class OwnLayer(StaticLayer):
         pass
 
-    for cache in (Own(config=config, max_cache_len=8), StaticCache(config=config, max_cache_len=8, offloading=False)):
+    own, with_own_layer = OwnCache(config=config, max_cache_len=8), StaticCache(config=config, max_cache_len=8)
+    with_own_layer.layers[LAYER] = OwnLayer(max_cache_len=8)
+    for cache in (own, with_own_layer):
         cache.update(latent, k_rope, LAYER)
-    layer = cache.layers[LAYER]
-    cache.layers[LAYER] = type("Layer", (type(layer),), {}).__new__(type("Layer", (type(layer),), {}))
-    cache.layers[LAYER].__dict__.update(layer.__dict__)
-    assert next_place(cache, token, LAYER) is None
+        assert next_place(cache, token, LAYER) is None and filled_positions(cache, LAYER) is None
 
 
 def test_what_is_not_for_it_is_refused(make_model):

@@ -142,7 +142,7 @@ def next_place(cache: Cache | None, latent: torch.Tensor, layer_idx: int) -> Pla
 
 def _static(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
     """A layer of Transformers' static cache itself, which is not offloaded either."""
-    if not isinstance(cache, StaticCache) or getattr(cache, "offloading", False):
+    if cache is None or type(cache) is not StaticCache or getattr(cache, "offloading", False):
         return None
     layer = cache.layers[layer_idx]
     return layer if type(layer) is StaticLayer else None
