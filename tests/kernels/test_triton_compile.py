@@ -20,6 +20,9 @@ ROOT = Path(__file__).parents[2]
 MODULE = "transformers_dsv3.kernels.triton_src.ahead_of_time"
 PROGRAMS = sorted((ROOT / "transformers_dsv3" / "kernels" / "triton_src").glob("*.py"))
 
+# What examples/gpu.md says does not fit: latents of 512 in fp32 are too large for 64 KiB
+TOO_LARGE = {("default", "decode_part, 16 heads, fp32, fp32")}
+
 # Programs of whose figures something is known, and some that fail
 SPECIMENS = """
 import os
@@ -101,14 +104,15 @@ def test_every_program_compiles_for_every_family(tmp_path):
     assert with_programs
     status, output = compile_ahead("--json", tmp_path / "report.json")
     print(output)
-    assert status == 0, output
     record = json.loads((tmp_path / "report.json").read_text())
     reports = record["reports"]
     assert {each["module"].rpartition(".")[2] for each in reports} == with_programs
     assert {each["family"] for each in reports} == set(FAMILIES)
     assert not record["unlisted"]
+    assert {(each["family"], each["label"]) for each in reports if each["problem"]} == TOO_LARGE
+    assert status == 1
     for each in reports:
-        assert each["problem"] is None and each["spills"] == 0 and each["registers"] > 0, each
+        assert each["spills"] == 0 and each["registers"] > 0, each
 
 
 @pytest.fixture(scope="module")
