@@ -290,7 +290,7 @@ def test_static_caches_and_parts_of_a_layer(checkpoint, tmp_path):
         ("attention", 7, None),
     ]
     for entry in results["kernels"][:3]:
-        assert "triton" in entry["failed"]  # on a CPU it is interpreted at best
+        assert {"triton", "liger"} <= entry["failed"].keys()  # on a CPU they are interpreted at best
     for entry in results["kernels"]:
         assert {"eager", "grouped_mm", "auto"} <= set(entry["contenders"]) or "torch" in entry["contenders"]
         for figures in entry["contenders"].values():

@@ -20,9 +20,6 @@ ROOT = Path(__file__).parents[2]
 MODULE = "transformers_dsv3.kernels.triton_src.ahead_of_time"
 PROGRAMS = sorted((ROOT / "transformers_dsv3" / "kernels" / "triton_src").glob("*.py"))
 
-# What examples/gpu.md says does not fit: latents of 512 in fp32 are too large for 64 KiB
-TOO_LARGE = {("default", "decode_part, 16 heads, fp32, fp32")}
-
 # Programs of whose figures something is known, and some that fail
 SPECIMENS = """
 import os
@@ -109,8 +106,8 @@ def test_every_program_compiles_for_every_family(tmp_path):
     assert {each["module"].rpartition(".")[2] for each in reports} == with_programs
     assert {each["family"] for each in reports} == set(FAMILIES)
     assert not record["unlisted"]
-    assert {(each["family"], each["label"]) for each in reports if each["problem"]} == TOO_LARGE
-    assert status == 1
+    assert not [each for each in reports if each["problem"]]
+    assert status == 0
     for each in reports:
         assert each["spills"] == 0 and each["registers"] > 0, each
 

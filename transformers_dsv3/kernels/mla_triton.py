@@ -17,6 +17,8 @@ from .triton_support import on_device, triton_refusal
 # More are another program's: with 8 queries and 16 heads each latent is read twice already
 MOST_QUERIES = 8
 WIDEST_LATENT, WIDEST_ROTARY = 512, 128
+# In fp32, where no more shared memory is known of than every GPU has
+WIDEST_UNKNOWN_FP32 = 256
 # Programs that the interpreter is taken to run at a time, for contexts to be divided there too
 INTERPRETED_PLACES = 4
 
@@ -28,7 +30,7 @@ def why_not(attention: nn.Module) -> str | None:
         attention: has `kv_b_proj`, `kv_lora_rank` and `qk_rope_head_dim`.
     """
     weight = attention.kv_b_proj.weight
-    if (reason := _width_refusal(attention.kv_lora_rank, attention.qk_rope_head_dim)) is not None:
+    if (reason := _width_refusal(weight, attention.kv_lora_rank, attention.qk_rope_head_dim)) is not None:
         return reason
     return triton_refusal("attention", weight)
 
@@ -61,7 +63,7 @@ def _refusal(
 ) -> str | None:
     if q_nope.shape[2] > MOST_QUERIES:
         return f"takes {MOST_QUERIES} queries of a sequence at most"
-    if (reason := _width_refusal(latent.shape[-1], k_rope.shape[-1])) is not None:
+    if (reason := _width_refusal(latent, latent.shape[-1], k_rope.shape[-1])) is not None:
         return reason
     if latent.stride(-1) != 1 or k_rope.stride(-1) != 1:
         return "takes caches whose last dimension is contiguous"
@@ -76,10 +78,19 @@ def _refusal(
     return triton_refusal("attention", q_nope, latent, k_rope, kv_b_weight)
 
 
-def _width_refusal(rank: int, rotary: int) -> str | None:
+def _width_refusal(tensor: torch.Tensor, rank: int, rotary: int) -> str | None:
     if rank > WIDEST_LATENT:
         return f"takes latents of {WIDEST_LATENT} at most"
+    if rank > WIDEST_UNKNOWN_FP32 and tensor.dtype is torch.float32 and tensor.is_cuda and _is_unknown(tensor.device):
+        return f"takes latents of {WIDEST_UNKNOWN_FP32} at most in fp32 on GPUs without tile sizes of their own"
     return f"takes rotary keys of {WIDEST_ROTARY} at most" if rotary > WIDEST_ROTARY else None
+
+
+@torch.compiler.assume_constant_result
+def _is_unknown(device: torch.device) -> bool:
+    from .triton_src.tuned import family_of
+
+    return family_of(device) == "default"
 
 
 def absorbed_attention(

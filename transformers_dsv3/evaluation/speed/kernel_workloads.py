@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ...kernels import mla_cpu, mla_triton, registry, selection, triton_support
+from ...kernels import experts_liger, mla_cpu, mla_triton, registry, selection, triton_support
 from ...models.dsv3.attention_dsv3 import absorbed_attention, softmax_scale
 from ...models.dsv3.configuration_dsv3 import Dsv3Config
 from ...models.dsv3.moe_dsv3 import Dsv3Experts
@@ -28,6 +28,7 @@ CALLS = 8
 ON_THE_HOST = ("eager",)
 FROM_THE_HUB = ("deepgemm", "sonicmoe")
 WITHOUT_GRADIENTS = ("cpu",)
+IN_TRITON = (triton_support.NAME, experts_liger.NAME)
 DEVIATION = 0.02  # of weights
 
 
@@ -305,7 +306,7 @@ def attention_part(config: Dsv3Config, batch: int, context: int, dtype: torch.dt
 
 def interpreted(name: str) -> str | None:
     """The reason why a backend's time would mean nothing: Triton's interpreter is for tests."""
-    if name == triton_support.NAME and triton_support.interpreted():
+    if name in IN_TRITON and triton_support.interpreted():
         return "is interpreted, as TRITON_INTERPRET asks"
     return None
 

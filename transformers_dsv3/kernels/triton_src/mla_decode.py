@@ -365,7 +365,8 @@ def specimens(family: str) -> list[Specimen]:
         ("16 heads, pages", 16, 1, torch.bfloat16, {"page": 64, "lengths": "i32"}),
         ("16 heads, two queries, pages", 16, 2, torch.float16, {"page": 64, "lengths": "i32"}),
         ("128 heads, pages", 128, 1, torch.bfloat16, {"page": 64, "lengths": "i32"}),
-        ("16 heads, fp32", 16, 1, torch.float32, {}),
+        # The widest latents in fp32 that all GPUs without tiles of their own are sure to have room for
+        ("16 heads, fp32", 16, 1, torch.float32, {"rank": 256 if family == "default" else 512}),
     ]
     found = [
         _part_specimen(family, f"decode_part, {label}", heads, queries, dtype, **rest)
@@ -394,6 +395,7 @@ def _part_specimen(
     mask: int = NO_MASK,
     lengths: str | None = None,
     page: int = 0,
+    rank: int = 512,
 ) -> Specimen:
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     values = f"*{short}:16"
@@ -415,7 +417,7 @@ def _part_specimen(
     }
     constants = {
         "QUERIES": queries,
-        "R": 512,
+        "R": rank,
         "P": 64,
         "PAGE": page,
         "MASK": mask,
@@ -423,7 +425,7 @@ def _part_specimen(
         "PRECISION": "ieee",
         "BLOCK_M": options.pop("BLOCK_M"),
         "BLOCK_S": options.pop("BLOCK_S"),
-        "BLOCK_R": 512,
+        "BLOCK_R": rank,
         "BLOCK_P": 64,
         **{name: None for name, kind in given.items() if kind is None},
     }
