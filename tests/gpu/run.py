@@ -166,7 +166,9 @@ def commit() -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/gpu/run.sh", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help="For the results. Default: results/.")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=RESULTS, help="For the results. Default: tests/gpu/results."
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="For everything. Default: 8.")
     names = [stage.name for stage in STAGES]
     parser.add_argument("--only", default=",".join(names), metavar="STAGE,...", help=f"Any of {', '.join(names)}.")

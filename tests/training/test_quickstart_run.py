@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -92,6 +93,9 @@ def test_foreign_folders_and_files_are_refused(tmp_path):
         with pytest.raises(QuickstartError, match="file is a file, not a folder") as caught:
             check_output(tmp_path / below)
         assert caught.value.option == "--output"
+    if Path("/proc").is_dir():  # where nobody can write, whatever permissions say
+        with pytest.raises(QuickstartError, match="nothing can be written in /proc"):
+            check_output(Path("/proc/quickstart"))
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty")
     (tmp_path / "killed" / "training").mkdir(parents=True)

@@ -140,7 +140,9 @@ def run_quickstart(
             "seconds": outcome.seconds,
             "tokens_per_second": outcome.tokens / outcome.seconds if outcome.seconds else None,
         },
-        **measure_checkpoint(output, corpus, window=settings.block_length, prompts=prompts, seed=run.seed),
+        **measure_checkpoint(
+            output, corpus, window=settings.block_length, prompts=prompts, seed=run.seed, say=typer.echo
+        ),
     }
     held_out = results["held_out"]
     save_training_record(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,21 @@ PYTHON_PROMPTS = ("def main(", "class Stack:\n    def __init__(self", "import os
 
 
 def measure_checkpoint(
-    folder: Path, corpus: Corpus, *, window: int, prompts: tuple[str, ...], seed: int, new_tokens: int = 64
+    folder: Path,
+    corpus: Corpus,
+    *,
+    window: int,
+    prompts: tuple[str, ...],
+    seed: int,
+    new_tokens: int = 64,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Load the folder through the Auto classes and measure what the quickstart prints.
 
     Args:
         window: tokens of context for bits per byte; decoding continues held-out passages of half as many.
         prompts: what the pipeline completes, sampling as the folder's generation config says, from `seed`.
+        say: is told what is being measured.
 
     Returns:
         `held_out` (bits per byte), `routing` (load of the experts on the same text), `decode` (tokens a second, MTP
@@ -44,7 +52,9 @@ def measure_checkpoint(
     held_out_bytes = "".join(texts).encode("utf-8")
     stream = token_stream(tokenizer, texts)
 
+    say(f"Measuring the loss on {len(held_out_bytes) / 1e6:.2f} MB of held-out text …")
     quality = bits_per_byte(model, stream, len(held_out_bytes), window=window, stride=window // 2)
+    say("Measuring decoding, beside native Transformers …")
     with one_thread():
         decoding = measure_decoding(folder, model, spaced_passages(stream, 8, window // 2), new_tokens, seed)
         set_seed(seed)
@@ -53,6 +63,8 @@ def measure_checkpoint(
             {"prompt": prompt, "text": writer(prompt, return_full_text=False)[0]["generated_text"]}
             for prompt in prompts
         ]
+    say("Measuring the use of experts …")
+    routing = routing_report(model, stream, window=window).to_dict()
     return {
         "held_out": {
             "bits_per_byte": quality.value,
@@ -62,7 +74,7 @@ def measure_checkpoint(
             "window": window,
             "stride": window // 2,
         },
-        "routing": routing_report(model, stream, window=window).to_dict(),
+        "routing": routing,
         **decoding,
         "completions": completions,
         "machine": {

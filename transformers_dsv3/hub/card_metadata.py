@@ -38,11 +38,8 @@ _NOT_IN_IDENTIFIERS = re.compile(r"[^\w.]+", re.ASCII)
 _HUMAN_EVAL = "openai/openai_humaneval"
 
 
-def check_options(options: dict[str, Any]) -> str | None:
+def check_options(options: dict[str, Any]) -> None:
     """Refuse what the Hub would refuse of the metadata that a user gives.
-
-    Returns:
-        A sentence on what may be meant otherwise, or None.
 
     Raises:
         ValueError: naming the option.
@@ -62,11 +59,12 @@ def check_options(options: dict[str, Any]) -> str | None:
     base = options.get("base_model")
     if base is not None and not REPO_ID.fullmatch(base):
         raise ValueError(f"base_model {base!r} is no name on the Hub (namespace/name)")
-    if license is None or license in LICENSES:
-        return None
-    near = difflib.get_close_matches(license, LICENSES, 1)
-    meant = f", perhaps {near[0]!r}" if near else ""
-    return f"license {license!r} is not among the Hub's identifiers{meant}: others are 'other', with a name and a link"
+    if license is not None and license not in LICENSES:
+        near = difflib.get_close_matches(license, LICENSES, 1)
+        meant = f", perhaps {near[0]!r}" if near else ""
+        raise ValueError(
+            f"license {license!r} is none of the Hub's identifiers{meant}: others are 'other', with a name and a link"
+        )
 
 
 def metadata(sources: CardSources, name: str, options: dict[str, Any]) -> ModelCardData:

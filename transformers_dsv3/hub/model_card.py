@@ -115,12 +115,12 @@ def model_card(
     }
     options = card_options(folder / CARD, given)
     try:
-        remark = check_options(options)
+        check_options(options)
     except ValueError as error:
         raise CardError(str(error)) from None
     sources = read_sources(folder, results)
     card, missing = _render(sources, options, folder)
-    card.remarks = [] if remark is None else [remark]
+    card.remarks = []
     if missing:
         names = ", ".join(f"{FOLDER}/{figure.name}" for figure in missing)
         card.remarks.append(f"{names}: not drawn without matplotlib (pip install 'transformers-dsv3[plot]')")
@@ -197,8 +197,8 @@ def target_problem(folder: Path, target: Path, force: bool) -> str | None:
 
 
 def card_options(card: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The given options, and those that are not given from the card that is there."""
-    kept = unsealed(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    """The given options, and those that are not given from the card that is there, changed by hand or not."""
+    kept = _told(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
     options = {key: value for key, value in given.items() if value is not None}
     if "license" in options:  # its name and link belong to another one
         kept = {key: value for key, value in (kept or {}).items() if not key.startswith("license")}
@@ -218,7 +218,16 @@ def unsealed(content: str) -> dict[str, Any] | None:
     if found is None:
         return None
     blank = content.replace(f"{found[2]} -->", f"{_UNSEALED} -->")
-    return dict(json.loads(found[1])) if _digest(blank) == found[2] else None
+    return _told(content) if _digest(blank) == found[2] else None
+
+
+def _told(content: str) -> dict[str, Any] | None:
+    """The options in a card's last line; None where there are none."""
+    found = _SEAL.search(content)
+    try:
+        return None if found is None else dict(json.loads(found[1]))
+    except (ValueError, TypeError):  # changed by hand
+        return None
 
 
 def _render(sources: CardSources, options: dict[str, Any], folder: Path) -> tuple[CheckpointCard, list[CardFigure]]:

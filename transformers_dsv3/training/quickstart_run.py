@@ -12,7 +12,7 @@ then: importing the package registers the plugin's classes.)
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,11 @@ def check_output(output: Path) -> None:
             raise QuickstartError(
                 "--output", f"{output} holds something else ({', '.join(others[:3])}): choose a new folder"
             )
-    if not os.access(existing, os.W_OK):
-        raise QuickstartError("--output", f"{output} cannot be written")
+    try:  # permissions do not tell all
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise QuickstartError("--output", f"nothing can be written in {existing}: {error.strerror}") from None
 
 
 def plan_run(
