@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,6 +100,8 @@ def routing(
     ]
     for name, report in reports:
         show(name, report, source)
+    from ..training.whole_files import write_whole
+
     if json is not None:
         record = {"text": source, "dtype": dtype, "device": device or "cpu"}
         checkpoints = [{"checkpoint": name, **report.to_dict()} for name, report in reports]
@@ -116,27 +117,15 @@ def routing(
 
 
 def file_problem(path: Path) -> str | None:
-    """Why `path` cannot be written, in one line; None where it can. Tried, since permissions do not tell all."""
+    """Why `path` cannot be written, in one line; None where it can."""
+    from ..training.whole_files import unwritable
+
     folder = path.absolute().parent
     if path.is_dir():
         return f"{path} is a folder, not a file"
     if not folder.is_dir():
         return f"there is no folder {folder}"
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return None
-    except OSError as error:
-        return f"nothing can be written in {folder}: {error.strerror}"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return unwritable(folder)
 
 
 def load_config(option: str, checkpoint: str, window: int) -> Any:

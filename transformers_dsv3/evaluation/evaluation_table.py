@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .evaluation_record import EvaluationRecord
 from .routing import RoutingReport
 from .speed.record import BUSY
@@ -53,13 +55,16 @@ def _speed(record: EvaluationRecord) -> list[tuple[str, str, str]]:
     return [*rows, ("cache bytes a token", f"{speed['cache_bytes_per_token']:,.0f}", "all layers")]
 
 
-def _tasks(record: EvaluationRecord) -> list[tuple[str, str, str]]:
+def outer_tasks(record: EvaluationRecord) -> dict[str, Any]:
+    """The tasks that are shown: none that another one sums up, as mmlu does 57. The record has them all."""
     tasks = record.tasks or {}
-    rows = []
     inner = {member for task in tasks.values() if task["metrics"] for member in task["subtasks"]}
-    for name, task in tasks.items():
-        if name in inner:  # one of the 57 of mmlu, say; the record has them
-            continue
+    return {name: task for name, task in tasks.items() if name not in inner}
+
+
+def _tasks(record: EvaluationRecord) -> list[tuple[str, str, str]]:
+    rows = []
+    for name, task in outer_tasks(record).items():
         beside = f"{task['n']} documents, {task['num_fewshot']} examples"
         beside += "; prompts longer than the context were cut" if task["truncated"] else ""
         for metric, figure in task["metrics"].items():

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..evaluation.evaluation_record import EvaluationRecord
+from ..evaluation.evaluation_table import outer_tasks
 from ..evaluation.routing import moe_layers
 from .card_sources import CardSources
 from .card_usage import auto_class
@@ -136,10 +137,8 @@ def _results(record: EvaluationRecord) -> Iterator[EvalResult]:
                     metric_value=value,
                     metric_name="bits per byte" if metric == "bits_per_byte" else "perplexity of a token",
                 )
-    tasks = record.tasks or {}
-    inner = {member for task in tasks.values() if task["metrics"] for member in task["subtasks"]}
-    for name, task in tasks.items():
-        for metric, figure in task["metrics"].items() if name not in inner else ():
+    for name, task in outer_tasks(record).items():
+        for metric, figure in task["metrics"].items():
             if (value := _number(figure["value"])) is not None:
                 data = _task_data(name, task)
                 yield EvalResult(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from huggingface_hub import ModelCard
 from ..evaluation.shareable import shareable_text
 from ..evaluation.training_record import TRAINING_RECORD
 from ..training.run_folder import is_template
+from ..training.whole_files import unwritable, write_whole
 from .card_figures import FOLDER, CardFigure, card_figures, drawn_from
 from .card_metadata import check_options, metadata
 from .card_sections import evaluation_section, introduction, model_section, training_section
@@ -62,13 +62,13 @@ class CheckpointCard(ModelCard):
         beside_weights = _has_weights(folder)
         for name, data in self.records.items():
             if not (beside_weights and name in (CONFIG, ADAPTER_CONFIG)):
-                _write(folder / name, data)
+                write_whole(folder / name, data)
         for name, data in self.figures.items():
-            _write(folder / FOLDER / name, data)
+            write_whole(folder / FOLDER / name, data)
         for path in (folder / FOLDER).glob("*.png"):
             if path.name not in self.figures and drawn_from(path.read_bytes()) is not None:
                 path.unlink()  # of a card that had more to show
-        _write(Path(filepath), str(self).encode())
+        write_whole(Path(filepath), str(self).encode())
 
 
 def model_card(
@@ -182,11 +182,8 @@ def target_problem(folder: Path, target: Path, force: bool) -> str | None:
     existing = target
     while not existing.exists():
         existing = existing.parent
-    try:  # permissions do not tell all
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        return f"nothing can be written in {existing}: {error.strerror}"
+    if (problem := unwritable(existing)) is not None:
+        return problem
     if target.resolve() == folder.resolve() or not target.is_dir():
         return None
     if _has_weights(target):
@@ -268,13 +265,3 @@ def _has_weights(folder: Path) -> bool:
 
 def _digest(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _write(path: Path, data: bytes) -> None:
-    """So that a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -12,13 +12,13 @@ then: importing the package registers the plugin's classes.)
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from . import checkpoints
 from .checkpoints import checkpoint_step, write_json
+from .whole_files import unwritable
 
 
 RESULTS_NAME = "quickstart_results.json"
@@ -125,11 +125,8 @@ def check_output(output: Path) -> None:
             raise QuickstartError(
                 "--output", f"{output} holds something else ({', '.join(others[:3])}): choose a new folder"
             )
-    try:  # permissions do not tell all
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise QuickstartError("--output", f"nothing can be written in {existing}: {error.strerror}") from None
+    if (problem := unwritable(existing)) is not None:
+        raise QuickstartError("--output", problem)
 
 
 def plan_run(
