@@ -303,7 +303,7 @@ def test_compiles_without_a_break():
 @pytest.fixture
 def launches(monkeypatch):
     """Launches instead of programs: `(program, grid)` of each; and tensors on "cuda" count as on a GPU of Triton's."""
-    from transformers_dsv3.kernels.triton_src import experts_backward, experts_forward, experts_rows, experts_sort
+    from transformers_dsv3.kernels.triton_src import experts_backward, experts_forward, experts_sort
 
     made = []
 
@@ -322,7 +322,7 @@ def launches(monkeypatch):
     for module, names in programs.items():
         for name in names:
             monkeypatch.setattr(module, name, Program(name))
-    monkeypatch.setattr(experts_rows, "on_device_of", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(experts_triton, "on_device", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(triton_support, "interpreted", lambda: False)
     return made
 

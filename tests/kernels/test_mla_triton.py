@@ -358,3 +358,15 @@ def test_errors_are_no_larger_than_those_of_torch(measured):
     )
     measured[f"Triton's absorbed attention, {HALF}: error over torch's own"] = ours / torchs
     assert ours <= 1.05 * torchs
+
+
+def test_tf32_as_asked_for_by_the_newer_setting():
+    """PyTorch raises where the older one is read after the newer was set."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert triton_support.precision() == ("ieee" if torch.version.hip else "tf32")
+        assert Case(S=40).run().isfinite().all()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert triton_support.precision() == "ieee"

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .experts_cpu import experts_refusal as stack_refusal
 from .selection import PLAIN
-from .triton_support import NAME, device_refusal, triton_refusal
+from .triton_support import NAME, device_refusal, on_device, triton_refusal
 
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -100,13 +100,13 @@ def _forward(
         The output `(T, D)`; then what the backward pass needs, empty without `keep`: gate and up products, the order
         of the pairs, and where each expert's begin in it.
     """
-    from .triton_src import experts_forward, experts_rows, experts_sort
+    from .triton_src import experts_forward, experts_sort
 
     E = gate_up_EID.shape[0]
     if not index_TK.numel():
         return _empty(hidden_TD, index_TK, gate_up_EID, dtype, keep, fill=0)
     index_TK, mixing_TK = index_TK.contiguous(), mixing_TK.contiguous()
-    with experts_rows.on_device_of(hidden_TD):
+    with on_device(hidden_TD):
         order_S, offsets_X = experts_sort.sort_pairs(index_TK, E)
         sorting = (order_S, offsets_X)
         x_TD = hidden_TD.to(dtype).contiguous()
@@ -162,7 +162,7 @@ def _backward(
     needs_down: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden states, mixing weights, `gate_up_proj` and `down_proj`; empty where not needed."""
-    from .triton_src import experts_backward, experts_forward, experts_rows
+    from .triton_src import experts_backward, experts_forward
 
     inputs = (hidden_TD, mixing_TK, gate_up_EID, down_EDI)
     needs = (needs_hidden, needs_mixing, needs_gate_up, needs_down)
@@ -172,7 +172,7 @@ def _backward(
     index_TK, mixing_TK = index_TK.contiguous(), mixing_TK.contiguous()
     T, K = index_TK.shape
     sorting, dtype = (order_S, offsets_X), kept_SI.dtype
-    with experts_rows.on_device_of(hidden_TD):
+    with on_device(hidden_TD):
         grad_TD = grad_TD.to(dtype).contiguous()
         d_kept_SI, activation_SI, results[1] = experts_backward.through_activations(
             grad_TD, *sorting, mixing_TK, down_EDI, kept_SI, needs_hidden or needs_gate_up, needs_down, needs_mixing

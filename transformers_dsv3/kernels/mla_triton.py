@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .selection import mask_refusal
-from .triton_support import on_device, triton_refusal
+from .triton_support import on_device, precision, triton_refusal
 
 
 # More are another program's: with 8 queries and 16 heads each latent is read twice already
@@ -212,7 +212,6 @@ def _mla_decode(
     q_latent, q_rope, latent, k_rope = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope, latent, k_rope)
     )
-    precision = "tf32" if q_latent.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
     with on_device(latent):
         return mla_decode.attend(
             q_latent,
@@ -224,7 +223,7 @@ def _mla_decode(
             pages,
             causal,
             scaling,
-            precision,
+            precision(),
             _processors(latent.device),
         )
 

@@ -79,6 +79,12 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def precision() -> str:
+    """How products of fp32 are computed: as PyTorch's own are on NVIDIA GPUs."""
+    tf32 = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
 def triton_refusal(operation: str, x: torch.Tensor, *weights: torch.Tensor) -> str | None:
     """The reason why Triton's programs do not take a call, or None where they do. Says nothing about gradients.
 

@@ -6,7 +6,6 @@ last tile end at once. Numbers that change from call to call are not specialised
 anew, which a CUDA graph could not hold.
 """
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_support import precision
 from .tuned import FAMILIES, Specimen, family_of, tiles
 
 
@@ -55,17 +55,6 @@ def read(pointers, mask, WHOLE: tl.constexpr):
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=mask, other=0)
-
-
-def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which is to be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def precision() -> str:
-    """How products of fp32 are computed: as PyTorch's own are on NVIDIA GPUs."""
-    tf32 = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
 
 
 def height_of(tokens: int, pairs: int, experts: int) -> int:
