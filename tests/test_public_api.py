@@ -9,6 +9,12 @@ import transformers_dsv3
 
 
 NAMES = [
+    "DeepseekV3Config",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3ForSequenceClassification",
+    "DeepseekV3ForTokenClassification",
+    "DeepseekV3Model",
+    "DeepseekV3PreTrainedModel",
     "Dsv3Config",
     "Dsv3ForCausalLM",
     "Dsv3ForSequenceClassification",
@@ -17,6 +23,7 @@ NAMES = [
     "Dsv3PreTrainedModel",
     "ESFTCallback",
     "ExpertSelection",
+    "KimiK2Config",
     "LoadBalancingCallback",
     "MtpObjectiveCallback",
     "explain",
@@ -47,7 +54,7 @@ def test_docstrings(name):
 
 
 def test_classes_are_found_by_transformers_naming():
-    for name in NAMES[1:6]:
+    for name in [*NAMES[1:6], *NAMES[7:12]]:
         assert getattr(transformers_dsv3, name).config_class is transformers_dsv3.Dsv3Config
 
 
@@ -57,7 +64,7 @@ def test_arguments_and_errors_are_described(name):
     text = inspect.getdoc(thing)
     own = thing if inspect.isfunction(thing) else vars(thing).get("__init__", lambda: None)
     parameters = [parameter for parameter in inspect.signature(own).parameters if parameter not in ("self", "config")]
-    if not name.startswith("Dsv3"):
+    if not name.startswith(("Dsv3", "DeepseekV3", "KimiK2")):
         assert not parameters or ("Args:" in text or "Attributes:" in text)
         assert all(re.search(rf"\b{parameter}\b", text) for parameter in parameters)
         if parameters:

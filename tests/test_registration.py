@@ -58,18 +58,18 @@ def test_only_an_import_is_needed(saved):
         """
         import sys
         from transformers import AutoModelForCausalLM
-        before = type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__
+        before = type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__.split(".")[0]
         import transformers_dsv3
-        print(before, type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
+        print(before, type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__.split(".")[0])
         """
     )
     run = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, timeout=240)
-    assert run.stdout.split() == ["DeepseekV3ForCausalLM", "Dsv3ForCausalLM"], run.stderr
+    assert run.stdout.split() == ["transformers", "transformers_dsv3"], run.stderr
 
 
 def test_weights_cross_both_ways(make_model, saved, tmp_path):
     """The plugin's checkpoint in native, saved again by it, and that in the plugin: the same tensors throughout."""
-    main = {name: tensor for name, tensor in make_model().state_dict().items() if "layers.2." not in name}
+    main = {name: tensor for name, tensor in make_model().state_dict().items() if ".mtp." not in name}
 
     def assert_same(model):
         state = model.state_dict()

@@ -5,18 +5,31 @@ from typing import Any
 
 from .kernels.registry import explain
 from .models.dsv3 import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV3ForSequenceClassification,
+    DeepseekV3ForTokenClassification,
+    DeepseekV3Model,
+    DeepseekV3PreTrainedModel,
     Dsv3Config,
     Dsv3ForCausalLM,
     Dsv3ForSequenceClassification,
     Dsv3ForTokenClassification,
     Dsv3Model,
     Dsv3PreTrainedModel,
+    KimiK2Config,
 )
 from .registration import is_registered, register, unregister
 
 
 __version__ = "0.1.0"
 __all__ = [
+    "DeepseekV3Config",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3ForSequenceClassification",
+    "DeepseekV3ForTokenClassification",
+    "DeepseekV3Model",
+    "DeepseekV3PreTrainedModel",
     "Dsv3Config",
     "Dsv3ForCausalLM",
     "Dsv3ForSequenceClassification",
@@ -25,6 +38,7 @@ __all__ = [
     "Dsv3PreTrainedModel",
     "ESFTCallback",
     "ExpertSelection",
+    "KimiK2Config",
     "LoadBalancingCallback",
     "MtpObjectiveCallback",
     "explain",

@@ -6,48 +6,54 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    DeepseekV3Config,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.deepseek_v3 import configuration_deepseek_v3 as native
 from transformers.utils import is_peft_available
 
 from .compression.quantizer_fp8 import register_fp8
 from .kernels import experts_auto, experts_grouped, experts_liger
 from .models.dsv3 import (
-    Dsv3Config,
-    Dsv3ForCausalLM,
-    Dsv3ForSequenceClassification,
-    Dsv3ForTokenClassification,
-    Dsv3Model,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV3ForSequenceClassification,
+    DeepseekV3ForTokenClassification,
+    DeepseekV3Model,
+    KimiK2Config,
 )
 from .models.dsv3.checkpoint_conversion_dsv3 import deepseek_v3_conversion_mapping
 
 
 MODEL_TYPE = "deepseek_v3"
+CONFIGS = (DeepseekV3Config, KimiK2Config)
 NATIVE_CONVERSION = get_checkpoint_conversion_mapping(MODEL_TYPE)
 AUTO_CLASSES = {
-    AutoModel: Dsv3Model,
-    AutoModelForCausalLM: Dsv3ForCausalLM,
-    AutoModelForSequenceClassification: Dsv3ForSequenceClassification,
-    AutoModelForTokenClassification: Dsv3ForTokenClassification,
+    AutoModel: DeepseekV3Model,
+    AutoModelForCausalLM: DeepseekV3ForCausalLM,
+    AutoModelForSequenceClassification: DeepseekV3ForSequenceClassification,
+    AutoModelForTokenClassification: DeepseekV3ForTokenClassification,
 }
 
 
 def register() -> None:
-    """Makes the Auto classes load every `deepseek_v3` checkpoint into the plugin's classes. Done on import.
+    """Makes the Auto classes load every `deepseek_v3` and `kimi_k2` checkpoint into the plugin's classes. Done on import.
 
     Uses Transformers' registries only, so libraries that go by the model type (PEFT, GGUF readers, weight conversion)
     find what they know.
     """
-    AutoConfig.register(MODEL_TYPE, Dsv3Config, exist_ok=True)
-    for auto_class, model_class in AUTO_CLASSES.items():
-        auto_class.register(Dsv3Config, model_class, exist_ok=True)
-    # Transformers fuses per-expert weights for classes outside its own package only where that was asked for
-    register_checkpoint_conversion_mapping(MODEL_TYPE, deepseek_v3_conversion_mapping(), overwrite=True)
+    for config_class in CONFIGS:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        for auto_class, model_class in AUTO_CLASSES.items():
+            # The mapping's own method: `auto_class.register` asks for one config class a model
+            auto_class._model_mapping.register(config_class, model_class, exist_ok=True)
+        # Transformers fuses per-expert weights for classes outside its own package only where that was asked for
+        register_checkpoint_conversion_mapping(
+            config_class.model_type, deepseek_v3_conversion_mapping(), overwrite=True
+        )
     register_fp8()
     experts_grouped.register()
     experts_auto.register()
@@ -60,7 +66,7 @@ def register() -> None:
 
 def unregister() -> None:
     """Gives `deepseek_v3` back to Transformers' native classes. Models already made keep working."""
-    AutoConfig.register(MODEL_TYPE, DeepseekV3Config, exist_ok=True)
+    AutoConfig.register(MODEL_TYPE, native.DeepseekV3Config, exist_ok=True)
     register_checkpoint_conversion_mapping(MODEL_TYPE, NATIVE_CONVERSION, overwrite=True)
     if is_peft_available():
         from .training import lora_tuner
@@ -70,4 +76,4 @@ def unregister() -> None:
 
 def is_registered() -> bool:
     """Whether the Auto classes load `deepseek_v3` checkpoints into the plugin's classes."""
-    return CONFIG_MAPPING[MODEL_TYPE] is Dsv3Config
+    return CONFIG_MAPPING[MODEL_TYPE] is DeepseekV3Config

@@ -188,7 +188,7 @@ def test_whole_checkpoint(tmp_path, dtype, block_size, keep, mtp):
     assert getattr(model.config, "quantization_config", None) is None
     assert not getattr(model, "is_quantized", False)
     tensors = per_expert(model)
-    assert len(model.model.layers) == 2 + mtp
+    assert len(model.model.layers) == 2 and len(model.model.mtp_layers) == mtp
     for name, tensor in tensors.items():
         wanted = torch.float32 if "e_score" in name else dtype
         assert tensor.dtype == wanted, name

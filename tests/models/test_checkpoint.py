@@ -248,7 +248,7 @@ class TestRoundTrip:
             "model.layers.0": "cpu",
             "model.layers.1": "cpu",
             "model.layers.2": "disk",
-            "model.layers.3": "cpu",
+            "model.mtp.0": "cpu",
             "model.norm": "cpu",
             "model.rotary_emb": "cpu",
             "lm_head": "disk",
@@ -269,15 +269,17 @@ class TestMtpCount:
         (message,) = warnings_of()
         assert "announces 1 MTP layer(s), but there are no tensors of model.layers.3." in message
 
-    def test_part_of_a_layer_is_an_error(self, copied):
+    def test_what_a_layer_lacks_is_named(self, copied, warnings_of):
         name = "model.layers.3.hnorm.weight"
         path = shard_of(copied, name)
         edit(path, lambda tensors: tensors.pop(name))
         index = json.loads((copied / "model.safetensors.index.json").read_text())
         del index["weight_map"][name]
         (copied / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(CheckpointError, match="missing tensors 'model.layers.3.hnorm.weight'"):
-            AutoModelForCausalLM.from_pretrained(copied)
+        model, info = AutoModelForCausalLM.from_pretrained(copied, output_loading_info=True)
+        assert info["missing_keys"] == {"model.mtp.0.hidden_layernorm.weight"}
+        assert torch.equal(model.model.mtp_layers[0].hnorm.weight, torch.ones(32))
+        assert any("model.mtp.0.hidden_layernorm.weight" in message for message in warnings_of())
 
     def test_more_than_announced_are_listed(self, copied):
         edit_config(copied, num_nextn_predict_layers=0)
@@ -369,19 +371,30 @@ class TestErrors:
         [
             EXPERT,
             "model.layers.3.mlp.experts.0.gate_proj.weight",
+        ],
+    )
+    def test_missing_expert(self, tmp_path, name):
+        self.unsharded(tmp_path, lambda tensors: tensors.pop(name))
+        self.refused(
+            tmp_path, rf"nothing was loaded.\n  .*{tmp_path.name}.model.safetensors: missing tensors '{name}'"
+        )
+
+    @pytest.mark.parametrize(
+        "name",
+        [
             "model.layers.0.input_layernorm.weight",
             "model.layers.2.mlp.gate.e_score_correction_bias",
             "model.embed_tokens.weight",
             "model.norm.weight",
         ],
     )
-    def test_missing_tensor(self, tmp_path, name):
+    def test_other_missing_tensors_are_named_as_native_does(self, tmp_path, name, warnings_of):
         self.unsharded(tmp_path, lambda tensors: tensors.pop(name))
-        self.refused(
-            tmp_path, rf"nothing was loaded.\n  .*{tmp_path.name}.model.safetensors: missing tensors '{name}'"
-        )
+        _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert info["missing_keys"] == {name}
+        assert any(name in message and "MISSING" in message for message in warnings_of())
 
-    def test_missing_tensor_names_the_shard_of_its_neighbours(self, copied):
+    def test_missing_expert_names_the_shard_of_its_neighbours(self, copied):
         path = shard_of(copied, EXPERT)
         edit(path, lambda tensors: tensors.pop(EXPERT))
         index = json.loads((copied / "model.safetensors.index.json").read_text())

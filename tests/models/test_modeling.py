@@ -74,7 +74,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, make_mod
     assert len(passes) == 2
     assert recomputed.keys() == expected.keys()
     for name, gradient in recomputed.items():
-        assert torch.allclose(gradient, expected[name], atol=1e-7), name
+        assert torch.allclose(gradient, expected[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize("kept", [1, 3, torch.tensor([0, 4, 5])])
@@ -155,7 +155,7 @@ def test_device_map(kind, make_model, tmp_path):
     if kind == "auto":
         options = {"device_map": "auto"}
     elif kind == "disk offload":
-        places = {f"model.layers.{i}": "disk" for i in range(3)}
+        places = dict.fromkeys(("model.layers.0", "model.layers.1", "model.mtp.0"), "disk")
         for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"):
             places[name] = "cpu"
         options = {"device_map": places, "offload_folder": tmp_path / "offload"}
@@ -294,7 +294,7 @@ def test_attention_lora(make_model):
     adapters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in adapters)
     for name, parameter in adapters.items():
-        in_mtp = "layers.2." in name
+        in_mtp = ".mtp.0." in name
         assert (parameter.grad is None) == in_mtp, name
         assert in_mtp or parameter.grad.norm() > 0
     wrapped.eval()

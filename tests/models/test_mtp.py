@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from transformers.modeling_layers import MtpModel
 
 import transformers_dsv3
+from transformers_dsv3.models.dsv3.checkpoint_conversion_dsv3 import MTP_NORMS
 from transformers_dsv3.models.dsv3.mtp_dsv3 import mtp_labels, shift_left
 
 
@@ -18,7 +19,9 @@ def native_mtp(model, native):
         for name, tensor in layer.state_dict().items():
             if name == "shared_head.norm.weight":
                 name = "post_norm.weight"
-            elif name.split(".")[0] not in ("enorm", "hnorm", "eh_proj"):
+            elif (norm := name.split(".")[0]) in MTP_NORMS:
+                name = f"{MTP_NORMS[norm]}.weight"
+            elif norm != "eh_proj":
                 name = f"mtp_block.{name}"
             renamed[f"layers.{depth}.{name}"] = tensor
     result = mtp.load_state_dict(renamed, strict=False)
@@ -117,7 +120,7 @@ def test_mtp_layers_train_only_when_asked(make_model):
     for weight in (0.0, 0.3):
         model = make_model(mtp_loss_weight=weight).train()
         model(tokens, labels=tokens).loss.backward()
-        gradients = [parameter.grad is not None for parameter in model.model.layers[2].parameters()]
+        gradients = [parameter.grad is not None for parameter in model.model.mtp_layers[0].parameters()]
         # Routed experts are one parameter, so every parameter of the layer takes part
         assert all(gradients) if weight else not any(gradients)
 

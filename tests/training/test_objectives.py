@@ -271,7 +271,7 @@ def test_bf16_autocast_over_fp32_weights(make_model, byte_tokenizer, tmp_path, t
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         results.append(callback.seen[0])
     # Only the MTP loss reaches these: a wrong weight of its would be a wrong size
-    for name in ("model.layers.2.eh_proj.weight", "model.layers.2.mlp.experts.down_proj"):
+    for name in ("model.mtp.0.eh_proj.weight", "model.mtp.0.mlp.experts.down_proj"):
         seen, expected = results[1][name], results[0][name]
         assert (seen - expected).norm() < 0.1 * expected.norm(), name
 

@@ -40,7 +40,7 @@ class Dsv3ModelManager(ModelManager):
         common = {"revision": revision, "trust_remote_code": self.trust_remote_code}
         if gguf_file is None:
             config = AutoConfig.from_pretrained(model_id, **common)
-            if isinstance(config, transformers_dsv3.Dsv3Config):
+            if isinstance(config, transformers_dsv3.DeepseekV3Config):
                 if progress_callback is not None:
                     progress_callback({"status": "loading", "model": model_id_and_revision, "stage": "weights"})
                 model = AutoModelForCausalLM.from_pretrained(
@@ -63,7 +63,7 @@ class Dsv3ModelManager(ModelManager):
 
     @staticmethod
     def get_model_modality(model: Any, processor: Any = None) -> Modality:
-        if isinstance(model, transformers_dsv3.Dsv3ForCausalLM):
+        if isinstance(model, transformers_dsv3.DeepseekV3ForCausalLM):
             return Modality.LLM
         return ModelManager.get_model_modality(model, processor=processor)
 

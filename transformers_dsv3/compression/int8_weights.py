@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..kernels import experts_triton
 from ..kernels.experts_cpu import may_serve, mixture, mixture_refusal
 from ..kernels.linear_cpu import linear, linear_refusal
-from ..models.dsv3.moe_dsv3 import Dsv3Experts
+from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +93,7 @@ class Int8Experts(_Int8Module):
 
     is_plain_experts = True
 
-    def __init__(self, experts: Dsv3Experts, int8_activations: bool):
+    def __init__(self, experts: DeepseekV3Experts, int8_activations: bool):
         super().__init__()
         self.config = experts.config
         self.num_experts, self.act_fn = experts.num_experts, experts.act_fn
@@ -173,12 +173,12 @@ def quantize_int8(model: PreTrainedModel, activations: str = "bf16", progress: b
         (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, Dsv3Experts)
+        if isinstance(child, DeepseekV3Experts)
         or (isinstance(child, nn.Linear) and name != "kv_b_proj" and id(child.weight) not in embeddings)
     ]
     for parent, name in tqdm(places, desc="INT8", unit="module", disable=not progress):
         child = getattr(parent, name)
-        if isinstance(child, Dsv3Experts):
+        if isinstance(child, DeepseekV3Experts):
             quantized: nn.Module = Int8Experts(child, int8_activations)
         else:
             quantized = Int8Linear(child.weight, child.bias, int8_activations)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.dsv3.configuration_dsv3 import Dsv3Config
+from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from .checkpoint_identity import config_digest
 from .checkpoint_source import CheckpointSource
 from .decoding import cache_bytes_per_token, decoding_figures, prefill_tokens_per_second, spaced_passages
@@ -283,7 +283,7 @@ class CheckpointEvaluation:
 
 def parts_of(config: Any, wanted: Sequence[str]) -> tuple[str, ...]:
     """Those of the wanted parts that a model of this configuration has: routing needs experts of this package."""
-    routed = isinstance(config, Dsv3Config) and moe_layers(config)
+    routed = isinstance(config, DeepseekV3Config) and moe_layers(config)
     return tuple(part for part in wanted if part != "routing" or routed)
 
 

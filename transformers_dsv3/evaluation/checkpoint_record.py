@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from ..models.dsv3.checkpoint_checks_dsv3 import SCALE
 from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint
-from ..models.dsv3.configuration_dsv3 import Dsv3Config
+from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from ..models.dsv3.mtp_dsv3 import COPIES
 from .checkpoint_identity import ADAPTER_CONFIG, CheckpointIdentity, checkpoint_identity, is_adapter, weight_files
 from .evaluation_record import check_fields, check_kind, identity_from_dict, plain, read_values
@@ -108,7 +108,7 @@ def describe_checkpoint(folder: str | Path) -> CheckpointRecord:
     )
 
 
-def parameter_counts(tensors: Mapping[str, StoredTensor], config: Dsv3Config) -> ParameterCounts | None:
+def parameter_counts(tensors: Mapping[str, StoredTensor], config: DeepseekV3Config) -> ParameterCounts | None:
     """Count the parameters of an official checkpoint; None where its files hold something else than the values."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not _field(quantization, "weight_block_size"):
@@ -165,9 +165,9 @@ def _counts(source: str, values: dict[str, Any] | None, within: str) -> Paramete
     return ParameterCounts(**{name: values[name] for name in names})
 
 
-def _config(folder: Path) -> Dsv3Config:
+def _config(folder: Path) -> DeepseekV3Config:
     try:
-        return Dsv3Config.from_pretrained(folder)
+        return DeepseekV3Config.from_pretrained(folder)
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: the configuration is refused: {error}") from error
 

@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..models.dsv3.configuration_dsv3 import Dsv3Config
-from ..models.dsv3.modeling_dsv3 import Dsv3ForCausalLM
-from ..models.dsv3.moe_dsv3 import Dsv3TopkRouter
+from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
+from ..models.dsv3.modeling_dsv3 import DeepseekV3ForCausalLM
+from ..models.dsv3.moe_dsv3 import DeepseekV3TopkRouter
 from ..models.dsv3.mtp_dsv3 import mtp_labels, shift_left
 from ..training.routing_statistics import RoutingStatistics, routing_statistics
 
@@ -130,7 +130,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def moe_layers(config: Dsv3Config) -> list[int]:
+def moe_layers(config: DeepseekV3Config) -> list[int]:
     """Numbers of the main model's layers that are mixtures of experts."""
     return [
         layer
@@ -161,7 +161,7 @@ def routing_report(
     padding behind it is not counted.
 
     Args:
-        model: a `Dsv3ForCausalLM`, or a model that holds one (PEFT's wrappers do).
+        model: a `DeepseekV3ForCausalLM`, or a model that holds one (PEFT's wrappers do).
         stream: the text's token ids, int64 `(n_tokens,)`.
         window: tokens of a window, at most `max_position_embeddings`.
         max_tokens: of a longer text, so many whole windows' worth are taken, evenly spaced over it.
@@ -170,9 +170,9 @@ def routing_report(
         ValueError: for a model without mixture-of-experts layers of this package, fewer than two tokens, or a window
             that is below 2 or above `max_tokens`.
     """
-    language_model = next((module for module in model.modules() if isinstance(module, Dsv3ForCausalLM)), None)
+    language_model = next((module for module in model.modules() if isinstance(module, DeepseekV3ForCausalLM)), None)
     if language_model is None:
-        raise ValueError(f"{type(model).__name__} holds no Dsv3ForCausalLM: was it loaded without the plugin?")
+        raise ValueError(f"{type(model).__name__} holds no DeepseekV3ForCausalLM: was it loaded without the plugin?")
     config = language_model.config
     if not moe_layers(config):
         raise ValueError(f"`first_k_dense_replace={config.first_k_dense_replace}`: the model has no experts to count.")
@@ -203,7 +203,7 @@ def text_windows(stream: torch.Tensor, window: int, max_tokens: int | None = Non
     return windows
 
 
-def _measure(model: Dsv3ForCausalLM, windows: list[torch.Tensor], window: int, batch_size: int) -> RoutingReport:
+def _measure(model: DeepseekV3ForCausalLM, windows: list[torch.Tensor], window: int, batch_size: int) -> RoutingReport:
     loads = _Loads(model)
     main, depths = _Predictions(), [_Predictions() for _ in model.model.mtp_layers]
     batches = range(0, len(windows), batch_size)
@@ -276,14 +276,14 @@ class _Loads:
     Hooks are on the router modules themselves: whichever backend serves the experts, the routers are called.
     """
 
-    def __init__(self, model: Dsv3ForCausalLM):
+    def __init__(self, model: DeepseekV3ForCausalLM):
         self.numbers = moe_layers(model.config)
         # A wrapper (PEFT's for modules that are trained whole) may hold a router and its copy, of which one is called
         self.routers: list[tuple[int, nn.Module]] = [
             (row, module)
             for row, number in enumerate(self.numbers)
             for module in model.model.layers[number].modules()
-            if isinstance(module, Dsv3TopkRouter)
+            if isinstance(module, DeepseekV3TopkRouter)
         ]
         self.counts_LE = torch.zeros(len(self.numbers), model.config.n_routed_experts, dtype=torch.int64)
         self.weights_LE = torch.zeros(self.counts_LE.shape, dtype=torch.float64)

@@ -13,7 +13,7 @@ from ..evaluation.evaluation_record import PARTS, EvaluationRecord
 from ..evaluation.evaluation_table import figures_of
 from ..evaluation.routing import moe_layers
 from ..evaluation.speed.record import BUSY
-from ..models.dsv3.configuration_dsv3 import Dsv3Config
+from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from .card_figures import FOLDER, CardFigure
 from .card_sources import CardSources
 from .markdown import block, code, count, data_size, document, duration, figure, plain, share, table
@@ -171,7 +171,7 @@ def _stored_as(sources: CardSources) -> str:
     return f"{types}{copies}; {data_size(checkpoint.bytes)} in {count(checkpoint.files, 'file')}"
 
 
-def _architecture_rows(sources: CardSources, config: Dsv3Config) -> Iterator[tuple[str, str]]:
+def _architecture_rows(sources: CardSources, config: DeepseekV3Config) -> Iterator[tuple[str, str]]:
     yield "architecture", code(sources.architecture)
     yield from _parameter_rows(sources.parameters, config)
     moe = len(moe_layers(config))
@@ -204,7 +204,7 @@ def _architecture_rows(sources: CardSources, config: Dsv3Config) -> Iterator[tup
         yield "quantised", code(fields.get("quant_method", "not known"))
 
 
-def _parameter_rows(counts: ParameterCounts | None, config: Dsv3Config) -> Iterator[tuple[str, str]]:
+def _parameter_rows(counts: ParameterCounts | None, config: DeepseekV3Config) -> Iterator[tuple[str, str]]:
     if counts is None:
         yield "parameters", "not counted: the files do not hold them one by one, or are not at hand"
         return
@@ -216,13 +216,13 @@ def _parameter_rows(counts: ParameterCounts | None, config: Dsv3Config) -> Itera
     yield "active a token", f"{counts.active:,}{chosen}"
 
 
-def _rope(config: Dsv3Config) -> str:
+def _rope(config: DeepseekV3Config) -> str:
     rope = config.rope_parameters or {}
     kind = rope.get("rope_type", "default")
     return "" if kind == "default" else f", RoPE extended by {kind} with factor {rope.get('factor', 'not known')}"
 
 
-def _cache(sources: CardSources, config: Dsv3Config) -> str:
+def _cache(sources: CardSources, config: DeepseekV3Config) -> str:
     """Bytes a token in the type that the weights have."""
     # MTP layers have caches of their own, while they draft
     values = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)

@@ -25,7 +25,7 @@ from ..evaluation.evaluation_record import EvaluationRecord, RecordError, read_r
 from ..evaluation.shareable import shareable
 from ..evaluation.training_record import TRAINING_RECORD, read_training_record
 from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, resolve_checkpoint
-from ..models.dsv3.configuration_dsv3 import Dsv3Config
+from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from .model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
 
 
@@ -44,7 +44,7 @@ class CardSources:
     """
 
     checkpoint: CheckpointRecord
-    config: Dsv3Config | None
+    config: DeepseekV3Config | None
     architecture: str
     adapter: dict[str, Any] | None
     training: dict[str, Any] | None
@@ -150,13 +150,13 @@ def _check_model_type(path: str, config: dict[str, Any]) -> None:
         raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}, and cards are of 'deepseek_v3'")
 
 
-def _model_config(source: str, fields: dict[str, Any]) -> Dsv3Config | None:
+def _model_config(source: str, fields: dict[str, Any]) -> DeepseekV3Config | None:
     """None where nothing is known of an adapter's base model."""
     if not fields:
         return None
     _check_model_type(source, fields)
     try:
-        return Dsv3Config.from_dict(fields)
+        return DeepseekV3Config.from_dict(fields)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{source}: the configuration is refused: {error}") from error
 

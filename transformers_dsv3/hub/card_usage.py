@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from ..evaluation.routing import moe_layers
-from ..models.dsv3.configuration_dsv3 import Dsv3Config
+from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from .card_sources import CardSources
 from .markdown import block, count, document, plain
 
@@ -60,7 +60,7 @@ def license_section(license: str | None, license_name: str | None, license_link:
     return document(["## Licence", f"{told} The records do not know the licence of the training data."])
 
 
-def _model_usage(sources: CardSources, config: Dsv3Config, name: str) -> Iterator[str]:
+def _model_usage(sources: CardSources, config: DeepseekV3Config, name: str) -> Iterator[str]:
     loader, task = auto_class(sources.architecture)
     yield "With the `transformers-dsv3` package installed (`pip install .` in its source):"
     lines = [
@@ -95,7 +95,7 @@ def _model_usage(sources: CardSources, config: Dsv3Config, name: str) -> Iterato
     )
 
 
-def _vllm(config: Dsv3Config, name: str) -> str:
+def _vllm(config: DeepseekV3Config, name: str) -> str:
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     numbers = f"`kv_lora_rank + qk_rope_head_dim` is {latent}"
     if latent not in VLLM_LATENTS:
@@ -104,7 +104,7 @@ def _vllm(config: Dsv3Config, name: str) -> str:
     return f"`vllm serve {name} --model-impl transformers` ({numbers}, one of the sizes that it takes)."
 
 
-def _llama_cpp(config: Dsv3Config, name: str) -> Iterator[str]:
+def _llama_cpp(config: DeepseekV3Config, name: str) -> Iterator[str]:
     layers = config.num_hidden_layers
     if not config.q_lora_rank and layers not in LLAMA_CPP_LAYERS:
         known = f"{', '.join(map(str, LLAMA_CPP_LAYERS[:-1]))} or {LLAMA_CPP_LAYERS[-1]}"

@@ -10,11 +10,11 @@ CODE_FILE = "transformers_dsv3_classes.py"
 AUTO_MAP = {
     auto_class: f"{CODE_FILE.removesuffix('.py')}.{name}"
     for auto_class, name in {
-        "AutoConfig": "Dsv3Config",
-        "AutoModel": "Dsv3Model",
-        "AutoModelForCausalLM": "Dsv3ForCausalLM",
-        "AutoModelForSequenceClassification": "Dsv3ForSequenceClassification",
-        "AutoModelForTokenClassification": "Dsv3ForTokenClassification",
+        "AutoConfig": "DeepseekV3Config",
+        "AutoModel": "DeepseekV3Model",
+        "AutoModelForCausalLM": "DeepseekV3ForCausalLM",
+        "AutoModelForSequenceClassification": "DeepseekV3ForSequenceClassification",
+        "AutoModelForTokenClassification": "DeepseekV3ForTokenClassification",
     }.items()
 }
 # In a try block, since Transformers would otherwise report the import as missing before this file can say anything
@@ -22,11 +22,11 @@ CODE = '''"""Loads this DeepSeek-V3 checkpoint into the classes of the transform
 
 try:
     from transformers_dsv3 import (
-        Dsv3Config,
-        Dsv3ForCausalLM,
-        Dsv3ForSequenceClassification,
-        Dsv3ForTokenClassification,
-        Dsv3Model,
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        DeepseekV3ForSequenceClassification,
+        DeepseekV3ForTokenClassification,
+        DeepseekV3Model,
     )
 except ModuleNotFoundError as error:
     if error.name != "transformers_dsv3":

@@ -187,7 +187,7 @@ def _check_weights(folder: ModelFolder) -> set[str]:
 
 
 def _check_fit(folder: ModelFolder, fields: dict[str, Any], stored: dict[str, Any]) -> None:
-    config = dsv3.Dsv3Config.from_pretrained(folder.path)
+    config = dsv3.DeepseekV3Config.from_pretrained(folder.path)
     announced = config.num_nextn_predict_layers or 0
     present = mtp_layers_present(list(stored), config.num_hidden_layers, announced)
     if present < announced:
@@ -196,7 +196,7 @@ def _check_fit(folder: ModelFolder, fields: dict[str, Any], stored: dict[str, An
             f"{CONFIG} announces {announced} MTP layer(s), and the files hold {present}: servers that use MTP will "
             "not load it. Load and save it once with this package, which sets the number right"
         )
-    model_class = getattr(dsv3, (config.architectures or ["Dsv3ForCausalLM"])[0], None)
+    model_class = getattr(dsv3, (config.architectures or ["DeepseekV3ForCausalLM"])[0], None)
     block_size = (fields.get("quantization_config") or {}).get("weight_block_size")
     if model_class is None or (fields.get("quantization_config") and not block_size):
         return  # a class or a format of somebody else's: its files are whole, which is all that is known here

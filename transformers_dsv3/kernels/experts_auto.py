@@ -5,7 +5,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import experts_cpu, experts_grouped, experts_triton, triton_support
-from .selection import logger
+from .selection import call_refusal, logger
 
 
 NAME = "auto"
@@ -39,8 +39,10 @@ def auto_experts(
         return experts_triton.triton_experts(module, hidden_states, top_k_index, top_k_weights)
     if not module.training and experts_cpu.mixture_refusal(hidden_states, module, top_k_weights, None) is None:
         return experts_cpu.mixture(hidden_states, module, top_k_index, top_k_weights, None)
-    if experts_grouped.why_not(module) is None and (
-        hidden_states.dtype == module.gate_up_proj.dtype or torch.is_autocast_enabled("cpu")
+    if (
+        experts_grouped.why_not(module) is None
+        and call_refusal() is None
+        and (hidden_states.dtype == module.gate_up_proj.dtype or torch.is_autocast_enabled("cpu"))
     ):
         return experts_grouped.grouped_experts(module, hidden_states, top_k_index, top_k_weights)
     name = "eager"

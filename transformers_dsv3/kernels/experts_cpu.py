@@ -10,7 +10,7 @@ from torch import nn
 from . import cpu_ops  # noqa: F401  (defines the operators)
 from .experts_grouped import is_silu
 from .linear_cpu import FEWEST_INT8_ROWS
-from .selection import bypass_refusal, cpu_refusal, is_marked
+from .selection import bypass_refusal, cpu_refusal, is_marked, plain_refusal
 
 
 NAME = "cpu"
@@ -33,15 +33,14 @@ def experts_refusal(experts: nn.Module) -> str | None:
 
 def mlp_refusal(mlp: nn.Module) -> str | None:
     """The reason why a dense network (`gate_proj`, `up_proj`, `down_proj`) cannot be served at all, or None."""
+    if not is_marked(type(mlp), "is_plain_mlp"):
+        return f"takes the package's own networks, not a {type(mlp).__name__}"
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = getattr(mlp, name)
-        # Of the class itself: a subclass may compute something else
-        if type(layer) is not nn.Linear and not is_marked(type(layer), "is_plain_linear"):
-            return f"takes plain linear layers, {name} is a {type(layer).__name__}"
+        if (reason := plain_refusal(name, layer, nn.Linear, "is_plain_linear")) is not None:
+            return reason
         if layer.bias is not None:
             return f"takes linear layers without bias, {name} has one"
-        if (reason := bypass_refusal(name, layer)) is not None:
-            return reason
         if not layer.weight.is_contiguous():
             return f"takes contiguous weights, {name}'s is not"
     return None if is_silu(mlp.act_fn) else "computes SwiGLU only"

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .experts_plain import accumulator_dtype, differentiable_gradients, plain_experts
 from .matmul_cpu import matmul
+from .selection import bypass_refusal
 
 
 NAME = "grouped_cpu"
@@ -60,8 +62,11 @@ def why_not(module: nn.Module) -> str | None:
 
 
 def is_silu(activation: object) -> bool:
-    """Whether an activation function is SiLU."""
-    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation" or activation is F.silu
+    """Whether an activation function is SiLU, and nothing is to run before or after it."""
+    if activation is F.silu:
+        return True
+    is_module = type(activation) is nn.SiLU or type(activation).__name__ == "SiLUActivation"
+    return is_module and bypass_refusal("act_fn", activation) is None  # type: ignore[arg-type]
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -92,10 +97,6 @@ def expert_segments(counts_E: torch.Tensor) -> Iterator[tuple[int, int, int, int
         if count:
             yield expert, start, count, -(-count // ROWS) * ROWS
         start += count
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("transformers_dsv3::grouped_experts", mutates_args=())
@@ -219,8 +220,8 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden_TD, _, w_TK, gate_up_EID, down_EDI, ctx.dtype, _ = inputs
-    ctx.save_for_backward(hidden_TD, w_TK, gate_up_EID, down_EDI, *output[1:])
+    hidden_TD, index_TK, w_TK, gate_up_EID, down_EDI, ctx.dtype, _ = inputs
+    ctx.save_for_backward(index_TK, hidden_TD, w_TK, gate_up_EID, down_EDI, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -230,7 +231,16 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
         return (None,) * 7
     hidden, _, w, gate_up, down, _, _ = ctx.needs_input_grad
     needs = (hidden, w, gate_up, down)
-    grads = torch.ops.transformers_dsv3.grouped_experts_backward(grad_TD, *ctx.saved_tensors, ctx.dtype, *needs)
+    index_TK, *saved = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+        d_hidden, d_w, d_gate_up, d_down = differentiable_gradients(
+            lambda hidden_TD, w_TK, *weights: plain_experts(hidden_TD, index_TK, w_TK, *weights, ctx.dtype),
+            tuple(saved[:4]),
+            needs,
+            grad_TD,
+        )
+        return d_hidden, None, d_w, d_gate_up, d_down, None, None
+    grads = torch.ops.transformers_dsv3.grouped_experts_backward(grad_TD, *saved, ctx.dtype, *needs)
     d_hidden, d_w, d_gate_up, d_down = (grad if needed else None for grad, needed in zip(grads, needs))
     return d_hidden, None, d_w, d_gate_up, d_down, None, None
 

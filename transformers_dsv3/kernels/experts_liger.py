@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from . import selection
 from .experts_auto import auto_experts
 from .experts_cpu import experts_refusal
-from .selection import PLAIN, functorch_is_active, logger
+from .selection import PLAIN, logger
 from .triton_support import device_refusal
 
 
@@ -62,8 +63,8 @@ def call_refusal(module: nn.Module, hidden_states: torch.Tensor, top_k_weights: 
         return f"takes activations of the weights' dtype ({module.gate_up_proj.dtype}), not {hidden_states.dtype}"
     if torch.is_autocast_enabled(hidden_states.device.type):
         return "does not follow autocast"
-    if functorch_is_active():
-        return "has no rules for torch.func"
+    if (reason := selection.call_refusal()) is not None:
+        return reason
     if not len(hidden_states):
         return "takes one token at least"
     if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled() and top_k_weights.requires_grad:

@@ -8,22 +8,16 @@ Shape suffixes: T tokens, K experts chosen a token, E experts, S = T * K pairs o
 N pairs of one expert, D hidden size, I width of an expert, R rank. `w` is a mixing weight.
 """
 
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .experts_auto import grouped_mm_refusal
-from .experts_grouped import ROWS, accumulator_dtype, expert_segments, is_silu
+from .experts_grouped import ROWS, expert_segments, is_silu
+from .experts_plain import LowRank, accumulator_dtype, differentiable_gradients, plain_experts
 from .matmul_cpu import matmul
-
-
-class LowRank(NamedTuple):
-    """What an adapter adds to a stack of weights `(E, out, in)`: `up_EOR @ down_ERI`, its scaling included."""
-
-    down_ERI: torch.Tensor
-    up_EOR: torch.Tensor
 
 
 def plain_low_rank_experts(
@@ -35,25 +29,9 @@ def plain_low_rank_experts(
     down: LowRank | None,
 ) -> torch.Tensor:
     """The reference: a plain loop over experts, gradients by autograd. Arguments as [`low_rank_experts`]."""
-
-    def project(x_ND: torch.Tensor, weight: torch.Tensor, adapter: LowRank | None, expert: int) -> torch.Tensor:
-        y = F.linear(x_ND, weight[expert])
-        if adapter is not None:
-            y = y + F.linear(F.linear(x_ND, adapter.down_ERI[expert]), adapter.up_EOR[expert])
-        return y
-
-    experts, pairs_S = top_k_index.flatten().sort(stable=True)
-    out_TD = torch.zeros_like(hidden_states, dtype=accumulator_dtype(hidden_states.dtype))
-    start = 0
-    for expert, count in enumerate(torch.bincount(experts, minlength=module.num_experts).tolist()):
-        pairs = pairs_S[start : start + count]
-        start += count
-        if count and expert < module.num_experts:
-            tokens = pairs // top_k_index.shape[1]
-            gate, up = project(hidden_states[tokens], module.gate_up_proj, gate_up, expert).chunk(2, dim=-1)
-            y_ND = project(module.act_fn(gate) * up, module.down_proj, down, expert)
-            out_TD = out_TD.index_add(0, tokens, y_ND.to(out_TD.dtype) * top_k_weights.flatten()[pairs, None])
-    return out_TD.to(hidden_states.dtype)
+    weights = (module.gate_up_proj, module.down_proj)
+    dtype = weights[0].dtype
+    return plain_experts(hidden_states, top_k_index, top_k_weights, *weights, dtype, module.act_fn, gate_up, down)
 
 
 class _CpuExperts(torch.autograd.Function):
@@ -88,14 +66,25 @@ class _CpuExperts(torch.autograd.Function):
                 y_ND.addmm_(torch.mm(act_NI, a2[expert].t()), b2[expert].t())
             out_TD.index_add_(0, tokens[start : start + count], y_ND[:count].to(accumulator))
         ctx.dtype = dtype
-        ctx.save_for_backward(hidden_TD, w_TK, gate_up_EID, down_EDI, a1, b1, a2, b2, kept_SI, pairs_S, counts_E)
+        ctx.save_for_backward(
+            index_TK, hidden_TD, w_TK, gate_up_EID, down_EDI, a1, b1, a2, b2, kept_SI, pairs_S, counts_E
+        )
         return out_TD.to(hidden_TD.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        hidden_TD, w_TK, gate_up_EID, down_EDI, a1, b1, a2, b2, kept_SI, pairs_S, counts_E = ctx.saved_tensors
+        index_TK, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+            needs = ctx.needs_input_grad
+            d_hidden, d_w, *d_factors = differentiable_gradients(
+                partial(_plain_with_factors, index_TK, saved[2], saved[3], ctx.dtype),
+                (*saved[:2], *saved[4:8]),
+                (needs[0], needs[2], *needs[5:9]),
+                grad_TD,
+            )
+            return d_hidden, None, d_w, None, None, *d_factors, None
+        hidden_TD, w_TK, gate_up_EID, down_EDI, a1, b1, a2, b2, kept_SI, pairs_S, counts_E = saved
         dtype, I = ctx.dtype, down_EDI.shape[2]
         accumulator = accumulator_dtype(dtype)
         needs_hidden, _, needs_w = ctx.needs_input_grad[:3]
@@ -143,6 +132,13 @@ class _CpuExperts(torch.autograd.Function):
         if d_hidden_TD is not None:
             d_hidden_TD = d_hidden_TD.to(hidden_TD.dtype)
         return d_hidden_TD, None, None if d_w is None else d_w.view_as(w_TK), None, None, d_a1, d_b1, d_a2, d_b2, None
+
+
+def _plain_with_factors(  # type: ignore[no-untyped-def]
+    index_TK, gate_up_EID, down_EDI, dtype, hidden_TD, w_TK, a1, b1, a2, b2
+) -> torch.Tensor:
+    adapters = [None if a is None else LowRank(a, b) for a, b in ((a1, b1), (a2, b2))]
+    return plain_experts(hidden_TD, index_TK, w_TK, gate_up_EID, down_EDI, dtype, F.silu, *adapters)
 
 
 def _padded_pairs(pairs_S: torch.Tensor, w_TK: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

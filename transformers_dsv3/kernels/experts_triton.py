@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .experts_cpu import experts_refusal as stack_refusal
+from .experts_plain import differentiable_gradients, plain_experts
 from .selection import PLAIN
 from .triton_support import NAME, device_refusal, on_device, triton_refusal
 
@@ -196,7 +197,7 @@ def _(grad_TD, hidden_TD, index_TK, mixing_TK, gate_up_EID, down_EDI, kept_SI, o
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden_TD, index_TK, mixing_TK, gate_up_EID, _, down_EDI, _, _, _ = inputs
+    hidden_TD, index_TK, mixing_TK, gate_up_EID, _, down_EDI, _, ctx.dtype, _ = inputs
     ctx.save_for_backward(hidden_TD, index_TK, mixing_TK, gate_up_EID, down_EDI, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -207,6 +208,15 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
         return (None,) * 9
     hidden, _, mixing, gate_up, _, down, _, _, _ = ctx.needs_input_grad
     needs = (hidden, mixing, gate_up, down)
+    if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+        hidden_TD, index_TK, *inputs = ctx.saved_tensors[:5]
+        d_hidden, d_mixing, d_gate_up, d_down = differentiable_gradients(
+            lambda hidden_TD, mixing_TK, *weights: plain_experts(hidden_TD, index_TK, mixing_TK, *weights, ctx.dtype),
+            (hidden_TD, *inputs),
+            needs,
+            grad_TD,
+        )
+        return d_hidden, None, d_mixing, d_gate_up, None, d_down, None, None, None
     grads = torch.ops.transformers_dsv3.triton_experts_backward(grad_TD, *ctx.saved_tensors, *needs)
     d_hidden, d_mixing, d_gate_up, d_down = (grad if needed else None for grad, needed in zip(grads, needs))
     return d_hidden, None, d_mixing, d_gate_up, None, d_down, None, None, None

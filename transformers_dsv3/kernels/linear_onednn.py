@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .matmul_cpu import matmul, uses_onednn
-from .selection import chosen, functorch_is_active
+from .selection import call_refusal, chosen
 
 
 # With fewer rows reading the weights takes longer than multiplying
@@ -30,8 +30,8 @@ def linear_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
         return "is opaque to torch.compile"
     if torch.is_autocast_enabled("cpu"):
         return "does not follow autocast"
-    if functorch_is_active():
-        return "has no rules for torch.func"
+    if (reason := call_refusal()) is not None:
+        return reason
     for tensor, types in ((x, (torch.Tensor,)), (weight, (torch.nn.Parameter, torch.Tensor))):
         if type(tensor) not in types:
             return f"takes plain tensors, not {type(tensor).__name__}"

@@ -12,7 +12,7 @@ from torch import nn
 
 from .cpu_ops import LONGEST_HEAD, MOST_ROTATED
 from .linear_cpu import FEWEST_INT8_ROWS
-from .selection import bypass_refusal, chosen, cpu_refusal, is_marked, mask_refusal
+from .selection import chosen, cpu_refusal, mask_refusal, plain_refusal
 
 
 PLAIN_PARTS = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm")
@@ -25,11 +25,8 @@ def project_refusal(attention: nn.Module, x: torch.Tensor, cos: torch.Tensor) ->
         part = attention._modules.get(name)
         if part is None:
             continue
-        kind = type(part)
-        plain = is_marked(kind, "is_plain_linear") or is_marked(kind, "is_plain_norm")
-        if kind is not nn.Linear and not plain:
-            return f"takes plain layers, {name} is a {kind.__name__}"
-        if (reason := bypass_refusal(name, part)) is not None:
+        mark = "is_plain_norm" if name.endswith("norm") else "is_plain_linear"
+        if (reason := plain_refusal(name, part, nn.Linear, mark)) is not None:
             return reason
         bias = getattr(part, "bias", None)
         if bias is not None:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .public_kernels import hub_refusal, nvidia_refusal
-from .selection import PLAIN, chosen, functorch_is_active, logger
+from .selection import PLAIN, call_refusal, chosen, logger
 from .triton_support import compute_capability
 
 
@@ -167,8 +167,8 @@ def _call_refusal(
         return reason
     if torch.is_autocast_enabled(q_nope.device.type):
         return "does not follow autocast"
-    if functorch_is_active():
-        return "has no rules for torch.func"
+    if (reason := call_refusal()) is not None:
+        return reason
     for tensor in (q_nope, latent, k_rope, kv_b_weight):
         if tensor.requires_grad and torch.is_grad_enabled():
             return "has no gradients"

@@ -15,10 +15,10 @@ import functools
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .experts_plain import differentiable_gradients
 from .matmul_cpu import matmul, uses_onednn
-from .selection import chosen, functorch_is_active, mask_refusal
+from .selection import call_refusal, chosen, mask_refusal
 
 
 # Of a causal mask, blocks behind the diagonal are not computed; smaller blocks make slower products
@@ -49,8 +49,8 @@ def expanded_refusal(
         return "is for training"
     if torch.is_autocast_enabled("cpu"):
         return "does not follow autocast"
-    if functorch_is_active():
-        return "has no rules for torch.func"
+    if (reason := call_refusal()) is not None:
+        return reason
     if dropout > 0:
         return "has no dropout"
     for tensor in tensors:
@@ -97,6 +97,32 @@ def _probabilities(
     return torch.ops.aten._safe_softmax(scores_RS, -1), rows
 
 
+def _plain(
+    mask_BHQS: torch.Tensor | None,
+    scaling: float,
+    q_nope_BHQN: torch.Tensor,
+    q_rope_BHQP: torch.Tensor,
+    kv_BSHX: torch.Tensor,
+    k_rope_BSP: torch.Tensor,
+) -> torch.Tensor:
+    """`expanded_attention` for all heads at once, derivatives of any order by autograd."""
+    B, H, Q, N = q_nope_BHQN.shape
+    wide = _wide(kv_BSHX.dtype)
+    k_nope_BHSN, v_BHSV = kv_BSHX.transpose(1, 2).to(wide).split([N, kv_BSHX.shape[-1] - N], dim=-1)
+    scores_BHQS = q_nope_BHQN.to(wide) @ k_nope_BHSN.transpose(2, 3)
+    scores_BHQS = (scores_BHQS + q_rope_BHQP.to(wide) @ k_rope_BSP.to(wide).transpose(1, 2).unsqueeze(1)) * scaling
+    if mask_BHQS is None:
+        scores_BHQS = scores_BHQS.masked_fill(_later(Q), float("-inf"))
+    elif mask_BHQS.dtype == torch.bool:
+        # Queries that may attend nothing get zeros, as in `_probabilities`
+        scores_BHQS = scores_BHQS.masked_fill(~mask_BHQS, torch.finfo(wide).min)
+        attends_BHQ1 = mask_BHQS.any(dim=-1, keepdim=True)
+        return ((scores_BHQS.softmax(dim=-1) * attends_BHQ1) @ v_BHSV).transpose(1, 2).to(kv_BSHX.dtype)
+    else:
+        scores_BHQS = scores_BHQS + mask_BHQS
+    return (scores_BHQS.softmax(dim=-1) @ v_BHSV).transpose(1, 2).to(kv_BSHX.dtype)
+
+
 class _ExpandedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -125,9 +151,12 @@ class _ExpandedAttention(torch.autograd.Function):
         return out_BQHV
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_BQHV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q_nope_BHQN, q_rope_BHQP, kv_BSHX, k_rope_BSP, mask_BHQS = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+            plain = functools.partial(_plain, mask_BHQS, ctx.scaling)
+            inputs = (q_nope_BHQN, q_rope_BHQP, kv_BSHX, k_rope_BSP)
+            return *differentiable_gradients(plain, inputs, ctx.needs_input_grad[:4], grad_BQHV), None, None
         B, H, Q, N = q_nope_BHQN.shape
         dtype, wide = kv_BSHX.dtype, _wide(kv_BSHX.dtype)
         d_q_nope_BHQN = q_nope_BHQN.new_empty(q_nope_BHQN.shape)

@@ -13,7 +13,10 @@ import os
 from collections.abc import Iterator
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _modules
+from torch.utils._device import DeviceContext
 from transformers.utils import logging
 
 from . import cpu_library
@@ -116,19 +119,60 @@ def is_marked(kind: type, mark: str) -> bool:
 
 def bypass_refusal(name: str, module: torch.nn.Module) -> str | None:
     """The reason why a module's weights may not be used without calling it, or None where they may."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return f"{name} has forward hooks, which only its own call runs"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has hooks, which only its own call runs"
     if "forward" in module.__dict__:
         return f"{name}'s forward was replaced, by accelerate's hooks for instance"
+    if _modules._global_forward_hooks or _modules._global_forward_pre_hooks:
+        return "hooks are on every module"
+    if _modules._global_backward_hooks or _modules._global_backward_pre_hooks:
+        return "hooks are on every module"
     return None
 
 
-def functorch_is_active() -> bool:
-    """Whether a transform of torch.func is under way, for which the CPU's own operators have no rules."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def plain_refusal(name: str, module: object, kind: type, mark: str | None = None) -> str | None:
+    """The reason why a module is not known to compute what its class says, or None where its weights may be used.
+
+    Args:
+        kind: the class it has to be, itself and no subclass, which may compute something else; or
+        mark: what a class of this package has in its body (see `is_marked`).
+    """
+    if type(module) is not kind and (mark is None or not is_marked(type(module), mark)):
+        return f"takes plain layers, {name} is a {type(module).__name__}"
+    return bypass_refusal(name, module)  # type: ignore[arg-type]
 
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+def _function_mode_refusal() -> str | None:
+    for depth in range(torch._C._len_torch_function_stack()):
+        mode = torch._C._get_function_stack_at(depth)
+        if type(mode) is not DeviceContext:  # which `torch.set_default_device` leaves on; it makes new tensors only
+            return f"is left out where {type(mode).__name__} sees every function"
+    return None
+
+
+def call_refusal() -> str | None:
+    """The reason why calls are left to PyTorch's own operators just now, whatever their arguments; None where not.
+
+    Something looks at every operator or module, transforms them, or writes down a program that has to open elsewhere.
+    """
+    # Every call of every layer comes through here: in decoding, microseconds count
+    if torch.compiler.is_compiling():
+        return "is left out of exported programs, which open without it" if torch.compiler.is_exporting() else None
+    if torch._C._are_functorch_transforms_active():
+        return "has no rules for torch.func"
+    if torch._C._len_torch_dispatch_stack():
+        return "is left out where a dispatch mode sees every operator"
+    if torch._C._len_torch_function_stack() and (reason := _function_mode_refusal()) is not None:
+        return reason
+    if torch._C._get_tracing_state() is not None:
+        return "is left out of traced programs, which open without it"
+    if forward_ad._current_level >= 0:
+        return "has no forward-mode derivatives"
+    return None
+
+
+# `torch.compile` and `torch.export` trace with fake tensors, for which the operators have rules
+PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def _cpu_refusal(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
@@ -142,17 +186,17 @@ def _cpu_refusal(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
         return f"takes bf16 and fp32, not {dtype}"
     if torch.is_autocast_enabled("cpu"):
         return "does not follow autocast"
-    if functorch_is_active():
-        return "has no rules for torch.func"
+    if (reason := call_refusal()) is not None:
+        return reason
     with_gradients = torch.is_grad_enabled()
     if with_gradients and x.requires_grad:
         return "has no gradients"
-    if type(x) not in PLAIN and is_traceable_wrapper_subclass(x):
+    if type(x) not in PLAIN:
         return f"takes plain tensors, not {type(x).__name__}"
     for weight in weights:
         if with_gradients and weight.requires_grad:
             return "has no gradients"
-        if type(weight) not in PLAIN and is_traceable_wrapper_subclass(weight):
+        if type(weight) not in PLAIN:
             return f"takes plain tensors, not {type(weight).__name__}"
         if weight.dtype is not dtype and weight.dtype is not torch.int8:
             return f"takes weights and caches of the activations' dtype ({dtype}), not {weight.dtype}"

@@ -13,9 +13,8 @@ import os
 
 import torch
 from packaging import version
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .selection import PLAIN, PUBLIC_ATTENTION, chosen, functorch_is_active, logger
+from .selection import PLAIN, PUBLIC_ATTENTION, call_refusal, chosen, logger
 
 
 NAME = "triton"
@@ -113,12 +112,12 @@ def _refusal(x: torch.Tensor, weights: tuple[torch.Tensor, ...]) -> str | None:
     dtype = x.dtype
     if dtype is not torch.bfloat16 and dtype is not torch.float16 and dtype is not torch.float32:
         return f"takes bf16, fp16 and fp32, not {dtype}"
-    if functorch_is_active():
-        return "has no rules for torch.func"
-    if type(x) not in PLAIN and is_traceable_wrapper_subclass(x):
+    if (reason := call_refusal()) is not None:
+        return reason
+    if type(x) not in PLAIN:
         return f"takes plain tensors, not {type(x).__name__}"
     for weight in weights:
-        if type(weight) not in PLAIN and is_traceable_wrapper_subclass(weight):
+        if type(weight) not in PLAIN:
             return f"takes plain tensors, not {type(weight).__name__}"
         if weight.dtype is not dtype and weight.dtype is not torch.int8:
             return f"takes weights and caches of the activations' dtype ({dtype}), not {weight.dtype}"

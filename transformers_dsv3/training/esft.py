@@ -22,7 +22,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..models.dsv3.moe_dsv3 import Dsv3Experts
+from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
 from .expert_scores import SELECTION_FILE, ExpertScores, ExpertSelection, mixture_layers, score_experts
 
 
@@ -173,8 +173,8 @@ class ESFTCallback(TrainerCallback, ExportableState):
             self.selection.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-class SelectedExperts(Dsv3Experts):
-    """[`Dsv3Experts`] of which some are parameters of their own, `gate_up_proj_of_3` and so on: views of the stacks.
+class SelectedExperts(DeepseekV3Experts):
+    """[`DeepseekV3Experts`] of which some are parameters of their own, `gate_up_proj_of_3` and so on: views of the stacks.
 
     Modules become this by `take_over`. The stacks are frozen, and keep their names and all weights.
     """
@@ -182,7 +182,7 @@ class SelectedExperts(Dsv3Experts):
     selected: tuple[int, ...]
 
     @staticmethod
-    def take_over(experts: Dsv3Experts, selected: Iterable[int]) -> SelectedExperts:
+    def take_over(experts: DeepseekV3Experts, selected: Iterable[int]) -> SelectedExperts:
         """Turns a module into one that trains the experts `selected`, in place."""
         experts.__class__ = SelectedExperts
         assert isinstance(experts, SelectedExperts)
@@ -199,7 +199,7 @@ class SelectedExperts(Dsv3Experts):
         for name in [name for name, _ in self.views()]:
             del self._parameters[name]
         del self.selected
-        self.__class__ = Dsv3Experts  # type: ignore[assignment]
+        self.__class__ = DeepseekV3Experts  # type: ignore[assignment]
 
     def slices(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names of the selected experts' parameters and their places in the stacks."""
@@ -261,7 +261,7 @@ class SelectedExperts(Dsv3Experts):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """See [`Dsv3Experts.forward`], which it is, whatever the implementation."""
+        """See [`DeepseekV3Experts.forward`], which it is, whatever the implementation."""
         if not torch.is_grad_enabled():
             return super().forward(hidden_states, top_k_index, top_k_weights)
         stacks = {name: self._parameters[name] for name in STACKS}
@@ -275,7 +275,7 @@ class SelectedExperts(Dsv3Experts):
             self._parameters.update(stacks)
 
     # Where Transformers' registered experts functions fall back to, as on the class itself
-    forward.__wrapped__ = Dsv3Experts.forward.__wrapped__  # type: ignore[attr-defined]
+    forward.__wrapped__ = DeepseekV3Experts.forward.__wrapped__  # type: ignore[attr-defined]
 
 
 class _StackOfViews(torch.autograd.Function):
@@ -294,7 +294,7 @@ class _StackOfViews(torch.autograd.Function):
 
 def _check_experts(experts: nn.Module, layer: int) -> None:
     stacks = [experts._parameters.get(name) for name in STACKS]
-    if not isinstance(experts, Dsv3Experts) or not all(
+    if not isinstance(experts, DeepseekV3Experts) or not all(
         type(stack) is nn.Parameter and stack.is_floating_point() and not stack.is_meta for stack in stacks
     ):
         raise ValueError(

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.dsv3.modeling_dsv3 import Dsv3Model
-from ..models.dsv3.moe_dsv3 import Dsv3MoE
+from ..models.dsv3.modeling_dsv3 import DeepseekV3Model
+from ..models.dsv3.moe_dsv3 import DeepseekV3MoE
 from .checkpoints import write_json
 from .metrics import base_model_of
 
@@ -146,7 +146,7 @@ def score_experts(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Exp
     much as long ones. The model is in evaluation mode meanwhile. Its MTP layers are not scored.
 
     Args:
-        model: any model with a `Dsv3Model` in it.
+        model: any model with a `DeepseekV3Model` in it.
         batches: `input_ids` `(B, S)` or `(S,)`, and `attention_mask` of the same shape, 0 for padding, where there is
             any: a `DataLoader`, a list of what a tokenizer returns, or a data set of tokenized rows. The paper takes
             32 rows of 4,096 tokens.
@@ -207,15 +207,15 @@ def _rows(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids_BS[kept_B.to(ids_BS.device)], real_BS[kept_B]
 
 
-def mixture_layers(model: nn.Module) -> tuple[Dsv3Model, dict[int, Dsv3MoE]]:
+def mixture_layers(model: nn.Module) -> tuple[DeepseekV3Model, dict[int, DeepseekV3MoE]]:
     """The decoder within a model, and its mixture-of-experts layers by their numbers, those of MTP layers left out.
 
     Raises:
         ValueError: there is none, or PEFT has put adapters in.
     """
     base = base_model_of(model)
-    layers = {} if base is None else dict(enumerate(base.layers[: base.config.num_hidden_layers]))
-    mixtures = {number: layer.mlp for number, layer in layers.items() if isinstance(layer.mlp, Dsv3MoE)}
+    layers = {} if base is None else dict(enumerate(base.layers))
+    mixtures = {number: layer.mlp for number, layer in layers.items() if isinstance(layer.mlp, DeepseekV3MoE)}
     if base is None or not mixtures:
         raise ValueError(
             "Expert-specialised fine-tuning is for DeepSeek-V3 models of transformers_dsv3 with mixture-of-experts "

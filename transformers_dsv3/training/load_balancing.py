@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..models.dsv3.moe_dsv3 import Dsv3TopkRouter
+from ..models.dsv3.moe_dsv3 import DeepseekV3TopkRouter
 from .metrics import MetricsCallback, Throughput, require_base_model
 from .routing_statistics import routing_statistics
 
@@ -29,7 +29,7 @@ REACH = 1.0
 LARGEST_DEFAULT_RATE = 0.05
 
 
-def routers(model: nn.Module) -> list[Dsv3TopkRouter]:
+def routers(model: nn.Module) -> list[DeepseekV3TopkRouter]:
     """The model's routers, in the order of its layers, those of MTP layers last.
 
     Of a router that PEFT trains whole (`modules_to_save`) the copy that is trained.
@@ -37,7 +37,7 @@ def routers(model: nn.Module) -> list[Dsv3TopkRouter]:
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, Dsv3TopkRouter) and "original_module" not in name.split(".")
+        if isinstance(module, DeepseekV3TopkRouter) and "original_module" not in name.split(".")
     ]
 
 

@@ -46,7 +46,7 @@ def adaptable(model: nn.Module) -> dict[str, dict[str, int]]:
     for name, module in base_modules(model):
         if module is head and not tied:
             found["head"][name] = sum(head.weight.shape)
-        if layer_index(name) is None or is_mtp(model, name):
+        if layer_index(name) is None or is_mtp(name):
             continue
         part = part_of(name)
         if isinstance(module, nn.Linear) and part is not None and min(module.weight.shape):

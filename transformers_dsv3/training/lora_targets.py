@@ -16,6 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_targ
 from torch import nn
 from transformers.utils import logging
 
+from ..models.dsv3.checkpoint_conversion_dsv3 import mtp_renamings
+
 
 logger = logging.get_logger(__name__)
 
@@ -59,10 +61,16 @@ def base_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         yield name, module
 
 
-def is_mtp(model: nn.Module, name: str) -> bool:
-    """Whether a module lies in a layer of multi-token prediction: these stand after the decoder's."""
-    index = layer_index(name)
-    return index is not None and index >= model.config.num_hidden_layers
+def is_mtp(name: str) -> bool:
+    """Whether a module lies in a layer of multi-token prediction."""
+    return re.search(r"(?:^|\.)mtp\.\d+\.", name) is not None
+
+
+def in_model(name: str, model: nn.Module) -> str:
+    """The name in the model of a module that was named as in the official checkpoint, which differs for MTP layers."""
+    for renaming in mtp_renamings(model.config):
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 def place(config: LoraConfig, model: nn.Module) -> Placement:
@@ -79,6 +87,8 @@ def place(config: LoraConfig, model: nn.Module) -> Placement:
         ValueError: if names stand for some of a layer's experts, or for their gates without their ups.
     """
     targets = config.target_modules or []
+    if not isinstance(targets, str):
+        targets = {in_model(name, model) for name in targets}
     everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     linear = [name for name, module in base_modules(model) if isinstance(module, nn.Linear)]
     if everything:
@@ -106,7 +116,7 @@ def place(config: LoraConfig, model: nn.Module) -> Placement:
         return bool(match)
 
     for name, module in base_modules(model):
-        if not name or (is_mtp(model, name) and (everything or name not in listed)):
+        if not name or (is_mtp(name) and (everything or name not in listed)):
             continue
         if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
             whole = set()
@@ -212,7 +222,7 @@ def resolve(config: LoraConfig, model: nn.Module) -> Resolved:
     """
     placement = place(config, model)
     if placement.names and not isinstance(config.target_modules, str):
-        targets = set(config.target_modules or [])
+        targets = {in_model(name, model) for name in config.target_modules or []}
         lost = {t for t in targets if not any(name == t or name.endswith(f".{t}") for name in placement.names)}
         if lost:
             linear = sorted({name.split(".")[-1] for name, m in base_modules(model) if isinstance(m, nn.Linear)})
@@ -226,8 +236,8 @@ def resolve(config: LoraConfig, model: nn.Module) -> Resolved:
     if lost := {end for end in given if not any(name == end or name.endswith(f".{end}") for name in hit)}:
         logger.warning(f"target_parameters: this model has no {', '.join(sorted(lost))}, nothing is adapted for it.")
     # Of parameters, which PEFT finds by the end of their names too, those of MTP layers are left out
-    if any(is_mtp(model, name) and name not in given for name in hit):
-        given = {name for name in hit if name in given or not is_mtp(model, name)}
+    if any(is_mtp(name) and name not in given for name in hit):
+        given = {name for name in hit if name in given or not is_mtp(name)}
     ranks, alphas = _stacked_patterns(config, placement)
     return Resolved(
         suffixes(placement.modules, model),

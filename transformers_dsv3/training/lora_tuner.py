@@ -12,7 +12,7 @@ from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftType
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from ..models.dsv3.modeling_dsv3 import Dsv3PreTrainedModel
+from ..models.dsv3.modeling_dsv3 import DeepseekV3PreTrainedModel
 from .lora_targets import applies, resolve
 
 
@@ -20,7 +20,7 @@ class Dsv3LoraModel(LoraModel):
     """`LoraModel` that reads target names of `deepseek_v3` models as the official checkpoint's names."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(model, Dsv3PreTrainedModel) or kwargs.get("state_dict") is not None:
+        if not isinstance(model, DeepseekV3PreTrainedModel) or kwargs.get("state_dict") is not None:
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: LoraConfig = self.peft_config[adapter_name]
         resolved = resolve(config, model)
@@ -61,7 +61,7 @@ class Dsv3LoraModel(LoraModel):
         remap = super()._remap_adapter_state_dict_for_load
         options = {"model": model, "config": config, "adapter_name": adapter_name}
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if not isinstance(base, Dsv3PreTrainedModel):
+        if not isinstance(base, DeepseekV3PreTrainedModel):
             return remap(state_dict=state_dict, **options)
         places = adapter_places(model, adapter_name)
         # PEFT takes it that gates and ups are adapted within a second wrapper, the down projections'

@@ -12,15 +12,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import DefaultFlowCallback
 
 from ..kernels.matmul_cpu import matmul
-from ..models.dsv3.modeling_dsv3 import Dsv3Model, Dsv3PreTrainedModel
+from ..models.dsv3.modeling_dsv3 import DeepseekV3Model, DeepseekV3PreTrainedModel
 
 
-def base_model_of(model: nn.Module) -> Dsv3Model | None:
+def base_model_of(model: nn.Module) -> DeepseekV3Model | None:
     """The decoder within a model or an adapter around one, None where it is not of this package."""
-    return next((module for module in model.modules() if isinstance(module, Dsv3Model)), None)
+    return next((module for module in model.modules() if isinstance(module, DeepseekV3Model)), None)
 
 
-def require_base_model(model: nn.Module, callback: str) -> Dsv3Model:
+def require_base_model(model: nn.Module, callback: str) -> DeepseekV3Model:
     """[`base_model_of`]; raises ValueError for other models, naming the callback that needs one."""
     base = base_model_of(model)
     if base is None:
@@ -58,7 +58,7 @@ class MetricsCallback(TrainerCallback):
             return  # `model_init` has not made it yet
         if not any(cls.__module__.startswith("trl.") for cls in type(args).__mro__):
             for module in model.modules():
-                if isinstance(module, Dsv3PreTrainedModel):
+                if isinstance(module, DeepseekV3PreTrainedModel):
                     module.trains_next_token_prediction = True  # whatever another trainer did with it before
         self.prepare(model, args)
 
@@ -156,8 +156,8 @@ def multiplied_parameters(model: nn.Module) -> int:
     if base is None:
         raise ValueError(f"{type(model).__name__} holds no DeepSeek-V3 model of transformers_dsv3.")
     share = base.config.num_experts_per_tok / base.config.n_routed_experts
-    trained = [layer for layer in base.mtp_layers if layer.eh_proj.weight.requires_grad]
-    layers = [*base.layers[: base.config.num_hidden_layers], *trained]
+    trained = [layer for layer in base.mtp_layers if layer.is_trained]
+    layers = [*base.layers, *trained]
     count = sum(
         int(parameter.numel() * share) if ".experts." in name else parameter.numel()
         for layer in layers

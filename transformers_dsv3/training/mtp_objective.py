@@ -75,7 +75,7 @@ class MtpObjectiveCallback(MetricsCallback):
             )
         self.set_for_training(model, "mtp_loss_weight", self.weight)
         model.train(model.training)  # thaws the layers
-        if not any(layer.eh_proj.weight.requires_grad for layer in base.mtp_layers):
+        if not any(layer.is_trained for layer in base.mtp_layers):
             raise ValueError("The MTP layers are frozen: make them trainable, or leave MtpObjectiveCallback out.")
 
     def on_train_begin(

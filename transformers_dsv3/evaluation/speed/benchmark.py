@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ...models.dsv3 import Dsv3Config, Dsv3ForCausalLM
+from ...models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from ...training.quickstart_run import write_json
 from . import record
 from .ceilings import Ceilings
@@ -75,7 +75,7 @@ class Watcher(Protocol):
     def turn(self, workload: str, contender: str) -> None: ...
 
 
-def load_config(settings: BenchSettings, copies: float, device: Device) -> tuple[Dsv3Config, str | None]:
+def load_config(settings: BenchSettings, copies: float, device: Device) -> tuple[DeepseekV3Config, str | None]:
     """The configuration that will be measured, and how it was cut, before any weight exists.
 
     Raises:
@@ -233,16 +233,16 @@ class Benchmark:
                 inputs = continue_text(model, inputs, self._text())
             self._run_workload(workload, inputs, entrants, ceilings)
 
-    def _plugin_model(self, dtype: torch.dtype) -> Dsv3ForCausalLM:
+    def _plugin_model(self, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
         if self.settings.source in PRESETS:
             return random_model(copy.deepcopy(self.config), dtype, self.settings.seed, self.device)
         placed = {"device_map": self.device.kind} if self.device.is_gpu else {}
         try:
-            return Dsv3ForCausalLM.from_pretrained(self.settings.source, dtype=dtype, **placed).eval()
+            return DeepseekV3ForCausalLM.from_pretrained(self.settings.source, dtype=dtype, **placed).eval()
         except (OSError, ValueError) as error:
             raise BenchError("CHECKPOINT_OR_PRESET", f"{self.settings.source}: {reason_of(error)}") from None
 
-    def _contenders(self, model: Dsv3ForCausalLM, dtype_name: str, dtype: torch.dtype) -> list[ModelContender]:
+    def _contenders(self, model: DeepseekV3ForCausalLM, dtype_name: str, dtype: torch.dtype) -> list[ModelContender]:
         found: list[ModelContender] = []
 
         def add(name: str, build: Callable[[], PreTrainedModel], linear_dtype: torch.dtype) -> None:

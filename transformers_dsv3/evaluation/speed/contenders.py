@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_deepseek_v3
 
 from ...compression.int8_weights import quantize_int8
-from ...models.dsv3 import Dsv3ForCausalLM
+from ...models.dsv3 import DeepseekV3ForCausalLM
 from .devices import Device
 from .rounds import Turn
 from .workloads import Inputs, Workload, decode, make_optimizer, prefill, training_step
+
+
+NATIVE = modeling_deepseek_v3.DeepseekV3ForCausalLM
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,14 @@ class Variant:
         copies: memory it takes besides the model as it is, in copies of that one in bf16.
     """
 
-    build: Callable[[Dsv3ForCausalLM], Dsv3ForCausalLM]
+    build: Callable[[DeepseekV3ForCausalLM], DeepseekV3ForCausalLM]
     linear_dtype: torch.dtype | None = None
     copies: float = 0.0
 
 
-def _int8(activations: str) -> Callable[[Dsv3ForCausalLM], Dsv3ForCausalLM]:
+def _int8(activations: str) -> Callable[[DeepseekV3ForCausalLM], DeepseekV3ForCausalLM]:
     # A twin on the same weights is rounded, since the model as it is is measured too
-    return lambda model: quantize_int8(share_weights(model, Dsv3ForCausalLM), activations)
+    return lambda model: quantize_int8(share_weights(model, DeepseekV3ForCausalLM), activations)
 
 
 VARIANTS = {
@@ -58,7 +62,7 @@ def static_name(name: str) -> str:
     return f"{name} {STATIC}"
 
 
-def share_weights(model: Dsv3ForCausalLM, cls: type[PreTrainedModel] = DeepseekV3ForCausalLM) -> PreTrainedModel:
+def share_weights(model: DeepseekV3ForCausalLM, cls: type[PreTrainedModel] = NATIVE) -> PreTrainedModel:
     """The same model in another class, on the same storage: no weight is copied.
 
     Args:
@@ -68,9 +72,9 @@ def share_weights(model: Dsv3ForCausalLM, cls: type[PreTrainedModel] = DeepseekV
         RuntimeError: where a parameter of the new model is not one of the old.
     """
     config = copy.deepcopy(model.config)
-    if cls is DeepseekV3ForCausalLM:
+    if cls is NATIVE:
         fields = {key: value for key, value in config.to_dict().items() if key not in ("architectures", "dtype")}
-        config = DeepseekV3Config(**fields)
+        config = configuration_deepseek_v3.DeepseekV3Config(**fields)
     with torch.device("meta"):
         twin = cls._from_config(config, dtype=model.dtype)
     result = twin.load_state_dict(model.state_dict(), strict=False, assign=True)

@@ -65,7 +65,7 @@ def count_weights(model: PreTrainedModel, in_bytes: bool) -> Weights:
             tensor.nbytes if in_bytes else (tensor.numel() if tensor.dim() >= 2 and not name.endswith("_scale") else 0)
         )
         layer = re.search(r"\blayers\.(\d+)\.", name)
-        if layer and int(layer[1]) >= config.num_hidden_layers:
+        if re.search(r"\bmtp\.\d+\.", name):
             continue
         if ".mlp.experts." in name and layer:
             experts += size
@@ -146,7 +146,7 @@ class ExpertsUsed:
         self.handles: list[Any] = []
 
     def __enter__(self) -> ExpertsUsed:
-        for layer in self.model.model.layers[: self.model.config.num_hidden_layers]:
+        for layer in self.model.model.layers:
             if hasattr(layer.mlp, "gate"):
                 self.handles.append(layer.mlp.gate.register_forward_hook(self._count))
         return self

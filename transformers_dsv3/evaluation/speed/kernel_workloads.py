@@ -15,8 +15,8 @@ import torch
 
 from ...kernels import experts_liger, mla_cpu, mla_triton, registry, selection, triton_support
 from ...models.dsv3.attention_dsv3 import absorbed_attention, softmax_scale
-from ...models.dsv3.configuration_dsv3 import Dsv3Config
-from ...models.dsv3.moe_dsv3 import Dsv3Experts
+from ...models.dsv3.configuration_dsv3 import DeepseekV3Config
+from ...models.dsv3.moe_dsv3 import DeepseekV3Experts
 from .devices import Device
 from .rounds import Turn, interleave, ratio, reason_of, spread
 from .settings import DTYPES, BenchSettings
@@ -64,7 +64,7 @@ class Part:
 
 
 def measure_kernels(
-    settings: BenchSettings, config: Dsv3Config, dtype_name: str, device: Device, watcher: Watcher
+    settings: BenchSettings, config: DeepseekV3Config, dtype_name: str, device: Device, watcher: Watcher
 ) -> Iterator[dict[str, Any]]:
     """Measures the parts that the settings name, one entry of the results after another.
 
@@ -84,7 +84,7 @@ def measure_kernels(
         device.tidy()
 
 
-def parts(settings: BenchSettings, config: Dsv3Config, dtype: torch.dtype) -> Iterator[Part]:
+def parts(settings: BenchSettings, config: DeepseekV3Config, dtype: torch.dtype) -> Iterator[Part]:
     """The measurements in turn on torch's default device, each made when the one before is done with."""
     if "experts" in settings.what:
         experts = make_experts(config, dtype, settings.seed)
@@ -154,9 +154,9 @@ def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
     return ((result.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()
 
 
-def make_experts(config: Dsv3Config, dtype: torch.dtype, seed: int) -> Dsv3Experts:
+def make_experts(config: DeepseekV3Config, dtype: torch.dtype, seed: int) -> DeepseekV3Experts:
     """One layer's routed experts of random weights on the current default device, in evaluation mode."""
-    experts = Dsv3Experts(copy.deepcopy(config)).to(dtype).eval()
+    experts = DeepseekV3Experts(copy.deepcopy(config)).to(dtype).eval()
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in experts.parameters():
@@ -170,7 +170,7 @@ def routing(config: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen, weights / weights.sum(dim=-1, keepdim=True)
 
 
-def experts_part(experts: Dsv3Experts, tokens: int, seed: int, with_gradients: bool) -> Part:
+def experts_part(experts: DeepseekV3Experts, tokens: int, seed: int, with_gradients: bool) -> Part:
     """Experts on `tokens` tokens, without gradients or forward and backward."""
     config: Any = experts.config
     torch.manual_seed(seed)
@@ -237,7 +237,11 @@ def experts_part(experts: Dsv3Experts, tokens: int, seed: int, with_gradients: b
 
 
 def exact_experts(
-    experts: Dsv3Experts, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, given: torch.Tensor | None
+    experts: DeepseekV3Experts,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    given: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """The output in float64, expert after expert, and with `given` the gradients of all that it is computed from."""
     weights = [parameter.detach() for parameter in (experts.gate_up_proj, experts.down_proj)]
@@ -259,7 +263,7 @@ def exact_experts(
     return [output.detach(), *torch.autograd.grad(output, sources, given.double())]
 
 
-def attention_part(config: Dsv3Config, batch: int, context: int, dtype: torch.dtype, seed: int) -> Part:
+def attention_part(config: DeepseekV3Config, batch: int, context: int, dtype: torch.dtype, seed: int) -> Part:
     """Absorbed attention of one new token a row over `context` cached latents, with both absorbing products."""
     torch.manual_seed(seed)
     heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...models.dsv3 import Dsv3Config, Dsv3ForCausalLM
+from ...models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from .devices import Device
 from .settings import BenchError, BenchSettings
 
@@ -18,7 +18,7 @@ class Preset:
 
     Args:
         about: one line for the help.
-        fields: of `Dsv3Config`.
+        fields: of `DeepseekV3Config`.
         always_mtp: whether it has its MTP layer also where nothing that uses it is measured.
     """
 
@@ -96,7 +96,9 @@ PRESETS = {
 SHARE_OF_MEMORY = 0.7
 
 
-def preset_config(settings: BenchSettings, free_bytes: int, copies: float = 1.0) -> tuple[Dsv3Config, str | None]:
+def preset_config(
+    settings: BenchSettings, free_bytes: int, copies: float = 1.0
+) -> tuple[DeepseekV3Config, str | None]:
     """The configuration of a preset, cut to fit memory where it must be.
 
     Args:
@@ -116,10 +118,10 @@ def preset_config(settings: BenchSettings, free_bytes: int, copies: float = 1.0)
     wide = 4 if "fp32" in settings.dtypes else 2
     budget = int(free_bytes * SHARE_OF_MEMORY)
 
-    def config(layers: int) -> Dsv3Config:
+    def config(layers: int) -> DeepseekV3Config:
         fields = {**preset.fields, "num_hidden_layers": layers, "num_nextn_predict_layers": mtp}
         positions = max(settings.longest, 4096)
-        return Dsv3Config(**fields, max_position_embeddings=positions, bos_token_id=0, eos_token_id=1)
+        return DeepseekV3Config(**fields, max_position_embeddings=positions, bos_token_id=0, eos_token_id=1)
 
     def needed(layers: int) -> float:
         return parameter_count(config(layers)) * wide * copies
@@ -144,15 +146,17 @@ def _times(copies: float) -> str:
     return "" if copies == 1 else f"{copies:g} copies of "
 
 
-def parameter_count(config: Dsv3Config) -> int:
+def parameter_count(config: DeepseekV3Config) -> int:
     """Parameters of a model of this configuration, none of which is allocated."""
     with torch.device("meta"):
-        model = Dsv3ForCausalLM(config)
+        model = DeepseekV3ForCausalLM(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def random_model(config: Dsv3Config, dtype: torch.dtype, seed: int, device: Device | None = None) -> Dsv3ForCausalLM:
+def random_model(
+    config: DeepseekV3Config, dtype: torch.dtype, seed: int, device: Device | None = None
+) -> DeepseekV3ForCausalLM:
     """A model of random weights as Transformers initialises them, made where it is to run, in evaluation mode."""
     torch.manual_seed(seed)
     with (device or Device()).torch:
-        return Dsv3ForCausalLM._from_config(config, dtype=dtype).eval()
+        return DeepseekV3ForCausalLM._from_config(config, dtype=dtype).eval()

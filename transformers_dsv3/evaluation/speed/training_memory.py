@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...models.dsv3 import Dsv3Config, Dsv3ForCausalLM
+from ...models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from .contenders import NATIVE, ModelContender, share_weights
 from .presets import random_model
 from .record import resident_bytes
@@ -51,9 +51,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
     dtype = getattr(torch, request["dtype"])
     if request["checkpoint"]:
-        model = Dsv3ForCausalLM.from_pretrained(request["checkpoint"], dtype=dtype)
+        model = DeepseekV3ForCausalLM.from_pretrained(request["checkpoint"], dtype=dtype)
     else:
-        model = random_model(Dsv3Config(**request["config"]), dtype, request["seed"])
+        model = random_model(DeepseekV3Config(**request["config"]), dtype, request["seed"])
     trained = share_weights(model) if request["contender"] == NATIVE else model
     config = model.config
     del model

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...kernels.experts_lora import LowRank
+from ...kernels.selection import bypass_refusal, call_refusal
 
 
 def _factors(wrapper: Any, adapters: list[str]) -> LowRank:
@@ -22,10 +23,6 @@ def _factors(wrapper: Any, adapters: list[str]) -> LowRank:
         up_ORE = wrapper.lora_B[adapter].weight.unflatten(1, (-1, wrapper.num_experts))
         ups.append(up_ORE.permute(2, 0, 1) * wrapper.scaling[adapter])
     return LowRank(torch.cat(downs, dim=1), torch.cat(ups, dim=2))
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] | None:
@@ -43,7 +40,7 @@ def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] |
     while type(module).__name__ == "ParamWrapper":
         wrapper: Any = module
         adapters = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
-        if wrapper.disable_adapters or wrapper.merged or _is_hooked(wrapper):
+        if wrapper.disable_adapters or wrapper.merged or bypass_refusal("experts", wrapper) is not None:
             return None
         if adapters:
             found[wrapper.parameter_name] = _factors(wrapper, adapters)
@@ -51,7 +48,7 @@ def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] |
     weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     if not found or not found.keys() <= {"gate_up_proj", "down_proj"} or not hasattr(type(module), "is_plain_experts"):
         return None
-    if _is_hooked(module):
+    if bypass_refusal("experts", module) is not None or call_refusal() is not None:
         return None
     for weight in weights:
         if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.is_meta or weight.dtype.itemsize < 2:

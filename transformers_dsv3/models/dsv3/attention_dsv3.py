@@ -20,16 +20,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.cache_utils import Cache
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...kernels import mla_cpu, mla_flash, mla_training, mla_triton, rows_triton
 from ...kernels.rows_cpu import rotate_refusal
+from ...kernels.selection import bypass_refusal
 from .cache_dsv3 import extend, filled_positions, next_place
-from .configuration_dsv3 import Dsv3Config
-from .linear_dsv3 import Dsv3Linear
-from .norm_dsv3 import Dsv3RMSNorm
+from .configuration_dsv3 import DeepseekV3Config
+from .linear_dsv3 import linear
+from .norm_dsv3 import DeepseekV3RMSNorm
 
 
 logger = logging.get_logger(__name__)
@@ -53,7 +58,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bo
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def softmax_scale(config: Dsv3Config) -> float:
+def softmax_scale(config: DeepseekV3Config) -> float:
     """1/√(key dim), times the square of YaRN's attention factor (arXiv 2309.00071, section 3.4) where YaRN is used."""
     scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     rope = config.rope_parameters
@@ -137,8 +142,18 @@ def absorbed_attention(
     return out_BHQV.transpose(1, 2), weights_BHQS
 
 
+# What computes softmax attention as the model's own paths do. Whatever else is registered under a name, be it one of
+# these functions', has to be called.
+_KNOWN_ATTENTION = (eager_attention, sdpa_attention_forward, flash_attention_forward, flex_attention_forward)
+
+
 def dense_mask(
-    attention_mask: Any, q_len: int, kv_len: int, device: torch.device, first_query: int = 0
+    attention_mask: Any,
+    q_len: int,
+    kv_len: int,
+    device: torch.device,
+    first_query: int = 0,
+    is_causal: bool = True,
 ) -> torch.Tensor | None:
     """Brings the mask of any attention implementation to the form that `absorbed_attention` takes.
 
@@ -147,6 +162,7 @@ def dense_mask(
             boolean or additive (sdpa, eager), or flex attention's block mask.
         first_query: position of the first query, for the causal ones. Transformers leaves sdpa's mask out where
             queries start at 0, also with room behind them in a static cache; flash attention's queries are the last.
+        is_causal: False where queries attend what comes behind them too, unless the mask says otherwise.
 
     Returns:
         None where every query may attend everything, else a tensor broadcastable to `(B, 1, Q, S)`.
@@ -158,7 +174,7 @@ def dense_mask(
 
         return create_mask(attention_mask.mask_mod, attention_mask.shape[0], 1, q_len, kv_len, device=str(device))
     mask = None
-    if q_len > 1:
+    if q_len > 1 and is_causal:
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(first_query)[None, None]
     if attention_mask is not None:
         padding = attention_mask[:, None, None, :kv_len].bool()
@@ -166,7 +182,7 @@ def dense_mask(
     return mask
 
 
-class Dsv3Attention(nn.Module):
+class DeepseekV3Attention(native.DeepseekV3Attention):
     """Multi-head latent attention over a cache of latents.
 
     The cache holds, for each layer and token, the normalised latent as its "key" `(B, 1, S, R)` and the rotated shared
@@ -176,11 +192,12 @@ class Dsv3Attention(nn.Module):
         layer_idx: position in the cache.
     """
 
-    def __init__(self, config: Dsv3Config, layer_idx: int):
-        super().__init__()
+    def __init__(self, config: DeepseekV3Config, layer_idx: int):
+        nn.Module.__init__(self)  # not the parent's, which makes native's modules
         self.config = config
         self.layer_idx = layer_idx
         self.attention_dropout = config.attention_dropout
+        self.hidden_size = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.num_key_value_groups = 1  # read by Transformers' attention functions: each head has its own key
         self.is_causal = True
@@ -194,18 +211,20 @@ class Dsv3Attention(nn.Module):
         self.scaling = softmax_scale(config)
 
         hidden_size, bias = config.hidden_size, config.attention_bias
+        # Those of the two ways to make queries that are not taken are None, as in native's
+        self.q_proj = self.q_a_proj = self.q_a_layernorm = self.q_b_proj = None
         if self.q_lora_rank is None:
-            self.q_proj = Dsv3Linear(hidden_size, self.num_heads * self.qk_head_dim, bias=False)
+            self.q_proj = nn.Linear(hidden_size, self.num_heads * self.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = Dsv3Linear(hidden_size, self.q_lora_rank, bias=bias)
-            self.q_a_layernorm = Dsv3RMSNorm(self.q_lora_rank)
-            self.q_b_proj = Dsv3Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = Dsv3Linear(hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
-        self.kv_a_layernorm = Dsv3RMSNorm(self.kv_lora_rank)
-        self.kv_b_proj = Dsv3Linear(
+            self.q_a_proj = nn.Linear(hidden_size, self.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepseekV3RMSNorm(self.q_lora_rank)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = DeepseekV3RMSNorm(self.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(
             self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
         )
-        self.o_proj = Dsv3Linear(self.num_heads * self.v_head_dim, hidden_size, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, hidden_size, bias=bias)
 
     @property
     def is_head_parallel(self) -> bool:
@@ -213,7 +232,7 @@ class Dsv3Attention(nn.Module):
 
         Not so for weights that FSDP shards: those are whole while a layer runs, unless they are units of their own.
         """
-        weight = self.kv_b_proj.weight
+        weight = getattr(self.kv_b_proj, "weight", None)
         return (
             getattr(self.kv_b_proj, "_is_hooked", False)
             and len(getattr(weight, "placements", ())) == 1
@@ -222,23 +241,31 @@ class Dsv3Attention(nn.Module):
 
     def why_not_absorbed(self, past_key_values: Cache | None = None) -> str | None:
         """The reason why the absorbed path cannot serve this module and cache, or None where it can."""
-        if type(self.kv_b_proj) not in (nn.Linear, Dsv3Linear):
-            kind = type(self.kv_b_proj)
+        if (kind := type(self.kv_b_proj)) is not nn.Linear:
             return f"kv_b_proj is a {kind.__module__}.{kind.__name__}, whose weight cannot be folded"
-        if not self.is_head_parallel and type(self.kv_b_proj.weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
-            return f"kv_b_proj's weight is a {type(self.kv_b_proj.weight).__name__}, not a plain tensor"
-        if self.kv_b_proj._forward_hooks or self.kv_b_proj._forward_pre_hooks:
-            return "kv_b_proj has forward hooks, which only its own call runs"
+        if not self.is_head_parallel:  # whose hooks move what is sharded otherwise
+            if type(self.kv_b_proj.weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
+                return f"kv_b_proj's weight is a {type(self.kv_b_proj.weight).__name__}, not a plain tensor"
+            if (reason := bypass_refusal("kv_b_proj", self.kv_b_proj)) is not None:
+                return reason
         if self.kv_b_proj.weight.is_meta:
             return "kv_b_proj is offloaded, its weight is not in memory outside its own call"
         if self.training and self.attention_dropout > 0:
             return "attention dropout is on"
         implementation = self.config._attn_implementation or "eager"
+        if not self._attention_is_known():
+            return f"{implementation!r} is an attention function that computes something of its own"
         if "paged" in implementation:
             return f"the cache of {implementation!r} is not addressed by position"
         if "flash" in implementation and past_key_values is not None and past_key_values.is_compileable:
             return f"the mask of {implementation!r} does not tell which positions of a static cache are filled"
         return None
+
+    def _attention_is_known(self) -> bool:
+        """Whether the attention function in use is one that the paths beside it compute the same as."""
+        name = self.config._attn_implementation or "eager"
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+        return getattr(function, "func", function) in _KNOWN_ATTENTION  # kernels of the Hub come as partial functions
 
     def _absorbed_is_cheaper(self, q_len: int, kv_len: int) -> bool:
         """Compares the multiplications a head does: expansion pays once a position, absorption for every query."""
@@ -284,7 +311,7 @@ class Dsv3Attention(nn.Module):
         self, q_nope: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor, attention_mask: Any
     ) -> Callable | None:
         """What computes attention from the parts of keys and values on a CPU, or None where nothing takes the call."""
-        if self.config._attn_implementation != "sdpa" or not self.is_causal:
+        if self.config._attn_implementation != "sdpa" or not self.is_causal or not self._attention_is_known():
             return None
         dropout = self.attention_dropout if self.training else 0.0
         for backend in (mla_training,) if self.training else (mla_cpu, mla_training):
@@ -347,11 +374,11 @@ class Dsv3Attention(nn.Module):
             q_nope, q_rope = query.split(dims, dim=-1)
         else:
             if self.q_lora_rank is None:
-                query = self.q_proj(hidden_states)
+                query = linear(self.q_proj, hidden_states)
             else:
-                query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+                query = linear(self.q_b_proj, self.q_a_layernorm(linear(self.q_a_proj, hidden_states)))
             q_nope, q_rope = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2).split(dims, dim=-1)
-            kv_a = self.kv_a_proj_with_mqa(hidden_states)
+            kv_a = linear(self.kv_a_proj_with_mqa, hidden_states)
             if not self.training:
                 written = self._write(kv_a, q_rope, cos, sin, past_key_values)
             if written is None:
@@ -381,7 +408,9 @@ class Dsv3Attention(nn.Module):
             latent, k_rope, kv_b_weight = latent.squeeze(1), k_rope.squeeze(1), self.kv_b_proj.weight
             if is_head_parallel:
                 kv_b_weight = kv_b_weight.to_local()
-            mask = dense_mask(attention_mask, q_len, kv_len, hidden_states.device, first_query)
+            is_causal = kwargs.get("is_causal")
+            is_causal = self.is_causal if is_causal is None else is_causal
+            mask = dense_mask(attention_mask, q_len, kv_len, hidden_states.device, first_query, is_causal)
             arguments = (q_nope, q_rope, latent, k_rope, kv_b_weight, mask, self.scaling)
             if implementation == "eager":
                 output, weights = absorbed_attention(*arguments)
@@ -394,7 +423,7 @@ class Dsv3Attention(nn.Module):
             else:
                 output, _ = absorbed_attention(*arguments)
         else:
-            kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+            kv = linear(self.kv_b_proj, latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
             fused = self._fused_expanded(q_nope, kv, k_rope, attention_mask) if "is_causal" not in kwargs else None
             if fused is not None:
                 output = fused(q_nope, q_rope, kv, k_rope.squeeze(1), attention_mask, self.scaling)
@@ -402,4 +431,7 @@ class Dsv3Attention(nn.Module):
                 output, weights = self._expanded_attention(
                     torch.cat([q_nope, q_rope], dim=-1), *self._expand(kv, k_rope), attention_mask, **kwargs
                 )
-        return self.o_proj(output.reshape(batch_size, q_len, -1)), weights
+        return linear(self.o_proj, output.reshape(batch_size, q_len, -1)), weights
+
+
+Dsv3Attention = DeepseekV3Attention  # its name before

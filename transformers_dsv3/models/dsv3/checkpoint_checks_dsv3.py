@@ -11,7 +11,8 @@ from .checkpoint_files_dsv3 import StoredTensor, listing
 
 # experts.{e}.gate_proj.weight and its FP8 scale
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
-_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
+# What only MTP layers have
+_MTP_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(?:enorm|hnorm|eh_proj|shared_head)\.")
 # After the name of an FP8 weight: its scales
 SCALE = "_scale_inv"
 _FP8 = "F8_E4M3"
@@ -23,8 +24,11 @@ def scale_grid(shape: Sequence[int], block_size: Sequence[int]) -> tuple[int, ..
 
 
 def mtp_layers_present(names: Sequence[str], num_hidden_layers: int, announced: int) -> int:
-    """How many MTP layers to build: the announced ones, less the trailing ones of which no tensor is stored."""
-    stored = {int(match.group(1)) for match in map(_LAYER.match, names) if match}
+    """How many MTP layers to build: the announced ones, less the trailing ones of which no tensor is stored.
+
+    A layer of the main model that a smaller `num_hidden_layers` leaves out may stand in such a place.
+    """
+    stored = {int(match.group(1)) for match in map(_MTP_LAYER.match, names) if match}
     return max((k + 1 for k in range(announced) if num_hidden_layers + k in stored), default=0)
 
 
@@ -99,8 +103,12 @@ class CheckpointCheck:
         names = [
             name
             for name in wanted
-            # What lies outside the decoder is a head: Transformers initialises it and says so
-            if name not in self.resolved and name.startswith(prefix) and not self.optional(name)
+            # What else is missing Transformers initialises, and says so. Of a stack of experts it would do so with
+            # all, or fail without naming one, and a scale alone it cannot convert.
+            if (_EXPERT.match(name) or name + SCALE in self.resolved)
+            and name not in self.resolved
+            and name.startswith(prefix)
+            and not self.optional(name)
         ]
         if not names:
             return []

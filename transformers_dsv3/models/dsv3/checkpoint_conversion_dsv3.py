@@ -7,6 +7,7 @@ rows first, and `experts.down_proj` is (E, H, I).
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -16,9 +17,14 @@ from transformers.core_model_loading import (
     ConversionOps,
     MergeModulelist,
     WeightConverter,
+    WeightRenaming,
 )
 
 from .checkpoint_files_dsv3 import StoredTensor
+
+
+# Norms of MTP layers by their names in the model and in checkpoints
+MTP_NORMS = {"embed_layernorm": "enorm", "hidden_layernorm": "hnorm"}
 
 
 class MergeExperts(MergeModulelist):
@@ -112,6 +118,36 @@ class SplitGateUp(Chunk):
     @property
     def reverse_op(self) -> ConversionOps:
         return JoinGateUp(self.dim)
+
+
+def mtp_renamings(config: Any, prefix: str = "") -> list[WeightRenaming]:
+    """From the official names of MTP layers, `layers.{num_hidden_layers + depth}`, to those in the model.
+
+    Args:
+        config: the model's.
+        prefix: of the decoder's tensors, where others have to be left alone; any by default.
+
+    Returns:
+        Renamings in the order in which they are applied; Transformers reverts them when it saves.
+    """
+    start = f"^{re.escape(prefix)}" if prefix else ""
+    renamings = []
+    for depth in range(getattr(config, "num_nextn_predict_layers", 0) or 0):
+        official = rf"layers\.{config.num_hidden_layers + depth}\."
+        inside = rf"mtp\.{depth}\."
+        renamings.append(WeightRenaming(start + official, start + inside))
+        for name, official_name in MTP_NORMS.items():
+            renamings.append(WeightRenaming(rf"{start}{inside}{official_name}\.", rf"{start}{inside}{name}\."))
+    return renamings
+
+
+def official_name(name: str, config: Any) -> str:
+    """The name in official checkpoints of a tensor of the model, but for experts, which are stacked in the model."""
+    match = re.match(r"(.*\b)?mtp\.(\d+)\.(\w+)(.*)", name)
+    if match is None:
+        return name
+    prefix, depth, part, rest = match.groups()
+    return f"{prefix or ''}layers.{config.num_hidden_layers + int(depth)}.{MTP_NORMS.get(part, part)}{rest}"
 
 
 def deepseek_v3_conversion_mapping() -> list[WeightConverter]:

@@ -26,7 +26,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
 from .checkpoint_checks_dsv3 import SCALE, CheckpointCheck, mtp_layers_present
-from .checkpoint_conversion_dsv3 import MergeExperts, deepseek_v3_conversion_mapping
+from .checkpoint_conversion_dsv3 import MergeExperts, deepseek_v3_conversion_mapping, mtp_renamings, official_name
 from .checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint, resolve_checkpoint
 
 
@@ -121,9 +121,11 @@ class Dsv3CheckpointMixin(_Base):
         `expected_keys` comes with an adapter's weights: these are refused unless they fit as a whole.
         """
         files = checkpoint_files or []
+        given = [step for step in load_config.weight_mapping or [] if isinstance(step, WeightRenaming)]
+        if expected_keys is None and load_config.weight_mapping is not None:
+            load_config.weight_mapping.extend(mtp_renamings(model.config))
         if state_dict is None and expected_keys is None and files and all(f.endswith(".safetensors") for f in files):
-            renamings = [step for step in load_config.weight_mapping or [] if isinstance(step, WeightRenaming)]
-            stored = _rename(read_checkpoint(files), renamings)
+            stored = _rename(read_checkpoint(files), given)
             quantizer = load_config.hf_quantizer
             is_fp8 = quantizer is not None and quantizer.quantization_config.quant_method == FP8_METHOD
             if quantizer is None or is_fp8:
@@ -148,7 +150,7 @@ class Dsv3CheckpointMixin(_Base):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Does nothing, as `Dsv3Config.register_for_auto_class`."""
+        """Does nothing, as `DeepseekV3Config.register_for_auto_class`."""
 
     def save_pretrained(
         self,
@@ -166,9 +168,16 @@ class Dsv3CheckpointMixin(_Base):
         fails leaves the earlier checkpoint as it was, and a model can be saved where it was loaded from. Saves that
         upload (`push_to_hub=True`) or that several processes write together go straight to `save_directory`.
         """
+        if getattr(self, "_weight_conversions", None) is None:
+            # Of a model that was not loaded Transformers would revert what is registered for its type, which does not
+            # know how many layers there are
+            self._weight_conversions = [*deepseek_v3_conversion_mapping(), *mtp_renamings(self.config)]
         distributed = getattr(self.config, "distributed_config", None) is not None
         if not distributed and not kwargs.get("distributed_checkpoint"):
             state_dict = self._with_mtp_copies(state_dict)
+            if state_dict is not None and kwargs.get("save_original_format") is False:
+                # Nothing is reverted then, experts stay stacked; MTP layers keep their official names all the same
+                state_dict = {official_name(name, self.config): tensor for name, tensor in state_dict.items()}
         arguments = {"is_main_process": is_main_process, "state_dict": state_dict, **kwargs}
         if (
             push_to_hub
@@ -200,7 +209,6 @@ class Dsv3CheckpointMixin(_Base):
         is_adapted = getattr(self, "_hf_peft_config_loaded", False)
         if not count or is_adapted or getattr(self, "hf_quantizer", None) is not None:
             return state_dict
-        depth = self.config.num_hidden_layers
         if state_dict is None:
             state_dict = self.state_dict()
         base = "" if self.base_model is self else f"{self.base_model_prefix}."
@@ -210,10 +218,10 @@ class Dsv3CheckpointMixin(_Base):
         sources = {"embed_tokens.weight": embedding, "shared_head.head.weight": head}
         present = {name: tensor for name, tensor in sources.items() if tensor is not None}
         copies = {
-            f"{base}layers.{layer}.{name}": tensor.detach().to("cpu", copy=True)
-            for layer in range(depth, depth + count)
+            f"{base}mtp.{depth}.{name}": tensor.detach().to("cpu", copy=True)
+            for depth in range(count)
             for name, tensor in present.items()
-            if tensor.device.type != "meta" and f"{base}layers.{layer}.eh_proj.weight" in state_dict
+            if tensor.device.type != "meta" and f"{base}mtp.{depth}.eh_proj.weight" in state_dict
         }
         return {**state_dict, **copies}
 
@@ -289,7 +297,11 @@ def fit_problems(
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
     return CheckpointCheck(
         # Transformers' modules exist at size zero too (no shared experts); a checkpoint need not hold those
-        expected={name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if tensor.numel()},
+        expected={
+            official_name(name, model.config): tuple(tensor.shape)
+            for name, tensor in model.state_dict().items()
+            if tensor.numel()
+        },
         stored=stored,
         base_prefix="" if model.base_model is model else model.base_model_prefix,
         optional=lambda name: name in tied or any(pattern.search(name) for pattern in ignored),

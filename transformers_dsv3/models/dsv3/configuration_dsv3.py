@@ -4,17 +4,16 @@ import json
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+from transformers.models.deepseek_v3 import configuration_deepseek_v3 as native
 
 
 @strict
-class Dsv3Config(DeepseekV3Config):
+class DeepseekV3Config(native.DeepseekV3Config):
     r"""
-    Configuration of a DeepSeek-V3 model: the fields of [`DeepseekV3Config`], the official keys that it leaves out of
+    Configuration of a DeepSeek-V3 model: the fields of native's [`DeepseekV3Config`], the official keys that it leaves out of
     `config.json`, and the fields that training needs. Contradictions are refused when it is built.
 
-    Every default is the published DeepSeek-V3 (671B) value. See [`DeepseekV3Config`] for the inherited fields.
+    Every default is the published DeepSeek-V3 (671B) value. See native's for the inherited fields.
 
     Args:
         topk_method (`str`, *optional*, defaults to `"noaux_tc"`):
@@ -26,10 +25,9 @@ class Dsv3Config(DeepseekV3Config):
             After the first `first_k_dense_replace` layers, every `moe_layer_freq`-th layer is a mixture of experts.
             Native Transformers knows 1 only, and opens a checkpoint of another value as a different model.
         num_key_value_heads (`int`, *optional*):
-            Kept for its official key: always `num_attention_heads`.
+            Kept for its official key, `num_attention_heads` unless given: latent attention has no grouped heads.
         output_router_logits (`bool`, *optional*, defaults to `False`):
-            Whether the models return the router logits of each mixture-of-experts layer. While it is False, the
-            attribute is absent: libraries take its presence for a softmax router, and would train one (see below).
+            Whether the models return the router logits of each mixture-of-experts layer.
         mtp_loss_weight (`float`, *optional*, defaults to 0.0):
             λ of the multi-token prediction objective (section 2.2): its loss, averaged over the MTP layers, is trained
             with this weight beside next-token prediction. 0 leaves the MTP layers out of training. A setting of a
@@ -45,9 +43,8 @@ class Dsv3Config(DeepseekV3Config):
 
     # Native's plan leaves attention replicated. Here it is sharded by heads: queries and `kv_b_proj` by output rows,
     # `o_proj` by input columns; the latents and the shared rotary keys, and so the cache, are whole on every rank.
-    # MTP layers lie in `layers` too; their `eh_proj` and norms are replicated, as all norms and routers are.
     base_model_tp_plan = {
-        **DeepseekV3Config.base_model_tp_plan,
+        **native.DeepseekV3Config.base_model_tp_plan,
         "layers.*.self_attn.q_proj": "colwise",  # without a query LoRA
         "layers.*.self_attn.q_b_proj": "colwise",  # with one
         "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
@@ -55,36 +52,20 @@ class Dsv3Config(DeepseekV3Config):
         "layers.*.self_attn.o_proj": "rowwise",
     }
 
+    # MTP layers are sharded alike; their `eh_proj` and norms are replicated, as all norms and routers are
+    base_model_tp_plan |= {rule.replace("layers.", "mtp.", 1): style for rule, style in base_model_tp_plan.items()}
+    base_model_ep_plan = native.DeepseekV3Config.base_model_ep_plan | {
+        rule.replace("layers.", "mtp.", 1): style for rule, style in native.DeepseekV3Config.base_model_ep_plan.items()
+    }
+
     topk_method: str = "noaux_tc"
     scoring_func: str = "sigmoid"
     n_shared_experts: int | None = 1
     num_key_value_heads: int | None = None
     moe_layer_freq: int = 1
+    output_router_logits: bool = False  # native's from Transformers 5.18 on
     mtp_loss_weight: float | int = 0.0
     seq_aux_loss_weight: float | int = 0.0
-
-    @property
-    def output_router_logits(self) -> bool:
-        """Whether the models return their router logits; absent (`AttributeError`) where they do not.
-
-        TRL takes the mere presence of this attribute for a router with Mixtral's loss over a softmax, and would
-        compute that, wrongly, from the logits of a sigmoid router. Where it is absent, `router_aux_loss_coef` is
-        refused when the trainer is made.
-        """
-        if "output_router_logits" not in self.__dict__:
-            raise AttributeError("`output_router_logits` is present only where it is True")
-        return True
-
-    @output_router_logits.setter
-    def output_router_logits(self, value: bool) -> None:
-        if value:
-            self.__dict__["output_router_logits"] = True
-        else:
-            self.__dict__.pop("output_router_logits", None)
-
-    def __eq__(self, other: object) -> bool:
-        # A dataclass's own would read every field
-        return isinstance(other, PreTrainedConfig) and self.__dict__ == other.__dict__
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -95,28 +76,25 @@ class Dsv3Config(DeepseekV3Config):
         imports the package.
         """
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        # Transformers takes from `kwargs` the attributes that are there
-        if "output_router_logits" in kwargs:
-            config_dict = {**config_dict, "output_router_logits": kwargs.pop("output_router_logits")}
-        return super().from_dict(config_dict, **kwargs)
-
     def __post_init__(self, **kwargs: Any):
         # A repository with remote code of its own (Moonlight's, for one) names that code here. These classes serve
         # the model instead, and a checkpoint saved from them carries no code.
-        # The attribute stays, since libraries read it where they do not know `architectures` (TRL does).
-        kwargs["auto_map"] = {}
+        if "auto_map" in kwargs:
+            kwargs["auto_map"] = {}
         _check_rope_keys(self.rope_parameters, kwargs)
         # Null in some checkpoints, for models without shared experts or without groups
-        for field, absent in (("n_shared_experts", 0), ("n_group", 1), ("topk_group", self.n_group or 1)):
+        for field, absent in (
+            ("n_shared_experts", 0),
+            ("n_group", 1),
+            ("topk_group", self.n_group or 1),
+            ("num_nextn_predict_layers", 0),
+        ):
             if getattr(self, field) is None:
                 setattr(self, field, absent)
         super().__post_init__(**kwargs)
-        # Some libraries look the class up by name in the `transformers` module (TRL, for a model given by its path),
-        # where the official name is native's class. With the name of the plugin's they go by the Auto classes.
         if self.architectures:  # type: ignore[has-type]
-            self.architectures = [_plugin_architecture(name) for name in self.architectures]  # type: ignore[has-type]
+            # Models of this package had names of their own once
+            self.architectures = [_official_architecture(name) for name in self.architectures]  # type: ignore[has-type]
         self.check_fields()
 
     def check_fields(self) -> None:
@@ -163,14 +141,6 @@ class Dsv3Config(DeepseekV3Config):
             refuse("scoring_func", "DeepSeek-V3 scores experts by 'sigmoid' only")
         if self.qk_rope_head_dim % 2:
             refuse("qk_rope_head_dim", "must be even: rotary embeddings turn pairs of values")
-        if self.num_key_value_heads != self.num_attention_heads:
-            refuse(
-                "num_key_value_heads",
-                f"must equal num_attention_heads ({self.num_attention_heads}): every head of MLA has its own key and "
-                "value, expanded from the shared latent",
-            )
-        if self.first_k_dense_replace > self.num_hidden_layers:
-            refuse("first_k_dense_replace", f"must not exceed num_hidden_layers ({self.num_hidden_layers})")
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             refuse("pad_token_id", f"must lie within the vocabulary of {self.vocab_size} tokens")
         if self.n_routed_experts % self.n_group:
@@ -190,10 +160,9 @@ class Dsv3Config(DeepseekV3Config):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        output.setdefault("output_router_logits", False)
-        # The classes that a reader without this package finds
-        if output.get("architectures"):
-            output["architectures"] = [_official_architecture(name) for name in output["architectures"]]
+        # Settings of a run: in a file they would make the next one, of another kind perhaps, train with them too
+        for field in ("mtp_loss_weight", "seq_aux_loss_weight"):
+            output.pop(field, None)
         if not output.get("auto_map"):
             output.pop("auto_map", None)
         return output
@@ -203,9 +172,6 @@ class Dsv3Config(DeepseekV3Config):
         # other, and would leave YaRN out without a word. In the file only: in a dict that is changed and read again
         # they would win over `rope_parameters`.
         output = json.loads(super().to_json_string(use_diff))
-        # Settings of a run: in the file they would make the next one, of another kind perhaps, train with them too
-        for field in ("mtp_loss_weight", "seq_aux_loss_weight"):
-            output.pop(field, None)
         rope = output.get("rope_parameters")
         if rope:
             output["rope_theta"] = rope["rope_theta"]
@@ -230,12 +196,16 @@ def _check_rope_keys(rope_parameters: dict[str, Any] | None, old_keys: dict[str,
             )
 
 
-def _plugin_architecture(class_name: str) -> str:
-    return "Dsv3" + class_name.removeprefix("DeepseekV3") if class_name.startswith("DeepseekV3") else class_name
-
-
 def _official_architecture(class_name: str) -> str:
     return "DeepseekV3" + class_name.removeprefix("Dsv3") if class_name.startswith("Dsv3") else class_name
 
 
-__all__ = ["Dsv3Config"]
+class KimiK2Config(DeepseekV3Config):
+    """[`DeepseekV3Config`] of Kimi K2, whose checkpoints name the same architecture so."""
+
+    model_type = "kimi_k2"
+
+
+Dsv3Config = DeepseekV3Config  # its name before
+
+__all__ = ["DeepseekV3Config", "Dsv3Config", "KimiK2Config"]

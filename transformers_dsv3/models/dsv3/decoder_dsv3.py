@@ -5,16 +5,17 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
-from .attention_dsv3 import Dsv3Attention
-from .configuration_dsv3 import Dsv3Config
-from .linear_dsv3 import Dsv3MLP
-from .moe_dsv3 import Dsv3MoE
-from .norm_dsv3 import Dsv3RMSNorm
-from .training_pass_dsv3 import TrainingPass
+from .attention_dsv3 import DeepseekV3Attention
+from .configuration_dsv3 import DeepseekV3Config
+from .linear_dsv3 import DeepseekV3MLP
+from .moe_dsv3 import DeepseekV3MoE
+from .norm_dsv3 import DeepseekV3RMSNorm
+from .training_pass_dsv3 import pass_of
 
 
-class Dsv3DecoderLayer(GradientCheckpointingLayer):
+class DeepseekV3DecoderLayer(native.DeepseekV3DecoderLayer):
     """Attention and feed-forward, each normalised before and added to the residual stream.
 
     Args:
@@ -22,38 +23,42 @@ class Dsv3DecoderLayer(GradientCheckpointingLayer):
         cache_idx: position in the cache, `layer_idx` unless given.
     """
 
-    def __init__(self, config: Dsv3Config, layer_idx: int, cache_idx: int | None = None):
-        super().__init__()
+    def __init__(self, config: DeepseekV3Config, layer_idx: int, cache_idx: int | None = None):
+        GradientCheckpointingLayer.__init__(self)  # not the parent's, which makes native's modules
         self.hidden_size = config.hidden_size
-        self.self_attn = Dsv3Attention(config, layer_idx if cache_idx is None else cache_idx)
-        self.is_moe = layer_idx >= config.first_k_dense_replace and layer_idx % config.moe_layer_freq == 0
-        self.mlp = Dsv3MoE(config) if self.is_moe else Dsv3MLP(config)
-        self.input_layernorm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DeepseekV3Attention(config, layer_idx if cache_idx is None else cache_idx)
+        is_moe = layer_idx >= config.first_k_dense_replace and layer_idx % config.moe_layer_freq == 0
+        self.mlp = DeepseekV3MoE(config) if is_moe else DeepseekV3MLP(config)
+        self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        training_pass: TrainingPass | None = None,
-        token_mask: torch.Tensor | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """`(B, Q, D)` to `(B, Q, D)`.
-
-        `training_pass` and `token_mask` are those of [`Dsv3TopkRouter`], the others those of [`Dsv3Attention`].
-        """
+        """`(B, Q, D)` to `(B, Q, D)`. The other arguments are those of [`DeepseekV3Attention`], and native's."""
         attention, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
+            hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
             **kwargs,
         )
         hidden_states = hidden_states + attention
         normalised = self.post_attention_layernorm(hidden_states)
-        if training_pass is not None and self.is_moe:
-            return hidden_states + self.mlp(normalised, training_pass, token_mask)
-        return hidden_states + self.mlp(normalised)
+        if not self.training:
+            return hidden_states + self.mlp(normalised)
+        # Gradient checkpointing computes a layer again when its pass is long over
+        with pass_of(position_ids):
+            return hidden_states + self.mlp(normalised)
+
+
+Dsv3DecoderLayer = DeepseekV3DecoderLayer  # its name before

@@ -1,6 +1,6 @@
 """DeepSeek-V3 models over several processes, by Transformers' tensor-, expert- and data-parallel plans.
 
-The plans are those of `Dsv3Config` and of the model classes; Transformers applies them. Here is what they leave open:
+The plans are those of `DeepseekV3Config` and of the model classes; Transformers applies them. Here is what they leave open:
 expert parallelism asked for alone, sizes that do not divide, and the MTP layers' copies in checkpoints.
 """
 
@@ -29,7 +29,15 @@ class Dsv3DistributedMixin(_Base):
         super().init_parallel_plans()
         # Queries come from one layer or from two. Transformers warns of rules that name nothing.
         absent = "q_b_proj" if self.config.q_lora_rank is None else "q_proj"
-        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name.split(".")[-1] != absent}
+        for plan in ("_tp_plan", "_ep_plan"):
+            rules = getattr(self, plan, None)
+            if rules:
+                kept = {
+                    name: style
+                    for name, style in rules.items()
+                    if name.split(".")[-1] != absent and (self.config.num_nextn_predict_layers or "mtp." not in name)
+                }
+                setattr(self, plan, kept)
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:

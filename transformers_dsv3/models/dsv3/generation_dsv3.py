@@ -19,7 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
 from .cache_dsv3 import take_back
-from .inputs_dsv3 import check_inputs, position_limit
+from .inputs_dsv3 import check_inputs
 
 
 logger = logging.get_logger(__name__)
@@ -56,7 +56,7 @@ class Dsv3GenerationMixin(GenerationMixin):
         without for greedy decoding, the same distribution for sampling. See [`Dsv3MtpDecoderOnlyOutput`].
 
         Raises:
-            ValueError: for the inputs that [`Dsv3Model.forward`] refuses.
+            ValueError: for the inputs that [`DeepseekV3Model.forward`] refuses.
         """
         prompt_name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         prompt = inputs if inputs is not None else kwargs.get(prompt_name)
@@ -65,8 +65,9 @@ class Dsv3GenerationMixin(GenerationMixin):
         input_ids, inputs_embeds = (prompt, None) if prompt_name == "input_ids" else (None, prompt)
         mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         past_length = past.get_seq_length() if past is not None else 0
-        check_inputs(self.config, input_ids, inputs_embeds, mask, None, past_length, wait_for_device=True)
-        if mask is None or mask.shape != prompt.shape[:2] or bool(mask[:, -1].all()):
+        embedding = self.get_input_embeddings()
+        check_inputs(self.config, embedding, input_ids, inputs_embeds, mask, None, past_length, wait_for_device=True)
+        if not isinstance(mask, torch.Tensor) or mask.shape != prompt.shape[:2] or bool(mask[:, -1].all()):
             return super().generate(inputs, *args, **kwargs)
 
         if past is not None:
@@ -97,17 +98,6 @@ class Dsv3GenerationMixin(GenerationMixin):
             "Continuous batching (`generate_batch`, `transformers serve --continuous-batching`) has no pages for the "
             "latents of DeepSeek-V3 yet. Use `generate` with a batch of prompts."
         )
-
-    def _validate_generated_length(
-        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
-    ) -> None:
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        limit = position_limit(self.config)
-        if generation_config.max_length > limit:
-            raise ValueError(
-                f"{input_ids_length} prompt tokens and the asked new ones make {generation_config.max_length}, past "
-                f"`max_position_embeddings={limit}` of this model. Lower `max_new_tokens` or shorten the prompt."
-            )
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
@@ -296,11 +286,12 @@ class MtpDecoding:
         count = drafts_BJ.shape[1]
         last_B = self.tokens[self.rows, torch.tensor(self.lengths, device=self.rows.device) - 1]
         input_BJ = torch.cat([last_B[:, None], drafts_BJ], dim=1)
-        # Rows that are about to end may draft past the last position that the model knows; those drafts are dropped
-        positions_BJ = self.positions_BW[self.rows, self.last_B][:, None] + torch.arange(
-            1, count + 2, device=self.rows.device
-        )
-        positions_BJ = positions_BJ.clamp(max=position_limit(self.model.config) - 1)
+        # Rows that are about to end may draft past their last position; those drafts are dropped, and are not to make
+        # rotary embeddings grow that follow the longest position
+        last_position_B = self.positions_BW[self.rows, self.last_B]
+        remaining_B = self.max_length - torch.tensor(self.lengths, device=self.rows.device)
+        positions_BJ = last_position_B[:, None] + torch.arange(1, count + 2, device=self.rows.device)
+        positions_BJ = torch.minimum(positions_BJ, (last_position_B + remaining_B.clamp(min=1))[:, None])
         mask = None if self.mask is None else torch.cat([self.mask, self.mask.new_ones(input_BJ.shape)], dim=1)
         hidden_BJD = self.model.model(
             input_ids=input_BJ, attention_mask=mask, position_ids=positions_BJ, past_key_values=cache, use_cache=True

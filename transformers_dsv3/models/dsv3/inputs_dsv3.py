@@ -1,40 +1,38 @@
-"""Checks of model inputs, made before any compute."""
+"""Checks of model inputs, made before any compute.
 
-import sys
+What native accepts is accepted. Refused is what would crash the device or late, with a message that does not say why.
+"""
 
 import torch
+from torch import nn
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .configuration_dsv3 import Dsv3Config
+from .configuration_dsv3 import DeepseekV3Config
 
 
 logger = logging.get_logger(__name__)
 
 
-def position_limit(config: Dsv3Config) -> int:
-    """How many positions a model takes: no end for dynamic RoPE, which is made to grow past its limit."""
-    grows = config.rope_parameters.get("rope_type", "default") == "dynamic"
-    return sys.maxsize if grows else config.max_position_embeddings
-
-
 def check_inputs(
-    config: Dsv3Config,
+    config: DeepseekV3Config,
+    embedding: nn.Module,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
+    attention_mask: object,
     position_ids: torch.Tensor | None,
     past_length: int | torch.Tensor = 0,
     wait_for_device: bool = False,
 ) -> None:
-    """Refuses inputs that would crash the device or give meaningless output.
+    """Refuses inputs that would crash, and warns once of positions that the model was not made for.
 
     Shapes are always checked. Values are checked where they lie in the host's memory, since reading them from an
     accelerator would make the host wait for it at each step.
 
     Args:
+        embedding: of the tokens; one that is no `nn.Embedding` may take any.
         input_ids: `(B, Q)`. inputs_embeds: `(B, Q, D)` in its place.
-        attention_mask: `(B, past + Q)`, or another form that is not checked.
+        attention_mask: `(B, S)`, or another form that is not checked.
         position_ids: `(B or 1, Q)`.
         past_length: cached positions; a tensor (static caches) is not read.
         wait_for_device: check values on an accelerator too.
@@ -42,11 +40,11 @@ def check_inputs(
     Raises:
         ValueError: naming the argument and what is wrong with it.
     """
-    if is_torchdynamo_compiling():
-        return
+    if is_torchdynamo_compiling() or torch._C._len_torch_dispatch_stack():
+        return  # values are not there to be read, or a mode would see the reading
 
-    def readable(tensor: torch.Tensor | None) -> bool:
-        return tensor is not None and (tensor.device.type == "cpu" or (wait_for_device and not tensor.is_meta))
+    def readable(tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cpu" or (wait_for_device and not tensor.is_meta)
 
     tokens = input_ids if input_ids is not None else inputs_embeds
     name = "input_ids" if input_ids is not None else "inputs_embeds"
@@ -55,52 +53,58 @@ def check_inputs(
     if tokens.shape[0] == 0 or tokens.shape[1] == 0:
         raise ValueError(f"`{name}` of shape {tuple(tokens.shape)} is empty: at least one token is needed.")
 
-    if input_ids is not None and readable(input_ids):
+    if input_ids is not None and readable(input_ids) and isinstance(embedding, nn.Embedding):
         low, high = (int(value) for value in input_ids.aminmax())
-        if low < 0 or high >= config.vocab_size:
+        if low < 0 or high >= embedding.num_embeddings:
             raise ValueError(
                 f"`input_ids` has token id {low if low < 0 else high}, outside the vocabulary of "
-                f"{config.vocab_size} tokens. Is the tokenizer this model's own?"
+                f"{embedding.num_embeddings} tokens. Is the tokenizer this model's own?"
             )
-
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         batch_size, length = tokens.shape[:2]
-        lengths = [length + past_length] if isinstance(past_length, int) else [attention_mask.shape[1]]
-        if wait_for_device:
-            lengths.append(length)  # `generate` takes the whole text too, cached or not
-        if attention_mask.shape[0] != batch_size or attention_mask.shape[1] not in lengths:
+        # Transformers takes what a shorter mask lacks for padding, and hides the very tokens that are given.
+        # `generate` takes the whole text, cached or not.
+        before = past_length if isinstance(past_length, int) and not wait_for_device else 0
+        if attention_mask.shape[0] != batch_size or attention_mask.shape[1] < before + length:
             raise ValueError(
                 f"`attention_mask` of shape {tuple(attention_mask.shape)} does not fit `{name}` of {batch_size} rows "
                 f"and {length} positions after {past_length} cached ones."
-            )
-        hidden_rows = (~attention_mask.bool().any(dim=-1)).nonzero() if readable(attention_mask) else []
-        if len(hidden_rows):
-            raise ValueError(
-                f"`attention_mask` hides every token of row {int(hidden_rows[0])}: there is nothing to attend to."
             )
 
     longest = None
     if position_ids is None:
         longest = tokens.shape[1] + past_length if isinstance(past_length, int) else tokens.shape[1]
-        if wait_for_device:  # the whole text again, of which the mask tells how long it is
-            longest = tokens.shape[1]
-            if attention_mask is not None and attention_mask.dim() == 2:
-                longest = attention_mask.shape[1]
     elif readable(position_ids):
-        first, last = (int(value) for value in position_ids.aminmax())
-        if first < 0:
-            raise ValueError(f"`position_ids` has {first}: positions count from 0.")
-        longest = last + 1
-    limit = position_limit(config)
-    if longest is not None and longest > limit:
-        raise ValueError(f"{longest} positions exceed `max_position_embeddings={limit}` of this model.")
+        longest = int(position_ids.max()) + 1
+    grows = config.rope_parameters.get("rope_type", "default") == "dynamic"  # made to go past its limit
+    if longest is not None and longest > config.max_position_embeddings and not grows:
+        logger.warning_once(
+            f"{longest} positions exceed `max_position_embeddings={config.max_position_embeddings}` of this model, "
+            "which it was not trained for: what it predicts there may be poor."
+        )
 
 
-def check_labels(config: Dsv3Config, labels: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
+def new_token_mask(attention_mask: object, length: int, past_length: int | torch.Tensor) -> torch.Tensor | None:
+    """`(B, Q)` bool, False for padding among the new tokens; None where a mask does not tell by token.
+
+    Args:
+        attention_mask: `(B, S)` counts, other forms do not; S may reach beyond the new tokens.
+        length: Q. past_length: cached positions, before the new tokens.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    start = past_length if attention_mask.shape[1] >= past_length + length else attention_mask.shape[1] - length
+    return attention_mask[:, start : start + length].bool()
+
+
+def check_labels(
+    vocab_size: int, labels: torch.Tensor | None, tokens: torch.Tensor | None, ignore_index: int = -100
+) -> None:
     """Refuses labels that do not fit the tokens, or that lie outside the vocabulary (where the host can read them).
 
     Args:
-        labels: `(B, S)`, -100 where there is no target. tokens: `(B, S)` ids or `(B, S, D)` embeddings.
+        vocab_size: how many tokens the head knows.
+        labels: `(B, S)`, `ignore_index` where there is no target. tokens: `(B, S)` ids or `(B, S, D)` embeddings.
 
     Raises:
         ValueError: naming what is wrong.
@@ -109,13 +113,15 @@ def check_labels(config: Dsv3Config, labels: torch.Tensor | None, tokens: torch.
         return
     if labels.shape != tokens.shape[:2]:
         raise ValueError(f"`labels` of shape {tuple(labels.shape)} do not fit tokens of {tuple(tokens.shape[:2])}.")
-    if labels.device.type != "cpu" or labels.numel() == 0:
+    if labels.device.type != "cpu" or labels.numel() == 0 or torch._C._len_torch_dispatch_stack():
         return
-    low, high = (int(value) for value in labels.aminmax())
-    if high >= config.vocab_size or (low < 0 and bool(((labels < 0) & (labels != -100)).any())):
+    targets = labels[labels != ignore_index]
+    if targets.numel() == 0:
+        logger.warning_once(f"A batch has `labels` of {ignore_index} only: it has no target, and its loss is 0.")
+        return
+    low, high = (int(value) for value in targets.aminmax())
+    if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"`labels` range from {low} to {high}: each must be a token of the vocabulary of {config.vocab_size}, or "
-            "-100 where there is no target."
+            f"`labels` range from {low} to {high}: each must be a token of the vocabulary of {vocab_size}, or "
+            f"{ignore_index} where there is no target."
         )
-    if high < 0:
-        logger.warning_once("A batch has `labels` of -100 only: it has no target, and its loss is 0.")

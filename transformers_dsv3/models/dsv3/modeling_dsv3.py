@@ -1,7 +1,5 @@
 """DeepSeek-V3 models (arXiv 2412.19437): backbone, causal language model, classification heads."""
 
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -11,30 +9,35 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ...kernels.selection import chosen
-from .attention_dsv3 import Dsv3Attention
+from .attention_dsv3 import DeepseekV3Attention
+from .checkpoint_conversion_dsv3 import mtp_renamings
 from .checkpoint_dsv3 import Dsv3CheckpointMixin
-from .configuration_dsv3 import Dsv3Config
-from .decoder_dsv3 import Dsv3DecoderLayer
+from .configuration_dsv3 import DeepseekV3Config
+from .decoder_dsv3 import DeepseekV3DecoderLayer
 from .distributed_dsv3 import Dsv3DistributedMixin
 from .generation_dsv3 import Dsv3GenerationMixin
-from .inputs_dsv3 import check_inputs, check_labels
-from .linear_dsv3 import Dsv3Linear
-from .moe_dsv3 import Dsv3Experts, Dsv3TopkRouter
+from .inputs_dsv3 import check_inputs, check_labels, new_token_mask
+from .linear_dsv3 import linear
+from .moe_dsv3 import DeepseekV3Experts, DeepseekV3TopkRouter
 from .mtp_dsv3 import Dsv3MtpLayer, same_sequence, second_token_acceptance, shift_left
-from .norm_dsv3 import Dsv3RMSNorm
+from .norm_dsv3 import DeepseekV3RMSNorm
+from .outputs_dsv3 import Dsv3CausalLMOutputWithPast, Dsv3LazyCausalLMOutputWithPast, LazyLogits
 from .training_pass_dsv3 import (
     CarriedLoss,
     KnownLoss,
+    RouterPass,
     TrainingPass,
     find_token_weight,
+    mark,
+    running,
     summed_cross_entropy,
 )
 
@@ -45,20 +48,7 @@ logger = logging.get_logger(__name__)
 LOGITS_BYTES = 2**29
 
 
-@dataclass
-class Dsv3CausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """[`MoeCausalLMOutputWithPast`] and, while training with `config.mtp_loss_weight`, the MTP loss.
-
-    Args:
-        mtp_loss (`torch.FloatTensor`, a scalar): mean over the MTP layers' targets and over the MTP layers, not
-            weighted, without gradient. Not in `loss`: its gradient joins in `loss.backward()`, see
-            `training_pass_dsv3.py`.
-    """
-
-    mtp_loss: torch.FloatTensor | None = None
-
-
-class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedModel):
+class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, native.DeepseekV3PreTrainedModel):
     """Weights, loading and saving that all DeepSeek-V3 models share.
 
     Args:
@@ -68,11 +58,11 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedM
         ValueError: `config` is of another class, or its fields contradict each other.
     """
 
-    config: Dsv3Config
-    config_class = Dsv3Config
+    config: DeepseekV3Config
+    config_class = DeepseekV3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Dsv3DecoderLayer", "Dsv3MtpLayer"]
+    _no_split_modules = ["DeepseekV3DecoderLayer", "Dsv3MtpLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -80,28 +70,30 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedM
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
-        "hidden_states": Dsv3DecoderLayer,
-        "attentions": Dsv3Attention,
-        "router_logits": OutputRecorder(Dsv3TopkRouter, index=0),
+        "hidden_states": DeepseekV3DecoderLayer,
+        "attentions": DeepseekV3Attention,
+        "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
     }
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     # MTP layers share the embedding and the head of the model; official checkpoints carry copies of them
-    _keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight"]
+    _keys_to_ignore_on_load_unexpected = [r"(layers|mtp)\.\d+\.(embed_tokens|shared_head\.head)\.weight"]
 
-    def __init__(self, config: Dsv3Config, *args: Any, **kwargs: Any):
-        if not isinstance(config, Dsv3Config):
+    def __init__(self, config: DeepseekV3Config, *args: Any, **kwargs: Any):
+        if not isinstance(config, DeepseekV3Config):
             raise ValueError(
-                f"{type(self).__name__} needs a Dsv3Config, not a {type(config).__name__}: "
-                "use `Dsv3Config(**config.to_dict())`."
+                f"{type(self).__name__} needs a transformers_dsv3.DeepseekV3Config, not a {type(config).__module__}."
+                f"{type(config).__name__}: use `transformers_dsv3.DeepseekV3Config(**config.to_dict())`."
             )
         config.check_fields()
-        super().__init__(config, *args, **kwargs)
+        PreTrainedModel.__init__(self, config, *args, **kwargs)  # not those of native's models, which make its modules
         # False in the hands of one of TRL's trainers for preferences or rewards
         self.trains_next_token_prediction = True
         if not config.num_nextn_predict_layers:
-            self._no_split_modules = ["Dsv3DecoderLayer"]  # accelerate's FSDP refuses names that it does not find
+            self._no_split_modules = [
+                "DeepseekV3DecoderLayer"
+            ]  # accelerate's FSDP refuses names that it does not find
 
-    def train(self, mode: bool = True) -> "Dsv3PreTrainedModel":
+    def train(self, mode: bool = True) -> "DeepseekV3PreTrainedModel":
         super().train(mode)
         self._freeze_idle_mtp_layers()
         return self
@@ -115,11 +107,13 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedM
         if self.base_model is self:
             return  # the model around it knows the loss
         trains = (
-            self.config.mtp_loss_weight > 0 and isinstance(self, Dsv3ForCausalLM) and self.trains_next_token_prediction
+            self.config.mtp_loss_weight > 0
+            and isinstance(self, DeepseekV3ForCausalLM)
+            and self.trains_next_token_prediction
         )
         for layer in self.base_model.mtp_layers:
             if not trains:
-                layer.frozen_as_idle = layer.frozen_as_idle or layer.eh_proj.weight.requires_grad
+                layer.frozen_as_idle = layer.frozen_as_idle or layer.is_trained
                 layer.requires_grad_(False)
             elif layer.frozen_as_idle:
                 layer.requires_grad_(True)
@@ -155,33 +149,34 @@ class Dsv3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, PreTrainedM
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Dsv3TopkRouter):
+        if isinstance(module, DeepseekV3TopkRouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, Dsv3Experts):
+        elif isinstance(module, DeepseekV3Experts):
             init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
             init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
 
 
-class Dsv3Model(Dsv3PreTrainedModel):
+class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
     """The decoder without a head: latent attention, mixtures of experts, multi-token prediction.
 
     After DeepSeek-V3's report (arXiv 2412.19437): attention of section 2.1.1, routing and experts of 2.1.2, MTP layers
-    of 2.2. `layers` holds the `num_hidden_layers` layers of the main model, then the MTP layers, numbered as in the
-    official checkpoint.
+    of 2.2. `layers` holds the `num_hidden_layers` layers of the main model; `mtp` the MTP layers, which follow them in
+    the official checkpoint. A model without any has no `mtp`.
     """
 
-    def __init__(self, config: Dsv3Config):
+    def __init__(self, config: DeepseekV3Config):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
-            [Dsv3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-            + [Dsv3MtpLayer(config, depth) for depth in range(config.num_nextn_predict_layers)]
+            [DeepseekV3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = DeepseekV3RotaryEmbedding(config=config)
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = native.DeepseekV3RotaryEmbedding(config=config)
+        if config.num_nextn_predict_layers:
+            self.mtp = nn.ModuleList([Dsv3MtpLayer(config, depth) for depth in range(config.num_nextn_predict_layers)])
         self.gradient_checkpointing = False
         # Whether something balances the experts' load, or need not, or its lack was said
         self.load_balancing_is_settled = False
@@ -196,7 +191,19 @@ class Dsv3Model(Dsv3PreTrainedModel):
     @property
     def mtp_layers(self) -> list[Dsv3MtpLayer]:
         """The MTP layers, by depth."""
-        return list(self.layers[self.config.num_hidden_layers :])
+        return list(getattr(self, "mtp", ()))
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """`load_state_dict` of official checkpoints, which number the MTP layers behind the others.
+
+        `from_pretrained` renames them by the checkpoint's conversion, which `Trainer` does not when it resumes.
+        """
+        for renaming in mtp_renamings(self.config, prefix=prefix):
+            for name in [name for name in state_dict if name.startswith(prefix)]:
+                renamed, _ = renaming.rename_source_key(name)
+                if renamed != name:
+                    state_dict[renamed] = state_dict.pop(name)  # of torch's own dictionary, not the caller's
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def attention_inputs(
         self,
@@ -209,7 +216,7 @@ class Dsv3Model(Dsv3PreTrainedModel):
 
         Args:
             inputs_embeds: `(B, Q, D)`, read for shape, dtype and device only.
-            attention_mask: as in [`Dsv3Model.forward`].
+            attention_mask: as in [`DeepseekV3Model.forward`].
             position_ids: `(B or 1, Q)`.
             past_key_values: the cache before this pass.
         """
@@ -247,7 +254,7 @@ class Dsv3Model(Dsv3PreTrainedModel):
                 not see each other.
             past_key_values: cache of latents, extended in place.
             use_cache: whether to make a cache where none is given.
-            training_pass: losses to carry beside the main one, set up by [`Dsv3ForCausalLM`].
+            training_pass: losses to carry beside the main one, set up by [`DeepseekV3ForCausalLM`].
 
         Returns:
             `last_hidden_state` `(B, Q, D)` in the weights' dtype, after the last norm, and the cache, if there is one.
@@ -255,13 +262,14 @@ class Dsv3Model(Dsv3PreTrainedModel):
             each mixture layer, before the sigmoid and the correction bias.
 
         Raises:
-            ValueError: for token ids out of range, no tokens, a row that is all padding, or more positions than
-                `max_position_embeddings`.
+            ValueError: for token ids that the embedding does not have, no tokens, or a mask of another batch.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_length)
+        check_inputs(
+            self.config, self.embed_tokens, input_ids, inputs_embeds, attention_mask, position_ids, past_length
+        )
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -272,8 +280,7 @@ class Dsv3Model(Dsv3PreTrainedModel):
         else:
             training_pass = training_pass or TrainingPass()
             training_pass.number_sequences(inputs_embeds.shape[0], inputs_embeds.shape[1], position_ids)
-            if attention_mask is not None and getattr(attention_mask, "ndim", 0) == 2:
-                token_mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
+            token_mask = new_token_mask(attention_mask, inputs_embeds.shape[1], past_length)
             self._warn_of_unbalanced_training()
         given_positions = position_ids
         if position_ids is None:
@@ -283,10 +290,15 @@ class Dsv3Model(Dsv3PreTrainedModel):
         if use_cache and past_key_values is None:
             # Made after the mask, since Transformers looks for packed sequences only where there is no cache
             layer_inputs["past_key_values"] = DynamicCache(config=self.config)
+        layer_inputs["use_cache"] = use_cache
+        router_pass = None
         if training_pass is not None:
-            kwargs["training_pass"] = training_pass
-            kwargs["token_mask"] = None if token_mask is None else token_mask.flatten()
-        outputs: MoeModelOutputWithPast = self._run_layers(inputs_embeds, return_dict=True, **layer_inputs, **kwargs)
+            router_pass = RouterPass(training_pass, None if token_mask is None else token_mask.flatten())
+            layer_inputs["position_ids"] = mark(position_ids, router_pass)
+        with running(router_pass):
+            outputs: MoeModelOutputWithPast = self._run_layers(
+                inputs_embeds, return_dict=True, **layer_inputs, **kwargs
+            )
         if training_pass is not None and training_pass.targets is not None and past_length == 0:
             hidden_states = outputs.last_hidden_state
             if training_pass.mtp_loss_weight:
@@ -305,7 +317,7 @@ class Dsv3Model(Dsv3PreTrainedModel):
     @capture_outputs
     def _run_layers(self, hidden_states: torch.Tensor, **kwargs: Any) -> MoeModelOutputWithPast:
         """The layers of the main model; what Transformers records (attentions, router logits) is of these alone."""
-        for layer in islice(self.layers, self.config.num_hidden_layers):
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(hidden_states, **kwargs)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=kwargs["past_key_values"]
@@ -333,11 +345,10 @@ class Dsv3Model(Dsv3PreTrainedModel):
         previous, losses, numbers = hidden_states, [], []
         for depth, layer in enumerate(layers):
             fed = same_sequence(targets, depth + 1, position_ids, token_mask)
-            previous = layer(
-                previous,
-                shift_left(inputs_embeds, depth + 1, 0.0),
-                **{**layer_inputs, "token_mask": fed.flatten()},
-            )
+            router_pass = RouterPass(training_pass, fed.flatten())
+            layer_inputs["position_ids"] = mark(layer_inputs["position_ids"], router_pass)
+            with running(router_pass):
+                previous = layer(previous, shift_left(inputs_embeds, depth + 1, 0.0), **layer_inputs)
             predicts = same_sequence(targets, depth + 2, position_ids, token_mask)
             layer_targets = shift_left(targets, depth + 1, -100).masked_fill(~predicts, -100)
             losses.append(summed_cross_entropy(previous, layer_targets, head, at_once))
@@ -361,7 +372,7 @@ class Dsv3Model(Dsv3PreTrainedModel):
     def _warn_of_unbalanced_training(self) -> None:
         if self.load_balancing_is_settled or torch.compiler.is_compiling():
             return
-        routers = (module for module in self.modules() if isinstance(module, Dsv3TopkRouter))
+        routers = (module for module in self.modules() if isinstance(module, DeepseekV3TopkRouter))
         if any(router.weight.requires_grad for router in routers):
             logger.warning_once(
                 "Routers are trained, but nothing balances the load of their experts: give "
@@ -371,7 +382,7 @@ class Dsv3Model(Dsv3PreTrainedModel):
         self.load_balancing_is_settled = True
 
 
-class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
+class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, native.DeepseekV3ForCausalLM):
     """The language model: decoder, MTP layers and output head.
 
     In training the MTP layers' loss (section 2.2) and the sequence-wise balance loss (2.1.2) go with the decoder's
@@ -382,11 +393,11 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
-    def __init__(self, config: Dsv3Config):
+    def __init__(self, config: DeepseekV3Config):
         super().__init__(config)
-        self.model = Dsv3Model(config)
+        self.model = DeepseekV3Model(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Dsv3Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         self._freeze_idle_mtp_layers()
         # Trainers that put a forward of their own in place of this class's keep the labels from the decoder. Hooks
@@ -408,7 +419,7 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
             return None
         layers = self.model.mtp_layers
         # Frozen layers are those of users or adapters that train something else
-        mtp_trains = bool(layers) and layers[0].eh_proj.weight.requires_grad
+        mtp_trains = bool(layers) and layers[0].is_trained
         mtp_loss_weight = self.config.mtp_loss_weight if mtp_trains else 0.0
         if not mtp_loss_weight and not self.config.seq_aux_loss_weight:
             return None
@@ -440,22 +451,30 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
             labels: `(B, Q)`, -100 where there is no target. Shifted here, as everywhere in Transformers.
             logits_to_keep: compute logits of so many last positions, or of those an index tensor names; 0 for all.
 
-        The other arguments are those of [`Dsv3Model.forward`].
+        The other arguments are those of [`DeepseekV3Model.forward`].
 
         Returns:
             `logits` `(B, Q or so many as are kept, vocabulary)` in the weights' dtype, and `loss`, fp32, a mean over
             targets, 0 where `labels` have none. In training, logits that would take more than 512 MiB in fp32 are made
-            part by part for the loss, and are None in the output.
+            part by part for the loss, and those of the output when they are read. `skip_logits=True` leaves them out.
 
         Raises:
-            ValueError: as [`Dsv3Model.forward`], and for labels of another shape or out of range.
+            ValueError: as [`DeepseekV3Model.forward`], and for labels of another shape or out of range.
         """
         shift_labels = kwargs.get("shift_labels")
+        ignore_index = kwargs.get("ignore_index", -100)
+        skip_logits = kwargs.pop("skip_logits", None)
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        check_labels(self.config, labels, tokens if keeps_all else None)
+        vocab_size = getattr(self.lm_head, "out_features", self.config.vocab_size)
+        check_labels(vocab_size, labels, tokens if keeps_all else None, ignore_index)
+        targets = shift_labels
+        if targets is None and labels is not None:
+            targets = shift_left(labels, 1, ignore_index)
+        if targets is not None and ignore_index != -100:
+            targets = targets.masked_fill(targets == ignore_index, -100)
         if training_pass is None and keeps_all:
-            training_pass = self.make_training_pass(labels, shift_labels)
+            training_pass = self.make_training_pass(None, targets)
         if training_pass is not None:
             training_pass.loss_is_known = True
             kwargs["training_pass"] = training_pass
@@ -473,8 +492,9 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = hidden_states[:, kept, :]
 
-        logits = loss = None
-        if labels is None and shift_labels is None:
+        loss = None
+        logits: torch.Tensor | LazyLogits | None = None
+        if targets is None:
             if (
                 self.training
                 and torch.is_grad_enabled()
@@ -484,29 +504,34 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
                     "No labels reach the model in training (label smoothing or a loss function of the trainer's): the "
                     "MTP and sequence-wise balance losses are left out."
                 )
-            logits = self.lm_head(hidden_states)
+            logits = None if skip_logits else linear(self.lm_head, hidden_states)
         else:
-            targets = shift_left(labels, 1, -100) if shift_labels is None else shift_labels
-            num_items = kwargs.pop("num_items_in_batch", None)
+            own_loss = self.loss_function is ForCausalLMLoss
+            num_items = kwargs.get("num_items_in_batch")
             if num_items is None:
                 num_items = targets.ne(-100).sum()
             # A loss of 0, not of 0 / 0, where there is no target
             num_items = torch.as_tensor(num_items, device=hidden_states.device).clamp(min=1)
-            at_once = max(LOGITS_BYTES // (4 * self.config.vocab_size), 1)
+            at_once = max(LOGITS_BYTES // (4 * vocab_size), 1)
             if (
                 self.training
+                and own_loss
                 and targets.shape == hidden_states.shape[:2]
-                and targets.numel() > at_once
-                and self.loss_function is ForCausalLMLoss
+                and (targets.numel() > at_once or skip_logits)
             ):
                 loss = summed_cross_entropy(hidden_states, targets, self.lm_head, at_once) / num_items
+                if not skip_logits and torch.compiler.is_compiling():
+                    logits = linear(self.lm_head, hidden_states)
+                elif not skip_logits:
+                    logits = LazyLogits(self.lm_head, hidden_states)
             else:
-                logits = self.lm_head(hidden_states)
+                logits = linear(self.lm_head, hidden_states)
+                if own_loss:
+                    kwargs["num_items_in_batch"] = num_items
                 loss = self.loss_function(
                     logits=logits,
                     labels=labels,
-                    vocab_size=self.config.vocab_size,
-                    num_items_in_batch=num_items,
+                    vocab_size=logits.shape[-1] if own_loss else self.config.vocab_size,
                     **kwargs,
                 )
             if training_pass is not None:
@@ -518,7 +543,8 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
                 if training_pass.seq_aux_loss_weight:
                     loss = KnownLoss.apply(loss, training_pass, num_items)
 
-        return Dsv3CausalLMOutputWithPast(
+        output_class = Dsv3LazyCausalLMOutputWithPast if type(logits) is LazyLogits else Dsv3CausalLMOutputWithPast
+        return output_class(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -530,10 +556,17 @@ class Dsv3ForCausalLM(Dsv3PreTrainedModel, Dsv3GenerationMixin):
 
 
 def _tell_decoder_the_targets(
-    model: Dsv3ForCausalLM, args: tuple, kwargs: dict[str, Any]
+    model: DeepseekV3ForCausalLM, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
     if not model.training or "forward" not in model.__dict__:
         return None  # the class's own forward sees the labels itself
+    if kwargs.get("output_router_logits"):
+        raise ValueError(
+            "`output_router_logits=True` in training by a trainer that computes the loss itself (TRL's "
+            "`router_aux_loss_coef` asks for them): it would compute Mixtral's loss over a softmax of these logits, "
+            "but DeepSeek-V3's routers are sigmoid. Leave it out; to balance the experts, give SFTTrainer "
+            "`callbacks=[transformers_dsv3.LoadBalancingCallback(seq_aux_loss_weight=...)]`."
+        )
     if not model.trains_next_token_prediction:
         model.model.load_balancing_is_settled = True
         return None
@@ -541,30 +574,35 @@ def _tell_decoder_the_targets(
     return None if training_pass is None else (args, {**kwargs, "training_pass": training_pass})
 
 
-class Dsv3ForSequenceClassification(GenericForSequenceClassification, Dsv3PreTrainedModel):
+class DeepseekV3ForSequenceClassification(GenericForSequenceClassification, DeepseekV3PreTrainedModel):
     """A score for each label from the last token that is not padding. Reward models are this with one label.
 
-    `logits` are `(B, num_labels)`, of the tokens that [`Dsv3Model.forward`] takes; there is no MTP loss.
+    `logits` are `(B, num_labels)`, of the tokens that [`DeepseekV3Model.forward`] takes; there is no MTP loss.
     """
 
-    def __init__(self, config: Dsv3Config):
+    def __init__(self, config: DeepseekV3Config):
         super().__init__(config)
         self._freeze_idle_mtp_layers()
 
 
-class Dsv3ForTokenClassification(GenericForTokenClassification, Dsv3PreTrainedModel):
+class DeepseekV3ForTokenClassification(GenericForTokenClassification, DeepseekV3PreTrainedModel):
     """A score for each label and token: `logits` are `(B, Q, num_labels)`."""
 
-    def __init__(self, config: Dsv3Config):
+    def __init__(self, config: DeepseekV3Config):
         super().__init__(config)
         self._freeze_idle_mtp_layers()
 
 
+# Their names before
+Dsv3PreTrainedModel, Dsv3Model, Dsv3ForCausalLM = DeepseekV3PreTrainedModel, DeepseekV3Model, DeepseekV3ForCausalLM
+Dsv3ForSequenceClassification = DeepseekV3ForSequenceClassification
+Dsv3ForTokenClassification = DeepseekV3ForTokenClassification
+
 __all__ = [
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3ForSequenceClassification",
+    "DeepseekV3ForTokenClassification",
+    "DeepseekV3Model",
+    "DeepseekV3PreTrainedModel",
     "Dsv3CausalLMOutputWithPast",
-    "Dsv3ForCausalLM",
-    "Dsv3ForSequenceClassification",
-    "Dsv3ForTokenClassification",
-    "Dsv3Model",
-    "Dsv3PreTrainedModel",
 ]

@@ -10,17 +10,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from ...kernels.experts_cpu import may_serve, mixture, mixture_refusal, route_refusal
 from ...kernels.experts_lora import low_rank_experts
 from ...kernels.selection import is_marked
 from .adapted_experts_dsv3 import adapted_experts
-from .configuration_dsv3 import Dsv3Config
-from .linear_dsv3 import Dsv3MLP
-from .training_pass_dsv3 import CarriedLoss, TrainingPass
+from .configuration_dsv3 import DeepseekV3Config
+from .linear_dsv3 import DeepseekV3MLP
+from .training_pass_dsv3 import CarriedLoss, current_router_pass
 
 
-class Dsv3TopkRouter(nn.Module):
+class DeepseekV3TopkRouter(native.DeepseekV3TopkRouter):
     """Scores the experts for each token and chooses `num_experts_per_tok` of them.
 
     Choice is by sigmoid score plus `e_score_correction_bias`, within the best groups; the weights that mix the chosen
@@ -33,19 +34,20 @@ class Dsv3TopkRouter(nn.Module):
 
     e_score_correction_bias: torch.Tensor
 
-    def __init__(self, config: Dsv3Config):
-        super().__init__()
+    def __init__(self, config: DeepseekV3Config):
+        nn.Module.__init__(self)
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.n_routed_experts
-        self.n_group = config.n_group
+        self.hidden_dim = config.hidden_size
+        self.num_group = config.n_group
         self.topk_group = config.topk_group
         self.norm_topk_prob = config.norm_topk_prob
         self.routed_scaling_factor = config.routed_scaling_factor
-        self.weight = nn.Parameter(torch.zeros(self.num_experts, config.hidden_size))
+        self.weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
         self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
         self.tokens_per_expert: torch.Tensor | None = None
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "Dsv3TopkRouter":
+    def _apply(self, fn: Callable, recurse: bool = True) -> "DeepseekV3TopkRouter":
         """Follows `.to`, `.half` and the like, but the correction bias stays in fp32.
 
         It moves by steps of 0.001 while training, which bf16 cannot represent near 1.
@@ -61,8 +63,8 @@ class Dsv3TopkRouter(nn.Module):
     def choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
         """Indices `(T, K)` of the experts chosen for sigmoid scores `(T, E)`, in no particular order."""
         biased_TE = scores_TE + self.e_score_correction_bias
-        if self.n_group > 1:
-            grouped_TGe = biased_TE.unflatten(-1, (self.n_group, -1))
+        if self.num_group > 1:
+            grouped_TGe = biased_TE.unflatten(-1, (self.num_group, -1))
             group_scores_TG = grouped_TGe.topk(2, dim=-1)[0].sum(dim=-1)
             groups = group_scores_TG.topk(self.topk_group, dim=-1, sorted=False)[1]
             dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter(1, groups, False)
@@ -78,17 +80,10 @@ class Dsv3TopkRouter(nn.Module):
         )
         self.tokens_per_expert.scatter_add_(0, indices_TK.flatten(), ones_TK.flatten())
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        training_pass: TrainingPass | None = None,
-        token_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
-            hidden_states: `(..., D)`.
-            training_pass: the pass in training whose choices are kept and counted.
-            token_mask: `(T,)`, False for tokens that do not count, such as padding.
+            hidden_states: `(..., D)`. In a pass of a model in training the choices are kept and counted.
 
         Returns:
             Router logits `(T, E)` before the sigmoid, mixing weights `(T, K)`, both fp32, and expert indices `(T, K)`.
@@ -103,12 +98,15 @@ class Dsv3TopkRouter(nn.Module):
                 hidden_states.reshape(-1, hidden_states.shape[-1]),
                 self.weight,
                 self.e_score_correction_bias,
-                self.n_group,
+                self.num_group,
                 self.topk_group,
                 self.top_k,
                 self.norm_topk_prob,
                 self.routed_scaling_factor,
             )
+        router_pass = current_router_pass() if self.training else None
+        training_pass = None if router_pass is None else router_pass.training_pass
+        token_mask = None if router_pass is None else router_pass.token_mask
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
             logits_TE = F.linear(hidden_TD, self.weight.float())
@@ -133,7 +131,7 @@ class Dsv3TopkRouter(nn.Module):
 
 
 @use_experts_implementation
-class Dsv3Experts(nn.Module):
+class DeepseekV3Experts(native.DeepseekV3Experts):
     """The routed experts, SwiGLU networks whose weights are stacked, `(E, 2I, D)` (gate above up) and `(E, D, I)`.
 
     Served by the implementation that `config._experts_implementation` names in Transformers' `ExpertsInterface`;
@@ -142,8 +140,8 @@ class Dsv3Experts(nn.Module):
 
     is_plain_experts = True
 
-    def __init__(self, config: Dsv3Config):
-        super().__init__()
+    def __init__(self, config: DeepseekV3Config):
+        nn.Module.__init__(self)
         self.num_experts = config.n_routed_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
@@ -219,35 +217,30 @@ class Dsv3Experts(nn.Module):
         return (by_pair * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
 
 
-class Dsv3MoE(nn.Module):
+class DeepseekV3MoE(native.DeepseekV3MoE):
     """Routed experts plus shared experts that every token passes through (equation 12)."""
 
-    def __init__(self, config: Dsv3Config):
-        super().__init__()
-        self.experts = Dsv3Experts(config)
-        self.gate = Dsv3TopkRouter(config)
+    def __init__(self, config: DeepseekV3Config):
+        nn.Module.__init__(self)
+        self.config = config
+        self.experts = DeepseekV3Experts(config)
+        self.gate = DeepseekV3TopkRouter(config)
         # Several shared experts are one wider network. Of width 0 it is kept, since the official layout has it.
-        self.shared_experts = Dsv3MLP(config, config.moe_intermediate_size * config.n_shared_experts)
+        self.shared_experts = DeepseekV3MLP(config, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        training_pass: TrainingPass | None = None,
-        token_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`(B, S, D)` to `(B, S, D)`; the other arguments are those of [`Dsv3TopkRouter`]."""
-        _, weights, indices = self.gate(hidden_states, training_pass, token_mask)
-        shared = self.shared_experts if self.shared_experts.intermediate_size > 0 else None
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, S, D)` to `(B, S, D)`."""
+        _, weights, indices = self.gate(hidden_states)
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        has_shared = getattr(self.shared_experts, "intermediate_size", 1) > 0
         if (
-            shared is not None
+            has_shared
             and not self.training
             and is_marked(type(self.experts), "is_plain_experts")  # PEFT's adapters are modules around them
             and may_serve(self.experts.config._experts_implementation)
-            and mixture_refusal(hidden_states, self.experts, weights, shared) is None
+            and mixture_refusal(hidden_states, self.experts, weights, self.shared_experts) is None
         ):
-            flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-            return mixture(flat, self.experts, indices, weights, shared).view(hidden_states.shape)
-        flat = hidden_states.flatten(0, 1)
+            return mixture(flat, self.experts, indices, weights, self.shared_experts).view(hidden_states.shape)
         if (adapted := adapted_experts(self.experts)) is None:
             routed = self.experts(flat, indices, weights)
         else:
@@ -255,5 +248,8 @@ class Dsv3MoE(nn.Module):
             routed = low_rank_experts(
                 experts, flat, indices, weights, added.get("gate_up_proj"), added.get("down_proj")
             )
-        routed = routed.view_as(hidden_states)
-        return routed if shared is None else routed + shared(hidden_states)
+        routed = routed.view(hidden_states.shape)
+        return routed + self.shared_experts(hidden_states) if has_shared else routed
+
+
+Dsv3TopkRouter, Dsv3Experts, Dsv3MoE = DeepseekV3TopkRouter, DeepseekV3Experts, DeepseekV3MoE  # their names before

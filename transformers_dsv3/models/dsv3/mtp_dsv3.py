@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .configuration_dsv3 import Dsv3Config
-from .decoder_dsv3 import Dsv3DecoderLayer
-from .linear_dsv3 import Dsv3Linear
-from .norm_dsv3 import Dsv3RMSNorm
+from .configuration_dsv3 import DeepseekV3Config
+from .decoder_dsv3 import DeepseekV3DecoderLayer
+from .linear_dsv3 import linear
+from .norm_dsv3 import DeepseekV3RMSNorm
 
 
 # What official checkpoints repeat in each MTP layer
@@ -24,24 +24,42 @@ COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 class Dsv3MtpHead(nn.Module):
     """The norm before the shared output head. Its own module for the official name `shared_head.norm`."""
 
-    def __init__(self, config: Dsv3Config):
+    def __init__(self, config: DeepseekV3Config):
         super().__init__()
-        self.norm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class Dsv3MtpLayer(Dsv3DecoderLayer):
+class Dsv3MtpLayer(DeepseekV3DecoderLayer):
     """A decoder layer on the projected pair of a hidden state and the next token's embedding (equations 21 and 22).
 
-    Layer `num_hidden_layers + depth` of the network and of the checkpoint, layer `depth` of the MTP cache.
+    Layer `num_hidden_layers + depth` of the network and of the checkpoint, layer `depth` of the MTP cache. It is no
+    layer of `model.layers`, which holds the main model's alone.
     """
 
-    def __init__(self, config: Dsv3Config, depth: int):
+    def __init__(self, config: DeepseekV3Config, depth: int):
         super().__init__(config, layer_idx=config.num_hidden_layers + depth, cache_idx=depth)
-        self.enorm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hnorm = Dsv3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = Dsv3Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        # `enorm` and `hnorm` in checkpoints. Optimizers know by the name that these are norms, which no weight decay
+        # is to pull towards zero.
+        self.embed_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = Dsv3MtpHead(config)
-        self.frozen_as_idle = False  # see `Dsv3PreTrainedModel._freeze_idle_mtp_layers`
+        self.frozen_as_idle = False  # see `DeepseekV3PreTrainedModel._freeze_idle_mtp_layers`
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the layer is trained, as its projection tells: users and adapters freeze all of it or nothing."""
+        return any(parameter.requires_grad for parameter in self.eh_proj.parameters())
+
+    @property
+    def enorm(self) -> nn.Module:
+        """The norm of the embeddings, by its official name."""
+        return self.embed_layernorm
+
+    @property
+    def hnorm(self) -> nn.Module:
+        """The norm of the hidden states, by its official name."""
+        return self.hidden_layernorm
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         """`load_state_dict` of official checkpoints, which hold a copy of the shared embedding and head in each layer.
@@ -60,13 +78,13 @@ class Dsv3MtpLayer(Dsv3DecoderLayer):
         Args:
             previous_hidden_states: `(B, Q, D)`, the output of the main model or of the layer before, normalised.
             next_embeds: `(B, Q, D)`, embeddings of the tokens `depth + 1` places on.
-            kwargs: those of [`Dsv3DecoderLayer`].
+            kwargs: those of [`DeepseekV3DecoderLayer`].
 
         Returns:
             `(B, Q, D)`, normalised, ready for the output head.
         """
-        pair = torch.cat([self.enorm(next_embeds), self.hnorm(previous_hidden_states)], dim=-1)
-        return self.shared_head.norm(super().forward(self.eh_proj(pair), **kwargs))
+        pair = torch.cat([self.embed_layernorm(next_embeds), self.hidden_layernorm(previous_hidden_states)], dim=-1)
+        return self.shared_head.norm(super().forward(linear(self.eh_proj, pair), **kwargs))
 
 
 def shift_left(tensor: torch.Tensor, places: int, fill: float) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """RMSNorm, served by a compiled backend where it takes the call."""
 
 import torch
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from ...kernels import rows_cpu, rows_triton
 
 
-class Dsv3RMSNorm(DeepseekV3RMSNorm):
+class DeepseekV3RMSNorm(native.DeepseekV3RMSNorm):
     """Root mean square normalisation (arXiv 1910.07467) in fp32."""
 
     is_plain_norm = True
@@ -20,3 +20,6 @@ class Dsv3RMSNorm(DeepseekV3RMSNorm):
             if rows_triton.rms_norm_refusal(hidden_states, self.weight) is None:
                 return torch.ops.transformers_dsv3.rms_norm_triton(*arguments)
         return super().forward(hidden_states)
+
+
+Dsv3RMSNorm = DeepseekV3RMSNorm  # its name before

@@ -15,6 +15,8 @@ can be compiled.
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ FOREIGN_SHARE = 0.05
 
 
 class TrainingPass:
-    """One forward pass in training, handed to every layer.
+    """One forward pass in training, which the routers of every layer know (see `pass_of`).
 
     Args:
         targets: `(B, S)`, the token that each position predicts, -100 where there is none; None where no loss beside
@@ -118,6 +120,68 @@ class TrainingPass:
         tokens_N = by_sequence(counted_T1)[:, 0].clamp(min=1)
         products_N = (by_sequence(best_TE) * by_sequence(shares_TE)).sum(dim=1)
         return (self.sequence_weights * products_N * num_experts / (top_k * tokens_N.square())).sum()
+
+
+@dataclass
+class RouterPass:
+    """What routers know of the pass that they are part of.
+
+    Args:
+        token_mask: `(T,)`, False for tokens that do not count, such as padding.
+    """
+
+    training_pass: TrainingPass
+    token_mask: torch.Tensor | None = None
+
+
+class _Current(threading.local):
+    """The pass under way in this thread."""
+
+    router_pass: RouterPass | None = None
+
+
+_current = _Current()
+# An attribute of the `position_ids` that every layer of a pass is given
+_MARK = "_dsv3_router_pass"
+
+
+def current_router_pass() -> RouterPass | None:
+    """The pass that a router in training is part of, if a model runs it."""
+    return _current.router_pass
+
+
+class running:
+    """Makes a pass the one under way."""
+
+    def __init__(self, router_pass: RouterPass | None):
+        self.router_pass = router_pass
+        self.before: RouterPass | None = None
+
+    def __enter__(self) -> None:
+        self.before, _current.router_pass = _current.router_pass, self.router_pass
+
+    def __exit__(self, *exception: object) -> None:
+        _current.router_pass = self.before
+
+
+def mark(position_ids: torch.Tensor, router_pass: RouterPass) -> torch.Tensor:
+    """The same positions, by which layers find their pass.
+
+    Modules are called with native's arguments alone, since what stands in their place knows no others. So a layer that
+    gradient checkpointing computes again, after other passes perhaps, knows its own by what it was given then.
+    """
+    if torch.compiler.is_compiling():
+        return position_ids  # a compiled layer is not computed again by Python
+    position_ids = position_ids.view_as(position_ids)  # not the caller's own tensor
+    setattr(position_ids, _MARK, router_pass)
+    return position_ids
+
+
+def pass_of(position_ids: torch.Tensor | None) -> running:
+    """Makes the pass that `mark` put on a layer's positions the one under way, where there is one."""
+    if torch.compiler.is_compiling():
+        return running(_current.router_pass)
+    return running(getattr(position_ids, _MARK, _current.router_pass))
 
 
 class CarriedLoss(torch.autograd.Function):
