@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from transformers_dsv3.kernels import selection
+
 
 def _indexed(tensor, index):
     """`tensor[index]` by operators alone: the Python binding of it asks for a device that is there."""
@@ -75,6 +77,10 @@ class Launches(TorchDispatchMode):
         if not any(view in name for view in self.VIEWS):
             self.names.append(name.removesuffix(".default"))
         return function(*args, **(kwargs or {}))
+
+
+# They count what the backends launch, and are not to make them step aside
+selection.TRANSPARENT_MODES.update([Launches, _WithoutDevice])
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def test_arguments_and_errors_are_described(name):
     if not name.startswith(("Dsv3", "DeepseekV3", "KimiK2")):
         assert not parameters or ("Args:" in text or "Attributes:" in text)
         assert all(re.search(rf"\b{parameter}\b", text) for parameter in parameters)
-        if parameters:
+        if parameters and name != "register":  # which raises nothing
             assert "Raises:" in text
     elif hasattr(thing, "forward") and "forward" in vars(thing):
         text = inspect.getdoc(thing.forward)

@@ -1,5 +1,6 @@
 """Puts the plugin's classes behind Transformers' Auto classes for `deepseek_v3`, and takes them away again."""
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -12,7 +13,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.deepseek_v3 import configuration_deepseek_v3 as native
+from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_deepseek_v3
 from transformers.utils import is_peft_available
 
 from .compression.quantizer_fp8 import register_fp8
@@ -39,12 +40,21 @@ AUTO_CLASSES = {
 }
 
 
-def register() -> None:
-    """Makes the Auto classes load every `deepseek_v3` and `kimi_k2` checkpoint into the plugin's classes. Done on import.
+def register(names: bool = False) -> None:
+    """Makes the Auto classes load `deepseek_v3` and `kimi_k2` checkpoints into the plugin's classes. Done on import.
 
     Uses Transformers' registries only, so libraries that go by the model type (PEFT, GGUF readers, weight conversion)
     find what they know.
+
+    Args:
+        names: whether `transformers.DeepseekV3ForCausalLM` and its like are the plugin's classes too, for programs
+            that look a class up by the name in `config.architectures`, as TRL does with a model given by its path.
+            `transformers-dsv3 run` asks for it; an import does not, since the names are Transformers' own, and there
+            is no registry of them.
     """
+    for model_class in AUTO_CLASSES.values():
+        name = model_class.__name__
+        setattr(transformers, name, model_class if names else getattr(modeling_deepseek_v3, name))
     for config_class in CONFIGS:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class, model_class in AUTO_CLASSES.items():
@@ -66,7 +76,9 @@ def register() -> None:
 
 def unregister() -> None:
     """Gives `deepseek_v3` back to Transformers' native classes. Models already made keep working."""
-    AutoConfig.register(MODEL_TYPE, native.DeepseekV3Config, exist_ok=True)
+    for model_class in AUTO_CLASSES.values():
+        setattr(transformers, model_class.__name__, getattr(modeling_deepseek_v3, model_class.__name__))
+    AutoConfig.register(MODEL_TYPE, configuration_deepseek_v3.DeepseekV3Config, exist_ok=True)
     register_checkpoint_conversion_mapping(MODEL_TYPE, NATIVE_CONVERSION, overwrite=True)
     if is_peft_available():
         from .training import lora_tuner

@@ -102,7 +102,7 @@ def foreseen_position_by_position(model, stream, window):
 @pytest.mark.parametrize("depths", [1, 2])
 def test_mtp_figures_equal_a_plain_loop(make_model, depths):
     # So few words that the layers agree now and then without having learned anything
-    model, stream = make_model(num_nextn_predict_layers=depths, vocab_size=5), stream_of(37, 5)
+    model, stream = make_model(seed=1, num_nextn_predict_layers=depths, vocab_size=5), stream_of(37, 5)
     report = routing_report(model, stream, window=12, batch_size=2)
     with torch.no_grad():
         agreed, compared, nats, targets = foreseen_position_by_position(model, stream, 12)
@@ -172,7 +172,7 @@ def test_layers_are_numbered_as_in_the_checkpoint(make_model):
     assert moe_layers(model.config) == [
         int(name.split(".")[2])
         for name, module in model.named_modules()
-        if isinstance(module, Dsv3TopkRouter) and int(name.split(".")[2]) < 5
+        if isinstance(module, Dsv3TopkRouter) and ".mtp." not in name
     ]
     assert [layer.layer for layer in routing_report(model, stream_of(20), window=10).layers] == [2, 4]
 
@@ -205,7 +205,7 @@ def test_models_without_experts_of_this_package_are_refused(make_model):
     llama = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
-    with pytest.raises(ValueError, match="LlamaForCausalLM holds no Dsv3ForCausalLM"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM holds no DeepseekV3ForCausalLM"):
         routing_report(llama, stream_of(20), window=10)
 
 

@@ -162,7 +162,7 @@ def test_projections_refuse_what_is_not_plain(make_model):
     x, cos = torch.randn(1, 2, attention.config.hidden_size), torch.ones(1, 2, attention.qk_rope_head_dim)
     with torch.no_grad():
         handle = attention.kv_a_proj_with_mqa.register_forward_hook(lambda *_: None)
-        assert "kv_a_proj_with_mqa has forward hooks" in mla_cpu.project_refusal(attention, x, cos)
+        assert "kv_a_proj_with_mqa has hooks" in mla_cpu.project_refusal(attention, x, cos)
         handle.remove()
         assert mla_cpu.project_refusal(attention, x, cos) is None
         attention.kv_a_layernorm = torch.nn.LayerNorm(attention.kv_lora_rank)

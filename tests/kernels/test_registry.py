@@ -67,7 +67,7 @@ def test_marked_backends_are_those_that_run(make_model, implementation, monkeypa
 
 def test_reasons_on_a_cpu(make_model):
     text = transformers_dsv3.explain(make_model())
-    assert text.startswith("Dsv3ForCausalLM on cpu, float32")
+    assert text.startswith("DeepseekV3ForCausalLM on cpu, float32")
     assert "no: " in block(text, "attention, expanded")["flash_attention_2"][1]
     assert "no: needs a GPU" in block(text, "experts")["deepgemm"][1]
     assert 'experts_implementation="eager"' in block(text, "experts")["eager"][1]
@@ -144,7 +144,7 @@ def test_hooks_on_kv_b_proj_are_run(make_model, monkeypatch):
     model = make_model()
     for layer in model.model.layers:
         layer.self_attn.kv_b_proj.register_forward_hook(lambda module, args, output: 1.5 * output)
-    assert "no: kv_b_proj has forward hooks" in transformers_dsv3.explain(model)
+    assert "no: kv_b_proj has hooks" in transformers_dsv3.explain(model)
     warnings = []
     monkeypatch.setattr(attention_dsv3.logger, "warning_once", warnings.append)
     tokens = torch.arange(1, 10)[None]
@@ -153,7 +153,7 @@ def test_hooks_on_kv_b_proj_are_run(make_model, monkeypatch):
         assert not warnings
         decoded = model(tokens[:, -1:], past_key_values=cache).logits
         torch.testing.assert_close(decoded, model(tokens).logits[:, -1:], rtol=1e-4, atol=1e-4)
-    assert "Every step expands the whole context" in warnings[0] and "forward hooks" in warnings[0]
+    assert "Every step expands the whole context" in warnings[0] and "has hooks" in warnings[0]
 
 
 def test_adapted_experts_are_served_as_it_says(make_model, monkeypatch):
@@ -235,7 +235,7 @@ def test_a_model_on_a_gpu(tiny_config, monkeypatch):
     with fake_gpu():
         on_gpu(model)
         text = transformers_dsv3.explain(model)
-        assert text.startswith("Dsv3ForCausalLM on cuda:0, bfloat16")
+        assert text.startswith("DeepseekV3ForCausalLM on cuda:0, bfloat16")
         assert "no: is for CPUs, not cuda" in block(text, "attention, absorbed")["cpu"][1]
         assert "no: is for CPUs, not cuda" in block(text, "experts")["cpu"][1]
         assert "can be chosen" in block(text, "experts")["grouped_mm"][1]
@@ -253,7 +253,9 @@ def test_a_model_on_a_gpu(tiny_config, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
-        assert transformers_dsv3.explain(model).startswith("Dsv3ForCausalLM on cuda:0 (NVIDIA H100 80GB HBM3), bfl")
+        assert transformers_dsv3.explain(model).startswith(
+            "DeepseekV3ForCausalLM on cuda:0 (NVIDIA H100 80GB HBM3), bfl"
+        )
 
 
 def test_attention_that_was_chosen_by_name(make_model, gpu, monkeypatch):

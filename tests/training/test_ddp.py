@@ -10,4 +10,4 @@ def test_checkpoints_with_idle_mtp_layers_train():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "trained Dsv3ForCausalLM" in run.stdout and "trained Dsv3ForTokenClassification" in run.stdout
+    assert "trained DeepseekV3ForCausalLM" in run.stdout and "trained DeepseekV3ForTokenClassification" in run.stdout

@@ -93,15 +93,20 @@ def assert_same_run(seen, expected, start, measured, mode, atol=1e-6):
 # The launcher, options, the class that trains, and how much of the model each process holds at most
 MODES = {
     "DDP": (TORCHRUN, [], "DistributedDataParallel", 1.0),
-    "FSDP2": (LAUNCH, ["--in-memory"], "FSDPDsv3ForCausalLM", 0.51),
-    "TP=2": (TORCHRUN, ["--distributed", '{"tp_size": 2}'], "Dsv3ForCausalLM", 0.6),
-    "EP=2": (TORCHRUN, ["--distributed", '{"ep_size": 2}'], "FSDPDsv3ForCausalLM", 0.51),
+    "FSDP2": (LAUNCH, ["--in-memory"], "FSDPDeepseekV3ForCausalLM", 0.51),
+    "TP=2": (TORCHRUN, ["--distributed", '{"tp_size": 2}'], "DeepseekV3ForCausalLM", 0.6),
+    "EP=2": (TORCHRUN, ["--distributed", '{"ep_size": 2}'], "FSDPDeepseekV3ForCausalLM", 0.51),
 }
 MORE = {
-    "FSDP2 by accelerate": (LAUNCH, ["--accelerate-fsdp"], "FSDPDsv3ForCausalLM", 0.51),
-    "TP=2, EP=2": (TORCHRUN, ["--distributed", '{"tp_size": 2, "ep_size": 2}'], "Dsv3ForCausalLM", 0.6),
-    "TP=2 in memory": (TORCHRUN, ["--distributed", '{"tp_size": 2}', "--in-memory"], "Dsv3ForCausalLM", 0.6),
-    "EP=2 in memory": (TORCHRUN, ["--distributed", '{"ep_size": 2}', "--in-memory"], "FSDPDsv3ForCausalLM", 0.51),
+    "FSDP2 by accelerate": (LAUNCH, ["--accelerate-fsdp"], "FSDPDeepseekV3ForCausalLM", 0.51),
+    "TP=2, EP=2": (TORCHRUN, ["--distributed", '{"tp_size": 2, "ep_size": 2}'], "DeepseekV3ForCausalLM", 0.6),
+    "TP=2 in memory": (TORCHRUN, ["--distributed", '{"tp_size": 2}', "--in-memory"], "DeepseekV3ForCausalLM", 0.6),
+    "EP=2 in memory": (
+        TORCHRUN,
+        ["--distributed", '{"ep_size": 2}', "--in-memory"],
+        "FSDPDeepseekV3ForCausalLM",
+        0.51,
+    ),
 }
 
 
@@ -230,8 +235,8 @@ def test_arguments_of_command_lines(monkeypatch, tmp_path):
 
 def test_accelerate_finds_the_layers_of_models_without_mtp(make_model):
     # Its FSDP raises on names of layers that a model does not have
-    assert set(make_model(num_nextn_predict_layers=0)._no_split_modules) == {"Dsv3DecoderLayer"}
-    assert set(make_model()._no_split_modules) == {"Dsv3DecoderLayer", "Dsv3MtpLayer"}
+    assert set(make_model(num_nextn_predict_layers=0)._no_split_modules) == {"DeepseekV3DecoderLayer"}
+    assert set(make_model()._no_split_modules) == {"DeepseekV3DecoderLayer", "Dsv3MtpLayer"}
 
 
 def test_state_dicts_of_fused_experts_are_saved_under_official_names(make_model, checkpoint, tmp_path):

@@ -43,7 +43,11 @@ def test_sft_trainer_runs_unchanged(make_model, native_twin, byte_tokenizer, tmp
     assert len(expected) == 3 and expected[2] < expected[0]
     # A model, or the path of one, which TRL loads by the class name in its config
     for given in (model.train(), str(tmp_path / "model")):
-        trainer, seen = losses(given, byte_tokenizer, tmp_path / "plugin")
+        transformers_dsv3.register(names=True)
+        try:
+            trainer, seen = losses(given, byte_tokenizer, tmp_path / "plugin")
+        finally:
+            transformers_dsv3.register()
         assert type(trainer.model) is transformers_dsv3.Dsv3ForCausalLM
         torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
         with safe_open(tmp_path / "plugin" / "model.safetensors", framework="pt") as saved:

@@ -70,8 +70,9 @@ def run(
             param_hint="SCRIPT_OR_MODULE",
         )
 
-    import transformers_dsv3  # noqa: F401  registers the plugin's classes
+    import transformers_dsv3
 
+    transformers_dsv3.register(names=True)
     sys.argv = [target, *context.args]
     if is_script:
         runpy.run_path(target, run_name="__main__")

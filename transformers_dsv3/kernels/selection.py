@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _modules
 from torch.utils._device import DeviceContext
@@ -142,11 +142,17 @@ def plain_refusal(name: str, module: object, kind: type, mark: str | None = None
     return bypass_refusal(name, module)  # type: ignore[arg-type]
 
 
-def _function_mode_refusal() -> str | None:
-    for depth in range(torch._C._len_torch_function_stack()):
-        mode = torch._C._get_function_stack_at(depth)
-        if type(mode) is not DeviceContext:  # which `torch.set_default_device` leaves on; it makes new tensors only
-            return f"is left out where {type(mode).__name__} sees every function"
+# Modes that need not see what a layer is made of: one that says where new tensors are made, which
+# `torch.set_default_device` leaves on, and one for shapes without values
+TRANSPARENT_MODES: set[type] = {DeviceContext, FakeTensorMode}
+
+
+def _mode_refusal() -> str | None:
+    modes = [torch._C._get_dispatch_stack_at(depth) for depth in range(torch._C._len_torch_dispatch_stack())]
+    modes += [torch._C._get_function_stack_at(depth) for depth in range(torch._C._len_torch_function_stack())]
+    for mode in modes:
+        if type(mode) not in TRANSPARENT_MODES:
+            return f"is left out where a {type(mode).__name__} sees every operator"
     return None
 
 
@@ -160,10 +166,9 @@ def call_refusal() -> str | None:
         return "is left out of exported programs, which open without it" if torch.compiler.is_exporting() else None
     if torch._C._are_functorch_transforms_active():
         return "has no rules for torch.func"
-    if torch._C._len_torch_dispatch_stack():
-        return "is left out where a dispatch mode sees every operator"
-    if torch._C._len_torch_function_stack() and (reason := _function_mode_refusal()) is not None:
-        return reason
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        if (reason := _mode_refusal()) is not None:
+            return reason
     if torch._C._get_tracing_state() is not None:
         return "is left out of traced programs, which open without it"
     if forward_ad._current_level >= 0:

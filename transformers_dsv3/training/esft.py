@@ -174,7 +174,7 @@ class ESFTCallback(TrainerCallback, ExportableState):
 
 
 class SelectedExperts(DeepseekV3Experts):
-    """[`DeepseekV3Experts`] of which some are parameters of their own, `gate_up_proj_of_3` and so on: views of the stacks.
+    """[`DeepseekV3Experts`] of which some are parameters of their own, `gate_up_proj_of_3` and so on, views of stacks.
 
     Modules become this by `take_over`. The stacks are frozen, and keep their names and all weights.
     """

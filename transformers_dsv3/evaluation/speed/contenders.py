@@ -19,7 +19,7 @@ from .rounds import Turn
 from .workloads import Inputs, Workload, decode, make_optimizer, prefill, training_step
 
 
-NATIVE = modeling_deepseek_v3.DeepseekV3ForCausalLM
+NATIVE_CLASS = modeling_deepseek_v3.DeepseekV3ForCausalLM
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def static_name(name: str) -> str:
     return f"{name} {STATIC}"
 
 
-def share_weights(model: DeepseekV3ForCausalLM, cls: type[PreTrainedModel] = NATIVE) -> PreTrainedModel:
+def share_weights(model: DeepseekV3ForCausalLM, cls: type[PreTrainedModel] = NATIVE_CLASS) -> PreTrainedModel:
     """The same model in another class, on the same storage: no weight is copied.
 
     Args:
@@ -72,7 +72,7 @@ def share_weights(model: DeepseekV3ForCausalLM, cls: type[PreTrainedModel] = NAT
         RuntimeError: where a parameter of the new model is not one of the old.
     """
     config = copy.deepcopy(model.config)
-    if cls is NATIVE:
+    if cls is NATIVE_CLASS:
         fields = {key: value for key, value in config.to_dict().items() if key not in ("architectures", "dtype")}
         config = configuration_deepseek_v3.DeepseekV3Config(**fields)
     with torch.device("meta"):

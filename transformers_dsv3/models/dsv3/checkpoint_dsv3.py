@@ -143,9 +143,12 @@ class Dsv3CheckpointMixin(_Base):
         if expected_keys is not None and any(".lora_" in key for key in expected_keys):
             _check_adapter(loaded[0])
         used = getattr(model, "_weight_conversions", None)
-        if expected_keys is None and used is not None and not any(isinstance(step, WeightConverter) for step in used):
-            # Saving reverts what loading used, which for another model's state dict, of fused experts, is nothing
-            model._weight_conversions = [*used, *deepseek_v3_conversion_mapping()]
+        if expected_keys is None and used is not None:
+            # Saving reverts what loading used, which for another model's state dict, with its names, is nothing
+            if not any(isinstance(step, WeightConverter) for step in used):
+                used = [*used, *deepseek_v3_conversion_mapping()]
+            of_mtp = mtp_renamings(model.config)
+            model._weight_conversions = [step for step in used if repr(step) not in map(repr, of_mtp)] + of_mtp
         return loaded
 
     @classmethod

@@ -10,8 +10,8 @@ from transformers.models.deepseek_v3 import configuration_deepseek_v3 as native
 @strict
 class DeepseekV3Config(native.DeepseekV3Config):
     r"""
-    Configuration of a DeepSeek-V3 model: the fields of native's [`DeepseekV3Config`], the official keys that it leaves out of
-    `config.json`, and the fields that training needs. Contradictions are refused when it is built.
+    Configuration of a DeepSeek-V3 model: the fields of native's [`DeepseekV3Config`], the official keys that it leaves
+    out of `config.json`, and the fields that training needs. Contradictions are refused when it is built.
 
     Every default is the published DeepSeek-V3 (671B) value. See native's for the inherited fields.
 

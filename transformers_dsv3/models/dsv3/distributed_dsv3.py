@@ -1,12 +1,13 @@
 """DeepSeek-V3 models over several processes, by Transformers' tensor-, expert- and data-parallel plans.
 
-The plans are those of `DeepseekV3Config` and of the model classes; Transformers applies them. Here is what they leave open:
-expert parallelism asked for alone, sizes that do not divide, and the MTP layers' copies in checkpoints.
+The plans are those of `DeepseekV3Config` and of the model classes; Transformers applies them. Here is what they leave
+open: expert parallelism asked for alone, sizes that do not divide, and the MTP layers' copies in checkpoints.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,17 @@ class Dsv3DistributedMixin(_Base):
                 kept = {
                     name: style
                     for name, style in rules.items()
-                    if name.split(".")[-1] != absent and (self.config.num_nextn_predict_layers or "mtp." not in name)
+                    if name.split(".")[-1] != absent and self._has_layers_like(name)
                 }
                 setattr(self, plan, kept)
+
+    def _has_layers_like(self, rule: str) -> bool:
+        """Whether the model has MTP layers of the kind that a rule is for; true for rules of other layers."""
+        if "mtp." not in rule:
+            return True
+        is_dense = self.config.num_hidden_layers < self.config.first_k_dense_replace
+        for_dense = re.search(r"\.mlp\.\w+_proj$", rule) is not None
+        return self.config.num_nextn_predict_layers > 0 and (".mlp." not in rule or for_dense == is_dense)
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:

@@ -89,9 +89,8 @@ class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, nativ
         # False in the hands of one of TRL's trainers for preferences or rewards
         self.trains_next_token_prediction = True
         if not config.num_nextn_predict_layers:
-            self._no_split_modules = [
-                "DeepseekV3DecoderLayer"
-            ]  # accelerate's FSDP refuses names that it does not find
+            # accelerate's FSDP refuses names that it does not find
+            self._no_split_modules = ["DeepseekV3DecoderLayer"]
 
     def train(self, mode: bool = True) -> "DeepseekV3PreTrainedModel":
         super().train(mode)
