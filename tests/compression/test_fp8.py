@@ -20,6 +20,7 @@ from transformers import (
 
 import transformers_dsv3
 from transformers_dsv3.compression.quantizer_fp8 import dequantize_blocks
+from transformers_dsv3.models.dsv3.checkpoint_conversion_dsv3 import official_name
 from transformers_dsv3.models.dsv3.checkpoint_files_dsv3 import CheckpointError
 
 
@@ -132,6 +133,7 @@ def per_expert(model):
     """State dict by checkpoint names."""
     named = {}
     for name, tensor in model.state_dict().items():
+        name = official_name(name, model.config)
         if ".experts.gate_up_proj" in name:
             for e, both in enumerate(tensor):
                 gate, up = both.chunk(2)
