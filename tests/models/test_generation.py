@@ -1,10 +1,22 @@
 """Generation: self-speculation against plain decoding, prompts padded on either side, the sampled distribution."""
 
+import ast
+import inspect
+
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, TextStreamer, pipeline
+from transformers import (
+    DynamicCache,
+    StaticCache,
+    SynthIDTextWatermarkingConfig,
+    TextStreamer,
+    WatermarkingConfig,
+    pipeline,
+)
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import LogitsProcessor, StoppingCriteria
+from transformers.generation import LogitsProcessor, StoppingCriteria, logits_process
+
+from transformers_dsv3.models.dsv3.generation_dsv3 import REMEMBERING_PROCESSORS
 
 
 def prompts(batch, length, vocab=96, seed=0):
@@ -129,6 +141,97 @@ def test_processors_and_criteria_act_as_in_plain_decoding(make_model):
     plain = model.generate(tokens, **settings)
     fast = model.generate(tokens, use_mtp=True, **settings)
     assert fast.tolist() == plain.tolist()
+
+
+FREE_OF_MEMORY = {
+    "several ends": {"eos_token_id": [7, 11, 30], "min_length": 16},
+    "no n-gram twice": {"no_repeat_ngram_size": 2},
+    "no prompt n-gram": {"encoder_no_repeat_ngram_size": 1, "encoder_repetition_penalty": 1.5},
+    "repetition penalty": {"repetition_penalty": 1.6},
+    "biased sequences": {"sequence_bias": [[[5, 6], 2.0], [[9], 1.5]], "bad_words_ids": [[3], [4, 8]]},
+    "suppressed": {"suppress_tokens": list(range(20, 60)), "begin_suppress_tokens": [61, 62]},
+    "forced ends": {"forced_eos_token_id": 17, "forced_bos_token_id": 5, "exponential_decay_length_penalty": (2, 1.1)},
+    "green list": {"watermarking_config": WatermarkingConfig(bias=4.0)},
+    "green list, self-hashed": {"watermarking_config": WatermarkingConfig(seeding_scheme="selfhash", bias=4.0)},
+    "allowed by prefix": {
+        "prefix_allowed_tokens_fn": lambda row, ids: [2 + (int(ids.sum()) * 7 + 11 * k + row) % 94 for k in range(20)]
+    },
+    "renormalised": {"renormalize_logits": True, "remove_invalid_values": True},
+}
+
+
+@pytest.mark.parametrize("settings", FREE_OF_MEMORY.values(), ids=FREE_OF_MEMORY)
+def test_processors_of_transformers_act_as_in_plain_decoding(make_model, settings):
+    """In rows that accept different numbers of drafts; the model is one whose drafts are accepted now and then."""
+    model = make_model(num_nextn_predict_layers=2, vocab_size=96, initializer_range=0.02)
+    tokens = prompts(3, 12, seed=6)
+    common = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
+    plain = model.generate(tokens, **common, **settings)
+    fast = model.generate(tokens, use_mtp=True, **common, **settings)
+    assert fast.tolist() == plain.tolist()
+
+
+def test_stop_strings_act_as_in_plain_decoding(trained_model, training_bytes, byte_tokenizer):
+    rows = torch.stack([training_bytes[start : start + 40] for start in (0, 500)])
+    settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 256}
+    unstopped = trained_model.generate(rows, **settings)[0]
+    stop = byte_tokenizer.decode(unstopped[51:54])
+    settings |= {"stop_strings": [stop, "@@"], "tokenizer": byte_tokenizer}
+    plain = trained_model.generate(rows, **settings)
+    assert trained_model.generate(rows, use_mtp=True, **settings).tolist() == plain.tolist()
+    assert plain[0].tolist() == unstopped[:54].tolist() + [256] * (plain.shape[1] - 54)
+
+
+def remembering_processors():
+    """Transformers' classes whose calls write to the object more than what makes it ready, by their source."""
+    makes_ready = {
+        ("RepetitionPenaltyLogitsProcessor", "prompt_ignore_length"),  # to another device
+        ("ExponentialDecayLengthPenalty", "eos_token_id"),  # likewise
+        ("WhisperNoSpeechDetection", "_no_speech_prob"),  # read by Whisper alone, scores are as they were
+        *(("SequenceBiasLogitsProcessor", name) for name in ("length_1_bias", "multi_token_biases")),
+        *(("SequenceBiasLogitsProcessor", name) for name in ("sequence_bias", "prepared_bias_variables")),
+    }
+    found = set()
+    for cls in ast.parse(inspect.getsource(logits_process)).body:
+        for method in cls.body if isinstance(cls, ast.ClassDef) else ():
+            if not isinstance(method, ast.FunctionDef) or method.name == "__init__" or method.name.startswith("set_"):
+                continue
+            for node in ast.walk(method):
+                targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+                for target in targets if isinstance(node, (ast.Assign, ast.AugAssign)) else ():
+                    while isinstance(target, (ast.Attribute, ast.Subscript)):
+                        if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
+                            found |= {cls.name} if (cls.name, target.attr) not in makes_ready else set()
+                        target = target.value
+    return found
+
+
+def test_every_processor_that_remembers_is_known():
+    """By the source of this release of Transformers: a new one is to be looked at."""
+    found = remembering_processors()
+    assert "SynthIDTextWatermarkLogitsProcessor" in found
+    assert found <= set(REMEMBERING_PROCESSORS)
+
+
+@pytest.mark.parametrize("name", REMEMBERING_PROCESSORS)
+def test_processors_that_remember_are_refused_before_anything_is_computed(make_model, name):
+    elsewhere = "transformers.models.higgs_audio_v2.generation_higgs_audio_v2"
+    cls = getattr(logits_process, name, None) or getattr(pytest.importorskip(elsewhere), name)
+    processor = type("Mine", (cls,), {"__init__": lambda self: None})()
+    model, tokens = make_model(), prompts(1, 8)
+    counter = CountPasses(model)
+    with pytest.raises(ValueError, match=r"`use_mtp=True` cannot run with .* Mine.* remembers every call"):
+        model.generate(tokens, use_mtp=True, max_new_tokens=4, logits_processor=[processor])
+    assert counter.passes == 0
+
+
+def test_synthid_watermark_is_refused_with_drafts_alone(make_model):
+    model, tokens = make_model(), prompts(2, 8)
+    watermark = SynthIDTextWatermarkingConfig(keys=[1, 2, 3, 4], ngram_len=3)
+    settings = {"max_new_tokens": 4, "watermarking_config": watermark, "do_sample": True}
+    assert model.generate(tokens, **settings).shape == (2, 12)
+    with pytest.raises(ValueError, match=r"SynthIDTextWatermarkLogitsProcessor \(`watermarking_config`\)"):
+        model.generate(tokens, use_mtp=True, **settings)
 
 
 def test_generation_from_embeddings(make_model):

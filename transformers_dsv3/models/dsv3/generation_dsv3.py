@@ -24,6 +24,32 @@ from .inputs_dsv3 import check_inputs
 
 logger = logging.get_logger(__name__)
 
+# Transformers' logits processors that remember their calls: what they do to one token depends on the calls before.
+# Drafts are calls too, and those that are rejected cannot be taken back.
+REMEMBERING_PROCESSORS = (
+    "DiaEOSDelayPatternLogitsProcessor",
+    "HiggsAudioV2DelayPatternLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+)
+
+
+def drafting_refusal(logits_processor: LogitsProcessorList) -> str | None:
+    """Why the text with drafts would not be the text without, or None.
+
+    Known by name, of the class or of one that it derives from: not every release of Transformers has them all. What a
+    processor of somebody else's remembers cannot be known.
+    """
+    for processor in logits_processor:
+        for cls in type(processor).__mro__:
+            if cls.__name__ in REMEMBERING_PROCESSORS and cls.__module__.startswith("transformers."):
+                asked_by = " (`watermarking_config`)" if "Watermark" in cls.__name__ else ""
+                return (
+                    f"{type(processor).__name__}{asked_by} remembers every call, and would take rejected drafts for "
+                    "text. Leave `use_mtp=True` out."
+                )
+    return None
+
 
 @dataclass
 class Dsv3MtpDecoderOnlyOutput(GenerateDecoderOnlyOutput):
@@ -53,10 +79,13 @@ class Dsv3GenerationMixin(GenerationMixin):
         returned sequences start with the prompt as it was given.
 
         `use_mtp=True` decodes by self-speculation with the model's MTP layers, at any batch size: the same text as
-        without for greedy decoding, the same distribution for sampling. See [`Dsv3MtpDecoderOnlyOutput`].
+        without for greedy decoding, the same distribution for sampling. See [`Dsv3MtpDecoderOnlyOutput`]. Logits
+        processors are called for drafts too, so one's own must not remember their calls; stopping criteria see no
+        drafts.
 
         Raises:
-            ValueError: for the inputs that [`DeepseekV3Model.forward`] refuses.
+            ValueError: for the inputs that [`DeepseekV3Model.forward`] refuses, and for what `use_mtp=True` cannot be
+                combined with.
         """
         prompt_name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         prompt = inputs if inputs is not None else kwargs.get(prompt_name)
@@ -147,6 +176,8 @@ class Dsv3GenerationMixin(GenerationMixin):
                 inputs_tensor=inputs_tensor,
                 **kwargs,
             )
+        if reason := drafting_refusal(logits_processor):
+            raise ValueError(f"`use_mtp=True` cannot run with this logits processor: {reason}")
         for name in ("assistant_model", "assistant_tokenizer", "tokenizer"):
             kwargs.pop(name, None)
         return MtpDecoding(self, input_ids, logits_processor, stopping_criteria, generation_config, streamer).run(
