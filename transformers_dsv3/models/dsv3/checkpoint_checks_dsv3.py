@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .checkpoint_files_dsv3 import StoredTensor, listing
+from .checkpoint_scales_dsv3 import belongs_to, owners_of, sentences
 
 
 # experts.{e}.gate_proj.weight and its FP8 scale
@@ -65,6 +66,7 @@ class CheckpointCheck:
             *(self._wrong_shapes(wanted) if self.compare_shapes else []),
             *self._extra_experts(),
             *self._bad_scales(wanted),
+            *self._left_out(wanted),
         ]
 
     def _align(self, name: str) -> str:
@@ -100,6 +102,8 @@ class CheckpointCheck:
 
     def _missing(self, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
         prefix = f"{self.base_prefix}." if self.base_prefix else ""
+        if self.resolved.keys().isdisjoint(wanted):
+            return []  # a file of something else: Transformers initialises all, and says so
         names = [
             name
             for name in wanted
@@ -167,3 +171,19 @@ class CheckpointCheck:
                         f"{tensor.shape} in blocks of {tuple(self.block_size)} needs {grid}"
                     )
         return problems
+
+    def _left_out(self, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Codes in integers, and scales that are none of DeepSeek's: INT8 repacks have the same names and shapes."""
+        codes = [self.resolved[name] for name in wanted if name in self.resolved]
+        codes = [tensor for tensor in codes if not tensor.dtype.is_floating_point]
+        read = {name + SCALE for name in wanted} if self.block_size is not None else set()
+        owners = owners_of(wanted)
+        prefix = f"{self.base_prefix or 'model'}."
+        unread = [
+            tensor
+            for name, tensor in self.resolved.items()
+            if name not in wanted
+            and name not in read
+            and any(belongs_to(other, owners) for other in (name, prefix + name, name.removeprefix(prefix)))
+        ]
+        return sentences(codes, unread)

@@ -18,8 +18,11 @@ import torch
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded as it stands. The message names every file and tensor at fault."""
+class CheckpointError(ValueError, RuntimeError):
+    """A checkpoint that cannot be loaded as it stands. The message names every file and tensor at fault.
+
+    A `RuntimeError` too, which Transformers raises for shapes that do not fit.
+    """
 
 
 # Names of the safetensors format; a dtype that this torch lacks cannot be loaded by it either.

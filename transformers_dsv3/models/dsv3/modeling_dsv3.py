@@ -23,6 +23,7 @@ from .checkpoint_dsv3 import Dsv3CheckpointMixin
 from .configuration_dsv3 import DeepseekV3Config
 from .decoder_dsv3 import DeepseekV3DecoderLayer
 from .distributed_dsv3 import Dsv3DistributedMixin
+from .engines_dsv3 import engine_layer
 from .generation_dsv3 import Dsv3GenerationMixin
 from .inputs_dsv3 import check_inputs, check_labels, new_token_mask
 from .linear_dsv3 import linear
@@ -138,7 +139,8 @@ class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, nativ
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # Transformers looks for a decorator in the source of this file, but the experts live in moe_dsv3.py
+        # Transformers looks for the decorator `@use_experts_implementation` in the source of this file, but the experts
+        # live in moe_dsv3.py
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
@@ -169,12 +171,12 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [DeepseekV3DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
+        for_engine = engine_layer(config)
+        layer_class = for_engine or DeepseekV3DecoderLayer
+        self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = native.DeepseekV3RotaryEmbedding(config=config)
-        if config.num_nextn_predict_layers:
+        if config.num_nextn_predict_layers and for_engine is None:
             self.mtp = nn.ModuleList([Dsv3MtpLayer(config, depth) for depth in range(config.num_nextn_predict_layers)])
         self.gradient_checkpointing = False
         # Whether something balances the experts' load, or need not, or its lack was said
