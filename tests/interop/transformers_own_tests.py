@@ -2,10 +2,10 @@
 
     python tests/interop/transformers_own_tests.py FOLDER [pytest options]
 
-Downloads the source package of the Transformers that is installed (its wheel has no tests) into FOLDER, and runs all of
-`ModelTesterMixin` of its `tests/test_modeling_common.py` twice, each time in a process of its own. The source package
-leaves out the mixins for generation and export, whose places are kept empty. Prints every test that only one of the two
-passes, and exits with 1 where native's classes pass one that the plugin's do not.
+Downloads the source package of the Transformers that is installed (its wheel has no tests) into FOLDER, and runs all
+of `ModelTesterMixin` of its `tests/test_modeling_common.py` twice, each time in a process of its own. The source
+package leaves out the mixins for generation and export, whose places are kept empty. Prints every test that only one
+of the two passes, and exits with 1 where native's classes pass one that the plugin's do not.
 """
 
 import re
