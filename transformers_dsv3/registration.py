@@ -69,9 +69,9 @@ def register(names: bool = False) -> None:
     experts_auto.register()
     experts_liger.register()
     if is_peft_available():
-        from .training import lora_tuner
+        from .training import peft_tuners
 
-        lora_tuner.register()
+        peft_tuners.register()
 
 
 def unregister() -> None:
@@ -81,9 +81,9 @@ def unregister() -> None:
     AutoConfig.register(MODEL_TYPE, configuration_deepseek_v3.DeepseekV3Config, exist_ok=True)
     register_checkpoint_conversion_mapping(MODEL_TYPE, NATIVE_CONVERSION, overwrite=True)
     if is_peft_available():
-        from .training import lora_tuner
+        from .training import peft_tuners
 
-        lora_tuner.unregister()
+        peft_tuners.unregister()
 
 
 def is_registered() -> bool:

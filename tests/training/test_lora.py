@@ -234,7 +234,7 @@ def per_expert_adapter(model, folder, rank=2):
     torch.manual_seed(0)
     weights = {}
     for name, weight in model.state_dict().items():
-        if f"layers.{model.config.num_hidden_layers}." in name:
+        if ".mtp." in name:
             continue
         parts = {}
         if ".experts.gate_up_proj" in name or ".experts.down_proj" in name:
@@ -308,7 +308,7 @@ def test_adapters_that_do_not_fit_are_refused(kind, make_model, tmp_path):
         adapted(make_model(), target_modules=["o_proj"], target_parameters=ROUTED).save_pretrained(folder)
     else:
         per_expert_adapter(make_model(), folder)
-    with pytest.raises(ValueError, match="another number of experts"):
+    with pytest.raises(RuntimeError, match="(?s)another number of experts.*size mismatch"):
         PeftModel.from_pretrained(make_model(n_routed_experts=4, n_group=1), folder)
     shutil.copytree(folder, tmp_path / "more")
     name = "base_model.model.model.layers.{}.self_attn.o_proj.lora_A.weight"

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers.utils import logging
 
-from ..models.dsv3.checkpoint_conversion_dsv3 import mtp_renamings
+from ..models.dsv3.checkpoint_conversion_dsv3 import mtp_renamings, official_name
 
 
 logger = logging.get_logger(__name__)
@@ -163,8 +164,7 @@ def suffixes(names: list[str], model: nn.Module, parameters: bool = False) -> li
     """Short names that stand for the given ones and no others; the names themselves where there are none.
 
     Short ones are the last two parts, which tell MLPs apart, so that they mean the same when they are read again:
-    `mlp.gate_proj` (dense layers), `shared_experts.gate_proj`, `self_attn.o_proj`, `experts.down_proj`. Beside MTP
-    layers, which have the same parts and are not adapted, there are none.
+    `mlp.gate_proj` (dense layers), `shared_experts.gate_proj`, `self_attn.o_proj`, `experts.down_proj`.
     """
     if parameters:
         existing = [name for name, _ in model.named_parameters()]
@@ -177,7 +177,7 @@ def suffixes(names: list[str], model: nn.Module, parameters: bool = False) -> li
     short = []
     for name in names:
         suffix = ".".join(name.split(".")[-2:])
-        short.append(suffix if by_suffix[suffix] <= found else name)
+        short.append(suffix if by_suffix[suffix] and by_suffix[suffix] <= found else name)
     return sorted(set(short))
 
 
@@ -186,17 +186,18 @@ class Resolved:
     """What a config stands for, in PEFT's terms.
 
     Attributes:
-        modules, parameters: `target_modules` and `target_parameters`.
+        modules, parameters: `target_modules`, as full names, and `target_parameters`.
+        written_modules, written_parameters: the same as the adapter's config says it from then on.
         rank_pattern, alpha_pattern: the config's own, with what stacked parameters need.
-        module_names: full names of the modules.
         parameter_names: full names of the parameters, and those of their halves and experts.
     """
 
     modules: list[str]
     parameters: list[str]
+    written_modules: set[str]
+    written_parameters: list[str]
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
-    module_names: list[str]
     parameter_names: list[str]
 
 
@@ -230,7 +231,7 @@ def resolve(config: LoraConfig, model: nn.Module) -> Resolved:
                 f"target_modules: this model has no {', '.join(sorted(lost))}, nothing is adapted for it. Its linear "
                 f"layers are {', '.join(linear)}."
             )
-    given = set(config.target_parameters or [])
+    given = {in_model(name, model) for name in config.target_parameters or []}
     existing = [re.sub(r"(\.base_layer)+", "", name) for name, _ in model.named_parameters()]
     hit = [name for name in existing if any(name == end or name.endswith(f".{end}") for end in given)]
     if lost := {end for end in given if not any(name == end or name.endswith(f".{end}") for name in hit)}:
@@ -239,14 +240,36 @@ def resolve(config: LoraConfig, model: nn.Module) -> Resolved:
     if any(is_mtp(name) and name not in given for name in hit):
         given = {name for name in hit if name in given or not is_mtp(name)}
     ranks, alphas = _stacked_patterns(config, placement)
+    stacked = suffixes(placement.parameters, model, parameters=True)
     return Resolved(
-        suffixes(placement.modules, model),
-        sorted(given | set(suffixes(placement.parameters, model, parameters=True))),
+        placement.modules,
+        sorted(given | set(stacked)),
+        _written(config, placement, model),
+        list(dict.fromkeys([*(config.target_parameters or []), *stacked])),
         {key: round(value) for key, value in _pattern(config.rank_pattern, ranks, placement, model).items()},
         _pattern(config.alpha_pattern, alphas, placement, model),
-        placement.modules,
         [name for parameter in {*hit, *placement.parameters} for name in (parameter, *_halves(parameter))],
     )
+
+
+# What plain PEFT takes for routed experts, whatever it belongs to
+TAKEN_FOR_EXPERTS = {"gate", *STACKED}
+
+
+def _written(config: LoraConfig, placement: Placement, model: nn.Module) -> set[str]:
+    """The modules' names for `adapter_config.json`.
+
+    As they were given, where plain PEFT reads them as they are meant. Of embeddings the bare names are kept, by which
+    PEFT knows that their base weights are to be saved with the adapter.
+    """
+    given = set() if isinstance(config.target_modules, str) else set(config.target_modules or [])
+    if given and not placement.parameters and not any(name.split(".")[-1] in TAKEN_FOR_EXPERTS for name in given):
+        return given
+    names = suffixes([official_name(name, model.config) for name in placement.modules], model)
+    bare = set(EMBEDDING_LAYER_NAMES) & (given or {name.split(".")[-1] for name in placement.modules})
+    return {name for name in names if name.split(".")[-1] not in bare} | {
+        name.split(".")[-1] for name in names if name.split(".")[-1] in bare
+    }
 
 
 def _halves(parameter: str) -> list[str]:

@@ -1,6 +1,7 @@
 """PEFT's LoRA tuner for this architecture: names land where they say, adapters are loaded whole or not at all.
 
-Registered in PEFT's own table of tuners, `PEFT_TYPE_TO_TUNER_MAPPING`. For other models it is PEFT's class unchanged.
+It serves native's classes too where the plugin is imported: an adapter that names native's class (`auto_mapping`) is
+opened on it. For other models it is PEFT's class unchanged. `peft_tuners` registers it.
 """
 
 import re
@@ -8,20 +9,27 @@ import warnings
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftType
+from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3PreTrainedModel
 
-from ..models.dsv3.modeling_dsv3 import DeepseekV3PreTrainedModel
-from .lora_targets import applies, resolve
+from ..models.dsv3.checkpoint_conversion_dsv3 import official_name
+from .lora_targets import applies, in_model, resolve
+from .peft_mixins import BesideMtp, OfficialClass, base_of, without_mtp
 
 
-class Dsv3LoraModel(LoraModel):
+class Dsv3LoraModel(OfficialClass, BesideMtp, LoraModel):
     """`LoraModel` that reads target names of `deepseek_v3` models as the official checkpoint's names."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._misfits.pop(adapter_name, None)
         if not isinstance(model, DeepseekV3PreTrainedModel) or kwargs.get("state_dict") is not None:
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with without_mtp(model, self.peft_config[adapter_name]):
+            self._inject_resolved(model, adapter_name, *args, **kwargs)
+
+    def _inject_resolved(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: LoraConfig = self.peft_config[adapter_name]
         resolved = resolve(config, model)
         if not resolved.modules and not resolved.parameters:
@@ -30,18 +38,18 @@ class Dsv3LoraModel(LoraModel):
         config.rank_pattern, config.alpha_pattern = resolved.rank_pattern, resolved.alpha_pattern
         # PEFT reads names its own way first, then calls `_check_new_adapter_config`, where these are given back
         config.target_modules, config.target_parameters = set(), []
-        self._resolved = set(resolved.modules), sorted(resolved.parameters)
+        self._resolved = resolved
         try:
             with warnings.catch_warnings():
                 # PEFT looks for the patterns' keys among modules only, though they apply to parameters as well
                 for pattern in (config.rank_pattern, config.alpha_pattern):
-                    unmatched = [key for key in pattern if not applies(key, resolved.module_names)]
+                    unmatched = [key for key in pattern if not applies(key, resolved.modules)]
                     applied = sorted(key for key in unmatched if applies(key, resolved.parameter_names))
                     message = f".*did not match any targeted module.*{re.escape(str(applied))}"
                     warnings.filterwarnings("ignore", message)
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-            # From 20 names on PEFT shortens them, by what modules there are: `gate_proj` would mean routed experts too
-            config.target_modules = set(resolved.modules)
+                # That MTP layers are hidden, or not, was decided above, by the names as they were given
+                super(BesideMtp, self).inject_adapter(model, adapter_name, *args, **kwargs)
+            config.target_modules, config.target_parameters = resolved.written_modules, resolved.written_parameters
         except BaseException:
             config.target_modules, config.target_parameters, config.rank_pattern, config.alpha_pattern = given
             raise
@@ -49,75 +57,102 @@ class Dsv3LoraModel(LoraModel):
             self.__dict__.pop("_resolved", None)
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
-        if (resolved := self.__dict__.pop("_resolved", None)) is not None:
-            config.target_modules, config.target_parameters = resolved
+        resolved = self.__dict__.pop("_resolved", None)
+        if resolved is None:
+            return super()._check_new_adapter_config(config)
+        # Compared with the configs of adapters that are there already
+        config.target_modules, config.target_parameters = resolved.written_modules, resolved.written_parameters
         super()._check_new_adapter_config(config)
+        config.target_modules, config.target_parameters = set(resolved.modules), resolved.parameters
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """MTP layers are numbered behind the others in files."""
+        tensors = super()._get_adapter_state_dict(model, *args, **kwargs)
+        base = base_of(model)
+        if not isinstance(base, DeepseekV3PreTrainedModel):
+            return tensors
+        return {official_name(name, base.config): tensor for name, tensor in tensors.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Refuses adapters whose tensors do not all have their place, or leave a place empty."""
+        """Notes what has no place, or is not there; PEFT drops it without a word."""
         remap = super()._remap_adapter_state_dict_for_load
         options = {"model": model, "config": config, "adapter_name": adapter_name}
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         if not isinstance(base, DeepseekV3PreTrainedModel):
             return remap(state_dict=state_dict, **options)
         places = adapter_places(model, adapter_name)
         # PEFT takes it that gates and ups are adapted within a second wrapper, the down projections'
         renamed = {}
         for name, tensor in state_dict.items():
+            name = in_model(name, base)
             outer = name.replace(".experts.base_layer.", ".experts.")
             inner_place = _bare(name).replace(".weight", f".{adapter_name}.weight")
             renamed[name if outer in state_dict or inner_place in places else outer] = tensor
         state_dict = remap(state_dict=renamed, **options)
-        check_adapter_fits(places, adapter_name, state_dict)
+        if isinstance(tuner := getattr(model, "base_model", None), Dsv3LoraModel):
+            tuner._misfits[adapter_name] = misfits(places, state_dict)
         return state_dict
+
+    @property
+    def _misfits(self) -> dict[str, list[str]]:
+        """By adapter, what was wrong when its weights were set last."""
+        return self.__dict__.setdefault("_misfits_by_adapter", {})
+
+    def _cast_adapter_dtype(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Refuses adapters whose tensors do not all have their place, or leave a place empty.
+
+        PEFT calls this when it has loaded an adapter from a folder, and not after `set_peft_model_state_dict`, which
+        returns what is missing or unexpected to its caller.
+
+        Raises:
+            ValueError: the adapter does not fit.
+        """
+        if problems := self._misfits.pop(adapter_name, None):
+            raise ValueError(f"Adapter {adapter_name!r} does not fit this model: {'; '.join(problems)}.")
+        super()._cast_adapter_dtype(adapter_name, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """Says of what PyTorch reports as a size mismatch where it comes from.
+
+        Tensors that `ignore_mismatched_sizes` leaves out are no longer here.
+        """
+        *_, error_msgs = args
+        places = {f"{prefix}{name}": tensor.shape for name, tensor in self.named_parameters() if ".lora_" in name}
+        differing = [name for name in places.keys() & state_dict.keys() if state_dict[name].shape != places[name]]
+        if any(".experts." in name for name in differing):
+            error_msgs.append("Was this adapter trained for another number of experts?")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _bare(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def adapter_places(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
-    """Names and shapes of an adapter's tensors in a model."""
+def adapter_places(model: nn.Module, adapter_name: str) -> set[str]:
+    """Names of an adapter's tensors in a model."""
     own = re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")
-    return {_bare(name): tensor.shape for name, tensor in model.state_dict().items() if own.search(name)}
+    return {_bare(name) for name in model.state_dict() if own.search(name)}
 
 
-def check_adapter_fits(places: dict[str, torch.Size], adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless an adapter's tensors are those that the model has places for.
+def misfits(places: set[str], state_dict: dict[str, torch.Tensor]) -> list[str]:
+    """What an adapter's tensors lack of those that a model has places for, and what they have beside these.
 
     Args:
         places: of the adapter in the model.
         state_dict: the adapter's weights by the names of the model's.
     """
-    given = {_bare(name): tensor.shape for name, tensor in state_dict.items() if ".lora_" in name}
+    given = {_bare(name) for name in state_dict if ".lora_" in name}
     problems = []
-    if extra := sorted(given.keys() - places.keys()):
+    if extra := sorted(given - places):
         problems.append(f"it has weights for what this model does not adapt or have: {_some(extra)}")
-    if missing := sorted(places.keys() - given.keys()):
+    if missing := sorted(places - given):
         problems.append(f"it lacks weights of {_some(missing)}")
-    differing = [name for name in sorted(given.keys() & places.keys()) if given[name] != places[name]]
-    if differing:
-        shapes = [f"{name} is {tuple(given[name])}, not {tuple(places[name])}" for name in differing]
-        experts = any(".experts." in name for name in differing)
-        problems.append(
-            f"shapes differ: {_some(shapes)}" + (" (was it trained for another number of experts?)" if experts else "")
-        )
-    if problems:
-        raise ValueError(f"Adapter {adapter_name!r} does not fit this model: {'; '.join(problems)}.")
+    return problems
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def register() -> None:
-    """Makes PEFT use `Dsv3LoraModel` for LoRA."""
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = Dsv3LoraModel
-
-
-def unregister() -> None:
-    """Gives PEFT its own tuner back."""
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = LoraModel

@@ -5,6 +5,7 @@ sum with the adapter's product, `(E, out, in)`. Where that is all a wrapper woul
 read from it and applied to tokens instead. All else (merging, saving, switching adapters) stays PEFT's own.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -23,6 +24,25 @@ def _factors(wrapper: Any, adapters: list[str]) -> LowRank:
         up_ORE = wrapper.lora_B[adapter].weight.unflatten(1, (-1, wrapper.num_experts))
         ups.append(up_ORE.permute(2, 0, 1) * wrapper.scaling[adapter])
     return LowRank(torch.cat(downs, dim=1), torch.cat(ups, dim=2))
+
+
+# PEFT's modules that compute the folded weights
+FOLDING = ("_LoraFactorsProxy", "_LoraParameterProxy")
+
+
+def _folding_refusal() -> str | None:
+    """The reason why PEFT has to fold adapters into weights itself, or None where it need not.
+
+    Where the forward of a module that does so was replaced, it was for what it sees or computes.
+    """
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    if layer is None or torch.compiler.is_compiling():
+        return None
+    for name in FOLDING:
+        forward = getattr(getattr(layer, name, None), "forward", None)
+        if forward is not None and (forward.__module__ != layer.__name__ or hasattr(forward, "__wrapped__")):
+            return f"{name}.forward of PEFT was replaced"
+    return None
 
 
 def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] | None:
@@ -46,6 +66,8 @@ def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] |
             found[wrapper.parameter_name] = _factors(wrapper, adapters)
         module = wrapper.base_layer
     weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    if found and _folding_refusal() is not None:
+        return None
     if not found or not found.keys() <= {"gate_up_proj", "down_proj"} or not hasattr(type(module), "is_plain_experts"):
         return None
     if bypass_refusal("experts", module) is not None or call_refusal() is not None:
