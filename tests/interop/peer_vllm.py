@@ -1,6 +1,7 @@
 """Run by an interpreter that has vLLM: greedy tokens and the prompts' log-probabilities.
 
-Takes a checkpoint, a JSON file with `prompts` (lists of token ids) and `new_tokens`, and a JSON file to write.
+Takes a checkpoint, a JSON file with `prompts` (lists of token ids) and `new_tokens`, a JSON file to write, and
+`--plugin` where the process is to import the plugin first.
 """
 
 import json
@@ -9,14 +10,28 @@ from pathlib import Path
 
 
 def main():
+    checkpoint, request_file, output_file, *options = sys.argv[1:]
+    if "--plugin" in options:
+        import transformers_dsv3
+        from transformers_dsv3.models.dsv3.modeling_dsv3 import DeepseekV3Model
+
+        assert transformers_dsv3.is_registered()
+
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    checkpoint, request_file, output_file = sys.argv[1:]
     request = json.loads(Path(request_file).read_text())
     model = LLM(
-        checkpoint, model_impl="transformers", dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4
+        checkpoint,
+        model_impl="transformers",
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=4,
+        attention_backend="CPU_MLA",  # where the processor has AMX, vLLM takes a backend for bf16 alone
     )
+    if "--plugin" in options:
+        assert all(model.apply_model(lambda loaded: type(loaded.model) is DeepseekV3Model))
     outputs = model.generate(
         [TokensPrompt(prompt_token_ids=prompt) for prompt in request["prompts"]],
         SamplingParams(

