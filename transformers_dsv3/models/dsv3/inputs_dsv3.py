@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 def check_inputs(
     config: DeepseekV3Config,
-    embedding: nn.Module,
+    embedding: nn.Module | None,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     attention_mask: object,

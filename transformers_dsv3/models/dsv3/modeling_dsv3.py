@@ -24,7 +24,6 @@ from .configuration_dsv3 import DeepseekV3Config
 from .decoder_dsv3 import DeepseekV3DecoderLayer
 from .distributed_dsv3 import Dsv3DistributedMixin
 from .engines_dsv3 import engine_layer
-from .engines_dsv3 import engine_layer
 from .generation_dsv3 import Dsv3GenerationMixin
 from .inputs_dsv3 import check_inputs, check_labels, new_token_mask
 from .linear_dsv3 import linear
@@ -270,7 +269,13 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         check_inputs(
-            self.config, self.embed_tokens, input_ids, inputs_embeds, attention_mask, position_ids, past_length
+            self.config,
+            getattr(self, "embed_tokens", None),  # PEFT takes it from decoders that are given `inputs_embeds`
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_length,
         )
 
         if inputs_embeds is None:
