@@ -58,6 +58,7 @@ def test_greedy_tokens_and_probabilities(peer, save, tokenizer, yarn, text, tmp_
         ours = logprobs[:-1].gather(1, batch[0, 1:, None])[:, 0]
         difference = max(difference, (ours - torch.tensor(their["logprobs"])).abs().max().item())
     print(
-        f"vLLM {' '.join(options)}: {len(prompts)} x {NEW_TOKENS} greedy tokens equal, max |log-probability difference| {difference:.2e}"
+        f"vLLM {' '.join(options)}: {len(prompts)} x {NEW_TOKENS} greedy tokens equal, "
+        f"max |log-probability difference| {difference:.2e}"
     )
     assert difference <= 1e-3
