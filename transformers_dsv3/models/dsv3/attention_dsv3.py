@@ -30,7 +30,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...kernels import mla_cpu, mla_flash, mla_training, mla_triton, rows_triton
 from ...kernels.rows_cpu import rotate_refusal
-from ...kernels.selection import bypass_refusal
+from ...kernels.selection import bypass_refusal, call_refusal
 from .cache_dsv3 import extend, filled_positions, next_place
 from .configuration_dsv3 import DeepseekV3Config
 from .linear_dsv3 import linear
@@ -332,7 +332,9 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         # times as long. FlashAttention 2 refuses unequal widths altogether.
         implementation = self.config._attn_implementation or "eager"
         pad = self.qk_head_dim - self.v_head_dim
-        padded = pad > 0 and ("flash" in implementation or (implementation == "sdpa" and value.device.type == "cpu"))
+        is_slow = implementation == "sdpa" and value.device.type == "cpu"
+        # A counter of operations knows native's, not the fused ones
+        padded = pad > 0 and ("flash" in implementation or (is_slow and call_refusal() is None))
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         output, weights = attention(
             self,

@@ -229,7 +229,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             ),
-            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             "position_ids": position_ids,
             "past_key_values": past_key_values,
         }

@@ -67,7 +67,7 @@ class DeepseekV3TopkRouter(native.DeepseekV3TopkRouter):
             grouped_TGe = biased_TE.unflatten(-1, (self.num_group, -1))
             group_scores_TG = grouped_TGe.topk(2, dim=-1)[0].sum(dim=-1)
             groups = group_scores_TG.topk(self.topk_group, dim=-1, sorted=False)[1]
-            dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter(1, groups, False)
+            dropped_TG = torch.ones_like(group_scores_TG).scatter(1, groups, 0).bool()
             biased_TE = grouped_TGe.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)
         return biased_TE.topk(self.top_k, dim=-1, sorted=False)[1]
 
