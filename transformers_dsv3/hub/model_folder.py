@@ -197,8 +197,9 @@ def _check_fit(folder: ModelFolder, fields: dict[str, Any], stored: dict[str, An
             "not load it. Load and save it once with this package, which sets the number right"
         )
     model_class = getattr(dsv3, (config.architectures or ["DeepseekV3ForCausalLM"])[0], None)
-    block_size = (fields.get("quantization_config") or {}).get("weight_block_size")
-    if model_class is None or (fields.get("quantization_config") and not block_size):
+    quantization = fields.get("quantization_config") or {}
+    block_size = quantization.get("weight_block_size") if quantization.get("quant_method") == "fp8" else None
+    if model_class is None or (quantization and not block_size):
         return  # a class or a format of somebody else's: its files are whole, which is all that is known here
     with torch.device("meta"):
         problems = fit_problems(model_class(config), stored, block_size=block_size)

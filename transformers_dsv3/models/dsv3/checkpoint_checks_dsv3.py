@@ -65,8 +65,8 @@ class CheckpointCheck:
             *self._missing(wanted),
             *(self._wrong_shapes(wanted) if self.compare_shapes else []),
             *self._extra_experts(),
-            *self._bad_scales(wanted),
             *self._left_out(wanted),
+            *self._bad_scales(wanted),
         ]
 
     def _align(self, name: str) -> str:
@@ -177,7 +177,7 @@ class CheckpointCheck:
         codes = [self.resolved[name] for name in wanted if name in self.resolved]
         codes = [tensor for tensor in codes if not tensor.dtype.is_floating_point]
         read = {name + SCALE for name in wanted} if self.block_size is not None else set()
-        owners = owners_of(wanted)
+        owners = owners_of([*wanted, *self.expected])
         prefix = f"{self.base_prefix or 'model'}."
         unread = [
             tensor

@@ -54,7 +54,7 @@ class MergeExperts(MergeModulelist):
         parts = [pattern for pattern in source_patterns if pattern in input_dict and self.is_weight(pattern)]
         columns: list[list[StoredTensor]] = [input_dict[pattern] for pattern in parts]
         scales = {
-            tensor.name: tensor
+            tensor.key: tensor
             for pattern in input_dict
             if not self.is_weight(pattern)
             for tensor in input_dict[pattern]
@@ -70,7 +70,7 @@ class MergeExperts(MergeModulelist):
             start = 0
             for stored in row_of_experts:
                 part = fused[e, start : start + stored.shape[0]]
-                self.fill(part, stored, scales.get(f"{stored.name}_scale_inv"))
+                self.fill(part, stored, scales.get(f"{stored.key}_scale_inv"))
                 start += stored.shape[0]
         return {parts[0] if len(parts) > 1 else target_patterns[0]: fused}
 

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig
+from transformers import FineGrainedFP8Config, PreTrainedConfig
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.peft import maybe_load_adapters
@@ -28,6 +28,7 @@ from transformers.utils import logging
 from .checkpoint_checks_dsv3 import SCALE, CheckpointCheck, mtp_layers_present
 from .checkpoint_conversion_dsv3 import MergeExperts, deepseek_v3_conversion_mapping, mtp_renamings, official_name
 from .checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint, resolve_checkpoint
+from .checkpoint_scales_dsv3 import loading_problems, unquantised_modules
 
 
 if TYPE_CHECKING:
@@ -95,16 +96,19 @@ class Dsv3CheckpointMixin(_Base):
             config, kwargs = cls.config_class.from_pretrained(
                 base_location if config is None else config, return_unused_kwargs=True, **hub, **kwargs
             )
+        files, stored = None, {}
         if kwargs.get("use_safetensors") is not False:
             files = resolve_checkpoint(
                 str(base_location), kwargs.get("variant"), getattr(config, "transformers_weights", None), hub
             )
             hub.pop("force_download", None)  # done: what follows reads the fresh files
             if files is not None:
-                stored = read_checkpoint(files.files, files.index)
                 renamings = [WeightRenaming(*pair) for pair in (kwargs.get("key_mapping") or {}).items()]
-                _leave_out_absent_mtp_layers(config, _rename(stored, renamings), str(base_location))
+                stored = _rename(read_checkpoint(files.files, files.index), renamings)
+                _leave_out_absent_mtp_layers(config, stored, str(base_location))
         _choose_fp8_reader(config, held.get("quantization_config"))
+        if files is not None:
+            held["quantization_config"] = _with_exceptions(config, held.get("quantization_config"), stored)
         return super().from_pretrained(location, *model_args, config=config, **hub, **held, **kwargs)
 
     @classmethod
@@ -130,7 +134,7 @@ class Dsv3CheckpointMixin(_Base):
             is_fp8 = quantizer is not None and quantizer.quantization_config.quant_method == FP8_METHOD
             if quantizer is None or is_fp8:
                 block_size = quantizer.quantization_config.weight_block_size if is_fp8 else None
-                _check(model, stored, load_config, block_size)
+                _refuse(load_config, fit_problems(model, stored, _compares_shapes(load_config), block_size=block_size))
                 # Sharded loading reads slices of mapped files, ZeRO-3 gathers: both are better served by Transformers
                 if load_config.device_mesh is None and not is_deepspeed_zero3_enabled() and sys.byteorder == "little":
                     state_dict = _unread(stored, load_config.weight_mapping or [], is_fp8)
@@ -139,6 +143,13 @@ class Dsv3CheckpointMixin(_Base):
                         f"{files[0]}: FP8 weights cannot be dequantised while they are sharded. Load the checkpoint "
                         "in one process, `save_pretrained` it, and load that"
                     )
+            else:
+                on_disk = {tensor.name: tensor for tensor in stored.values()}
+                is_pre_quantized = quantizer.pre_quantized
+                _refuse(
+                    load_config,
+                    loading_problems(model, on_disk, load_config.weight_mapping or [], is_pre_quantized),
+                )
         loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         if expected_keys is not None and any(".lora_" in key for key in expected_keys):
             _check_adapter(loaded[0])
@@ -246,6 +257,7 @@ def _rename(stored: Mapping[str, StoredTensor], renamings: list[WeightRenaming])
     for name, tensor in stored.items():
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
+        tensor.key = name
         renamed[name] = tensor
     return renamed
 
@@ -277,11 +289,26 @@ def _choose_fp8_reader(config: Any, requested: Any) -> None:
         config.quantization_config = {**fields, "quant_method": FP8_METHOD}
 
 
-def _check(model: Any, stored: dict[str, StoredTensor], load_config: Any, block_size: Any) -> None:
+def _with_exceptions(config: Any, requested: Any, stored: Mapping[str, StoredTensor]) -> Any:
+    """Native's FP8 config, as asked for, with the layers that the checkpoint holds unquantised among its exceptions.
+
+    Native takes every linear layer for quantised that the config does not name, and DeepSeek's names none.
+    """
+    fields = getattr(config, "quantization_config", None)
+    if not isinstance(requested, FineGrainedFP8Config) or not isinstance(fields, Mapping):
+        return requested
+    named = requested.modules_to_not_convert or fields.get("modules_to_not_convert") or []
+    requested = copy.deepcopy(requested)
+    requested.modules_to_not_convert = list(dict.fromkeys([*named, "lm_head", *unquantised_modules(stored)]))
+    return requested
+
+
+def _compares_shapes(load_config: Any) -> bool:
+    return not load_config.ignore_mismatched_sizes and load_config.device_mesh is None
+
+
+def _refuse(load_config: Any, problems: list[str]) -> None:
     """Raise `CheckpointError` with everything that is wrong between the checkpoint's headers and the model."""
-    problems = fit_problems(
-        model, stored, not load_config.ignore_mismatched_sizes and load_config.device_mesh is None, block_size
-    )
     if problems:
         raise CheckpointError(
             f"The checkpoint at {load_config.pretrained_model_name_or_path} does not fit its config; nothing was "

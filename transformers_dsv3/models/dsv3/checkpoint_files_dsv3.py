@@ -59,6 +59,8 @@ class StoredTensor:
     With `deferred`, indexing by `...` and `.to(device=...)` give a `StoredTensor` back, so that a conversion
     operation receives unread tensors and reads them one by one, straight into their place. The loader's threads would
     otherwise read ahead without a bound.
+
+    `key` is the name after the user's renamings, by which a weight and its scale find each other; `name` unless set.
     """
 
     name: str
@@ -69,6 +71,10 @@ class StoredTensor:
     nbytes: int
     deferred: bool = False
     device: torch.device | None = None
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        self.key = self.key or self.name
 
     @property
     def dtype(self) -> torch.dtype:
