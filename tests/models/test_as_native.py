@@ -36,14 +36,6 @@ def module_names():
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 8, "intermediate_size": 8, "n_routed_experts": 8}
 SMALL |= {"moe_intermediate_size": 4, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}
 SMALL |= {"q_lora_rank": 4, "kv_lora_rank": 4, "first_k_dense_replace": 1}
-    "moe_intermediate_size": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_nextn_predict_layers": 0,
-    "q_lora_rank": 4,
-    "kv_lora_rank": 4,
-    "first_k_dense_replace": 1,
-}
 NAMES = [name for name in module_names() if name != "model.layers"]  # a list is not called
 LINEAR = [name for name in NAMES if name.endswith("_proj") or name == "lm_head"]
 

@@ -425,6 +425,8 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
             else:
                 output, _ = absorbed_attention(*arguments)
         else:
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
+                attention_mask = attention_mask[..., :kv_len]  # of a mask that reaches past the keys
             kv = linear(self.kv_b_proj, latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
             fused = self._fused_expanded(q_nope, kv, k_rope, attention_mask) if "is_causal" not in kwargs else None
             if fused is not None:
