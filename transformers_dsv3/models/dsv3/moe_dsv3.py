@@ -163,6 +163,14 @@ class DeepseekV3Experts(native.DeepseekV3Experts):
 
         `Trainer` resumes so, and would silently leave the experts as they are when their names are not known here.
         """
+        parts = ("gate_proj", "up_proj", "down_proj")
+        names = {f"{prefix}{expert}.{part}.weight" for expert in range(self.num_experts) for part in parts}
+        # Before anything is looked at in the parameters: DeepSpeed's ZeRO-3 has pieces of them here
+        if not names & state_dict.keys():
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
         places = {
             f"{prefix}{expert}.{name}.weight": place
             for expert in range(self.num_experts)
@@ -172,11 +180,6 @@ class DeepseekV3Experts(native.DeepseekV3Experts):
                 ("down_proj", self.down_proj.detach()[expert]),
             )
         }
-        if not places.keys() & state_dict.keys():
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-            return
         for name, place in places.items():
             stored = state_dict.get(name)
             if stored is None:
