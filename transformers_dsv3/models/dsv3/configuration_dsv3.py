@@ -83,14 +83,11 @@ class DeepseekV3Config(native.DeepseekV3Config):
             kwargs["auto_map"] = {}
         _check_rope_keys(self.rope_parameters, kwargs)
         # Null in some checkpoints, for models without shared experts or without groups
-        for field, absent in (
-            ("n_shared_experts", 0),
-            ("n_group", 1),
-            ("topk_group", self.n_group or 1),
-            ("num_nextn_predict_layers", 0),
-        ):
+        for field, absent in (("n_shared_experts", 0), ("n_group", 1), ("topk_group", self.n_group or 1)):
             if getattr(self, field) is None:
                 setattr(self, field, absent)
+        if kwargs.get("num_nextn_predict_layers", 0) is None:
+            kwargs["num_nextn_predict_layers"] = 0
         super().__post_init__(**kwargs)
         if self.architectures:  # type: ignore[has-type]
             # Models of this package had names of their own once
