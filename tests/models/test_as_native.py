@@ -111,7 +111,8 @@ def test_forward_pre_hooks(pair, name):
     for model, seen in zip(models, calls):
 
         def hook(module, args, kwargs, seen=seen):
-            seen.append((len(args), sorted(kwargs)))
+            # Releases of Transformers differ in how they give positions to rotary embeddings
+            seen.append(len(args) + len(kwargs) if name.endswith("rotary_emb") else (len(args), sorted(kwargs)))
 
         model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
     assert_same(*models)

@@ -234,7 +234,7 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
     index_TK, *saved = ctx.saved_tensors
     if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
         d_hidden, d_w, d_gate_up, d_down = differentiable_gradients(
-            lambda hidden_TD, w_TK, *weights: plain_experts(hidden_TD, index_TK, w_TK, *weights, ctx.dtype),
+            lambda hidden_TD, w_TK, up, down: plain_experts(hidden_TD, index_TK, w_TK, up, down, ctx.dtype),
             tuple(saved[:4]),
             needs,
             grad_TD,

@@ -211,7 +211,7 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
         hidden_TD, index_TK, *inputs = ctx.saved_tensors[:5]
         d_hidden, d_mixing, d_gate_up, d_down = differentiable_gradients(
-            lambda hidden_TD, mixing_TK, *weights: plain_experts(hidden_TD, index_TK, mixing_TK, *weights, ctx.dtype),
+            lambda hidden_TD, w_TK, up, down: plain_experts(hidden_TD, index_TK, w_TK, up, down, ctx.dtype),
             (hidden_TD, *inputs),
             needs,
             grad_TD,

@@ -212,7 +212,10 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
 
         hidden_size, bias = config.hidden_size, config.attention_bias
         # Those of the two ways to make queries that are not taken are None, as in native's
-        self.q_proj = self.q_a_proj = self.q_a_layernorm = self.q_b_proj = None
+        self.q_proj: Any = None
+        self.q_a_proj: Any = None
+        self.q_a_layernorm: Any = None
+        self.q_b_proj: Any = None
         if self.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden_size, self.num_heads * self.qk_head_dim, bias=False)
         else:
@@ -232,7 +235,7 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
 
         Not so for weights that FSDP shards: those are whole while a layer runs, unless they are units of their own.
         """
-        weight = getattr(self.kv_b_proj, "weight", None)
+        weight: Any = getattr(self.kv_b_proj, "weight", None)
         return (
             getattr(self.kv_b_proj, "_is_hooked", False)
             and len(getattr(weight, "placements", ())) == 1

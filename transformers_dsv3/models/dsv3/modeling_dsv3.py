@@ -139,8 +139,8 @@ class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, nativ
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # Transformers looks for the decorator `@use_experts_implementation` in the source of this file, but the experts
-        # live in moe_dsv3.py
+        # Transformers looks for the decorator `@use_experts_implementation` in the source of this file, but the
+        # experts live in moe_dsv3.py
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
@@ -473,7 +473,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
         skip_logits = kwargs.pop("skip_logits", None)
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        vocab_size = getattr(self.lm_head, "out_features", self.config.vocab_size)
+        vocab_size: int = getattr(self.lm_head, "out_features", None) or self.config.vocab_size  # type: ignore[assignment]
         check_labels(vocab_size, labels, tokens if keeps_all else None, ignore_index)
         targets = shift_labels
         if targets is None and labels is not None:
@@ -532,13 +532,13 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
                 elif not skip_logits:
                     logits = LazyLogits(self.lm_head, hidden_states)
             else:
-                logits = linear(self.lm_head, hidden_states)
+                logits = made = linear(self.lm_head, hidden_states)
                 if own_loss:
                     kwargs["num_items_in_batch"] = num_items
                 loss = self.loss_function(
-                    logits=logits,
+                    logits=made,
                     labels=labels,
-                    vocab_size=logits.shape[-1] if own_loss else self.config.vocab_size,
+                    vocab_size=made.shape[-1] if own_loss else self.config.vocab_size,
                     **kwargs,
                 )
             if training_pass is not None:
