@@ -9,15 +9,16 @@ Writing: the official layout, MTP layers included, put in place in one step.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
-import shutil
 import sys
-import tempfile
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import FineGrainedFP8Config, PreTrainedConfig
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -28,6 +29,7 @@ from transformers.utils import logging
 from .checkpoint_checks_dsv3 import SCALE, CheckpointCheck, mtp_layers_present
 from .checkpoint_conversion_dsv3 import MergeExperts, deepseek_v3_conversion_mapping, mtp_renamings, official_name
 from .checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint, resolve_checkpoint
+from .checkpoint_saving_dsv3 import publish, staging
 from .checkpoint_scales_dsv3 import loading_problems, unquantised_modules
 
 
@@ -37,6 +39,10 @@ else:
     _Base = object
 
 logger = logging.get_logger(__name__)
+
+# Transformers sets the default dtype and torch.nn.init's functions of the whole process while it loads, so threads
+# that load at once would get each other's. Not for ranks, which may be threads and wait for each other.
+_loading = threading.RLock()
 
 # Name of our reader of DeepSeek's FP8 format among Transformers' quantization methods (compression/quantizer_fp8.py).
 FP8_METHOD = "deepseek_fp8"
@@ -51,7 +57,6 @@ _NOT_FOR_THE_CONFIG = (
     "_from_auto",
     "_from_pipeline",
 )
-_STAGING_PREFIX = ".saving-"
 
 
 class Dsv3CheckpointMixin(_Base):
@@ -72,12 +77,15 @@ class Dsv3CheckpointMixin(_Base):
         - Files that are truncated, missing or contradict their index, and tensors that are missing, of the wrong
           shape or beyond the number of experts raise [`CheckpointError`] naming file and tensor. Other unexpected
           tensors and a missing head are listed by Transformers, as for any model. `ignore_mismatched_sizes=True`
-          accepts other shapes. With a quantization method other than DeepSeek's FP8 only the files are checked.
+          accepts other shapes. Codes in integers or FP8, and scales of weights, are refused where nothing reads them
+          as such. With a quantization method other than DeepSeek's FP8 only that and the files are checked.
         - MTP layers that the config announces and the files lack (native `save_pretrained` drops them) are left out
           with a warning, and `config.num_nextn_predict_layers` says how many there are.
         - DeepSeek's FP8 format is dequantised to `dtype` on any device, by default everywhere: absorbed attention
           multiplies by `kv_b_proj` in parts, which needs real weights. Native FP8 kernels can be asked for with
-          `quantization_config=FineGrainedFP8Config()`; that path is Transformers' own.
+          `quantization_config=FineGrainedFP8Config()`; that path is Transformers' own, and what is not FP8 on disk
+          (`eh_proj`) stays so.
+        - Threads may load at once: they wait for each other.
 
         Raises:
             CheckpointError: a checkpoint that does not fit, see above.
@@ -109,7 +117,9 @@ class Dsv3CheckpointMixin(_Base):
         _choose_fp8_reader(config, held.get("quantization_config"))
         if files is not None:
             held["quantization_config"] = _with_exceptions(config, held.get("quantization_config"), stored)
-        return super().from_pretrained(location, *model_args, config=config, **hub, **held, **kwargs)
+        is_rank = torch.distributed.is_available() and torch.distributed.is_initialized()
+        with contextlib.nullcontext() if is_rank else _loading:
+            return super().from_pretrained(location, *model_args, config=config, **hub, **held, **kwargs)
 
     @classmethod
     def _load_pretrained_model(
@@ -179,7 +189,8 @@ class Dsv3CheckpointMixin(_Base):
         MTP layers get the copies of the embedding and of the head that official checkpoints carry. The files are
         written to a hidden folder inside `save_directory` and moved when all are there, the entry point (single file
         or index) last, and weights of an earlier save that would be read in their place are removed. So a save that
-        fails leaves the earlier checkpoint as it was, and a model can be saved where it was loaded from. Saves that
+        fails leaves the earlier checkpoint as it was, a model can be saved where it was loaded from, and of several
+        processes or threads that save to one folder each puts its checkpoint in place whole. Saves that
         upload (`push_to_hub=True`) or that several processes write together go straight to `save_directory`.
         """
         if getattr(self, "_weight_conversions", None) is None:
@@ -203,15 +214,9 @@ class Dsv3CheckpointMixin(_Base):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **arguments)
 
         os.makedirs(save_directory, exist_ok=True)
-        for name in os.listdir(save_directory):
-            if name.startswith(_STAGING_PREFIX):  # of a save that was killed
-                shutil.rmtree(os.path.join(save_directory, name), ignore_errors=True)
-        staging = tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=save_directory)
-        try:
-            super().save_pretrained(staging, **arguments)
-            _publish(staging, os.fspath(save_directory), kwargs.get("variant"))
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with staging(os.fspath(save_directory)) as folder:
+            super().save_pretrained(folder, **arguments)
+            publish(folder, os.fspath(save_directory), kwargs.get("variant"))
 
     def _with_mtp_copies(self, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
         """The state dict to save, with each MTP layer's copy of embedding and head.
@@ -357,29 +362,6 @@ def _unread(stored: Mapping[str, StoredTensor], weight_mapping: list[Any], is_fp
             ".experts." in name and any(step.rename_source_key(name)[1] is not None for step in merging)
         )
     return {tensor.name: tensor for tensor in stored.values()}
-
-
-def _publish(staging: str, target: str, variant: str | None) -> None:
-    """Move a complete checkpoint from `staging` to `target`, on the same file system.
-
-    Between the first and the last step the folder has no entry point to weights, so it cannot be mistaken for a whole
-    checkpoint; a single file is replaced in one step.
-    """
-    suffix = re.escape(f".{variant}") if variant else ""
-    single = re.compile(rf"model{suffix}\.safetensors")
-    index = re.compile(rf"model\.safetensors\.index{suffix}\.json")
-    shard = re.compile(rf"model{suffix}-\d{{5}}-of-\d{{5}}\.safetensors")
-    new = set(os.listdir(staging))
-    entry_points = sorted(name for name in new if single.fullmatch(name) or index.fullmatch(name))
-    old = os.listdir(target) if entry_points else []  # adapters are saved beside the weights they belong to
-    for name in old:
-        if index.fullmatch(name) or (single.fullmatch(name) and name not in new):
-            os.remove(os.path.join(target, name))
-    for name in [*sorted(new.difference(entry_points)), *entry_points]:
-        os.replace(os.path.join(staging, name), os.path.join(target, name))
-    for name in old:
-        if shard.fullmatch(name) and name not in new:
-            os.remove(os.path.join(target, name))
 
 
 __all__ = [
