@@ -8,6 +8,7 @@ rows first, and `experts.down_proj` is (E, H, I).
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
 )
+from transformers.utils import logging
 
 from .checkpoint_files_dsv3 import StoredTensor
 
+
+logger = logging.get_logger(__name__)
 
 # Norms of MTP layers by their names in the model and in checkpoints
 MTP_NORMS = {"embed_layernorm": "enorm", "hidden_layernorm": "hnorm"}
@@ -47,6 +51,12 @@ class MergeExperts(MergeModulelist):
         model: torch.nn.Module | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
+        if "trl" in sys.modules and type(model).__module__.startswith("transformers.models.deepseek_v3"):
+            logger.warning_once(
+                f"{type(model).__name__} of Transformers itself is loaded, not the plugin's: TRL looks the class up by "
+                "its name when it is given a path. Give it the model (`AutoModelForCausalLM.from_pretrained`), call "
+                "`transformers_dsv3.register(names=True)` before, or run the script by `transformers-dsv3 run`."
+            )
         if not all(isinstance(tensor, StoredTensor) for tensors in input_dict.values() for tensor in tensors):
             return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
         assert model is not None and full_layer_name is not None
