@@ -207,8 +207,8 @@ def test_absent_mtp_layers_are_said(trips):
     """Native's config announces an MTP layer which its save has dropped: a warning, and the config is corrected."""
     case = trips["plain"]
     assert case["messages"] == [
-        f"{case['native']}: the config announces 1 MTP layer(s), but there are no tensors of model.layers.3. Loading "
-        "with num_nextn_predict_layers=0."
+        f"{case['native']}: the config announces 1 MTP layer(s), but there are no MTP tensors of model.layers.3. "
+        "Loading with num_nextn_predict_layers=0."
     ]
     assert case["config"].num_nextn_predict_layers == 0
     assert case["model"].model.mtp_layers == []

@@ -280,7 +280,7 @@ class TestMtpCount:
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert model.config.num_nextn_predict_layers == 0 and len(model.model.layers) == 3
         (message,) = warnings_of()
-        assert "announces 1 MTP layer(s), but there are no tensors of model.layers.3." in message
+        assert "announces 1 MTP layer(s), but there are no MTP tensors of model.layers.3." in message
 
     def test_what_a_layer_lacks_is_named(self, copied, load_reports):
         name = "model.layers.3.hnorm.weight"
@@ -308,6 +308,13 @@ class TestMtpCount:
     def test_count(self, layers, announced, present):
         names = ["model.norm.weight", *(f"model.layers.{layer}.enorm.weight" for layer in layers)]
         assert mtp_layers_present(names, 3, announced) == present
+
+    @pytest.mark.parametrize(("num_hidden_layers", "present"), [(1, 0), (3, 0), (4, 0), (5, 2), (6, 1)])
+    def test_layers_of_the_main_model_are_no_mtp_layers(self, num_hidden_layers, present):
+        """Five main layers and two of MTP, of which a smaller number is asked for."""
+        names = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(7)]
+        names += [f"model.layers.{layer}.eh_proj.weight" for layer in (5, 6)]
+        assert mtp_layers_present(names, num_hidden_layers, 2) == present
 
 
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"

@@ -14,6 +14,7 @@ from .checkpoint_scales_dsv3 import belongs_to, owners_of, sentences
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 # What only MTP layers have
 _MTP_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(?:enorm|hnorm|eh_proj|shared_head)\.")
+_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
 # After the name of an FP8 weight: its scales
 SCALE = "_scale_inv"
 _FP8 = "F8_E4M3"
@@ -27,10 +28,18 @@ def scale_grid(shape: Sequence[int], block_size: Sequence[int]) -> tuple[int, ..
 def mtp_layers_present(names: Sequence[str], num_hidden_layers: int, announced: int) -> int:
     """How many MTP layers to build: the announced ones, less the trailing ones of which no tensor is stored.
 
-    A layer of the main model that a smaller `num_hidden_layers` leaves out may stand in such a place.
+    A layer of the main model that a smaller `num_hidden_layers` leaves out may stand in such a place. It ends the
+    count: MTP layers behind it go with the whole model.
     """
-    stored = {int(match.group(1)) for match in map(_MTP_LAYER.match, names) if match}
-    return max((k + 1 for k in range(announced) if num_hidden_layers + k in stored), default=0)
+    stored = {int(match.group(1)) for match in map(_LAYER.match, names) if match}
+    mtp = {int(match.group(1)) for match in map(_MTP_LAYER.match, names) if match}
+    count = 0
+    for depth in range(announced):
+        if num_hidden_layers + depth in mtp:
+            count = depth + 1
+        elif num_hidden_layers + depth in stored:
+            break
+    return count
 
 
 @dataclass

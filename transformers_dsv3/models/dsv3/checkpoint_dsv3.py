@@ -276,7 +276,7 @@ def _leave_out_absent_mtp_layers(config: Any, stored: Mapping[str, StoredTensor]
     if present < announced:
         absent = [f"model.layers.{config.num_hidden_layers + k}" for k in range(present, announced)]
         logger.warning(
-            f"{location}: the config announces {announced} MTP layer(s), but there are no tensors of "
+            f"{location}: the config announces {announced} MTP layer(s), but there are no MTP tensors of "
             f"{', '.join(absent)}. Loading with num_nextn_predict_layers={present}."
         )
         config.num_nextn_predict_layers = present
