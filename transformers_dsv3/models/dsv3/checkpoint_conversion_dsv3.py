@@ -53,7 +53,7 @@ class MergeExperts(MergeModulelist):
     ) -> dict[str, torch.Tensor]:
         if "trl" in sys.modules and type(model).__module__.startswith("transformers.models.deepseek_v3"):
             logger.warning_once(
-                f"{type(model).__name__} of Transformers itself is loaded, not the plugin's: TRL looks the class up by "
+                f"Transformers' own {type(model).__name__} is loaded, not the plugin's: TRL looks the class up by "
                 "its name when it is given a path. Give it the model (`AutoModelForCausalLM.from_pretrained`), call "
                 "`transformers_dsv3.register(names=True)` before, or run the script by `transformers-dsv3 run`."
             )
