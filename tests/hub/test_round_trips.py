@@ -117,7 +117,7 @@ def test_trusting_remote_code(hub, shared, logits, shell, tmp_path):
     process = shell("-c", TRUSTING, tmp_path)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert output.split() == ["transformers_dsv3.models.dsv3.modeling_dsv3", "Dsv3ForCausalLM"]
+    assert output.split() == ["transformers_dsv3.models.dsv3.modeling_dsv3", "DeepseekV3ForCausalLM"]
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(models[1]), rtol=0, atol=0)
     # Official again, without code
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
