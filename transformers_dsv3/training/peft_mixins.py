@@ -67,12 +67,14 @@ def without_mtp(model: nn.Module, config: PeftConfig) -> Iterator[None]:
         return
     is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
     del decoder._modules["mtp"]
+    # Some make a small model of the same config
+    number, decoder.config.num_nextn_predict_layers = decoder.config.num_nextn_predict_layers, 0
     try:
         yield
         if is_first:
             layers.requires_grad_(False)
     finally:
-        decoder._modules["mtp"] = layers
+        decoder._modules["mtp"], decoder.config.num_nextn_predict_layers = layers, number
 
 
 class BesideMtp:

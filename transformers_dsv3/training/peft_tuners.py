@@ -10,6 +10,7 @@ from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from peft.tuners import LoraModel, MultitaskPromptEmbedding
 from peft.tuners.tuners_utils import BaseTuner
 
+from . import prefix_latents
 from .lora_tuner import Dsv3LoraModel
 from .peft_mixins import BesideMtp, OfficialClass
 
@@ -46,8 +47,10 @@ OURS: dict[PeftType, type] = {kind: _derive(tuner) for kind, tuner in THEIRS.ite
 def register() -> None:
     """Makes PEFT use the tuners of this package."""
     PEFT_TYPE_TO_TUNER_MAPPING.update(OURS)
+    prefix_latents.register()
 
 
 def unregister() -> None:
     """Gives PEFT its own tuners back."""
     PEFT_TYPE_TO_TUNER_MAPPING.update(THEIRS)
+    prefix_latents.unregister()
