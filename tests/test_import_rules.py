@@ -43,7 +43,8 @@ OPTIONAL = {
     "flash_attn_interface",
 }
 # Modules that are such a place, imported themselves inside functions only
-LATE = {f"training/lora_{name}.py": {"peft"} for name in ("export", "targets", "tuner")} | {
+PEFT_PLACES = ("lora_export", "lora_targets", "lora_tuner", "peft_mixins", "peft_tuners", "prefix_latents")
+LATE = {f"training/{name}.py": {"peft"} for name in PEFT_PLACES} | {
     path.relative_to(PACKAGE).as_posix(): {"triton"} for path in (PACKAGE / "kernels" / "triton_src").glob("*.py")
 }
 # Verbs import these inside their functions; server.py is imported by its verb alone.
