@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 import transformers_dsv3
@@ -139,3 +141,63 @@ class Peer:
 @pytest.fixture(scope="session")
 def peer():
     return Peer
+
+
+class ShardedRun:
+    """What sharded_steps.py reported, and the tensors and config that it saved."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.report = json.loads((folder / "steps.json").read_text())
+        self.config = json.loads((folder / "config.json").read_text())
+        self.weights = load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def sharded_run(tmp_path_factory, make_model):
+    """Function from an engine and options to a `ShardedRun`, two processes where there is an engine; each run once.
+
+    Options: `plugin`, whether the plugin's model trains or native's; `mtp`, whether the checkpoint has an MTP layer;
+    `python`, the interpreter; `more`, options of the script.
+    """
+    folder, runs = tmp_path_factory.mktemp("sharded"), {}
+    for mtp in (0, 1):
+        make_model(num_hidden_layers=3, num_nextn_predict_layers=mtp).save_pretrained(folder / f"mtp{mtp}")
+
+    def run(engine, plugin, mtp=False, python=sys.executable, more=()):
+        key = (engine, plugin, mtp, python, *more)
+        if key not in runs:
+            output = folder / f"run{len(runs)}"
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            command = [python, *(launcher if engine != "none" else []), Path(__file__).with_name("sharded_steps.py")]
+            command += ["--model", folder / f"mtp{int(mtp)}", "--output", output, "--engine", engine, *more]
+            command += ["--plugin"] if plugin else []
+            paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+            done = subprocess.run(
+                [str(part) for part in command], capture_output=True, text=True, timeout=600, env=environment
+            )
+            assert done.returncode == 0, done.stderr[-6000:]
+            runs[key] = ShardedRun(output)
+        return runs[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_same_training():
+    """Function that compares a `ShardedRun` with one of the same model on one process, or of another library."""
+
+    def compare(seen, expected):
+        for name in ("loss", "grad_norm"):
+            assert len(seen.report[name]) == 3
+            assert seen.report[name] == pytest.approx(expected.report[name], rel=1e-5), name
+        assert seen.config["architectures"] == ["DeepseekV3ForCausalLM"]
+        # Official names: one tensor an expert, MTP layers numbered behind the others
+        assert seen.weights.keys() >= expected.weights.keys()
+        assert "model.layers.1.mlp.experts.7.up_proj.weight" in seen.weights
+        for name, tensor in expected.weights.items():
+            torch.testing.assert_close(seen.weights[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+    return compare
