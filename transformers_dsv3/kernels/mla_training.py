@@ -45,7 +45,7 @@ def expanded_refusal(
     tensors = (q_nope_BHQN, kv_BSHX, k_rope)
     if torch.compiler.is_compiling():
         return "is opaque to torch.compile"
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+    if not torch.is_grad_enabled():
         return "is for training"
     if torch.is_autocast_enabled("cpu"):
         return "does not follow autocast"

@@ -147,6 +147,12 @@ def absorbed_attention(
 _KNOWN_ATTENTION = (eager_attention, sdpa_attention_forward, flash_attention_forward, flex_attention_forward)
 
 
+def is_known_attention(name: str) -> bool:
+    """Whether the attention function of a name is one that the paths beside it compute the same as."""
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+    return getattr(function, "func", function) in _KNOWN_ATTENTION  # kernels of the Hub come as partial functions
+
+
 def dense_mask(
     attention_mask: Any,
     q_len: int,
@@ -235,40 +241,35 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
 
         Not so for weights that FSDP shards: those are whole while a layer runs, unless they are units of their own.
         """
-        weight: Any = getattr(self.kv_b_proj, "weight", None)
-        return (
-            getattr(self.kv_b_proj, "_is_hooked", False)
-            and len(getattr(weight, "placements", ())) == 1
-            and weight.placements[0].is_shard(0)
-        )
+        kv_b_proj: Any = self.kv_b_proj
+        if not kv_b_proj.__dict__.get("_is_hooked", False):
+            return False
+        placements = getattr(getattr(kv_b_proj, "weight", None), "placements", ())
+        return len(placements) == 1 and placements[0].is_shard(0)
 
     def why_not_absorbed(self, past_key_values: Cache | None = None) -> str | None:
         """The reason why the absorbed path cannot serve this module and cache, or None where it can."""
-        if (kind := type(self.kv_b_proj)) is not nn.Linear:
+        kv_b_proj = self.kv_b_proj
+        if (kind := type(kv_b_proj)) is not nn.Linear:
             return f"kv_b_proj is a {kind.__module__}.{kind.__name__}, whose weight cannot be folded"
+        weight = kv_b_proj.weight
         if not self.is_head_parallel:  # whose hooks move what is sharded otherwise
-            if type(self.kv_b_proj.weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
-                return f"kv_b_proj's weight is a {type(self.kv_b_proj.weight).__name__}, not a plain tensor"
-            if (reason := bypass_refusal("kv_b_proj", self.kv_b_proj)) is not None:
+            if type(weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
+                return f"kv_b_proj's weight is a {type(weight).__name__}, not a plain tensor"
+            if (reason := bypass_refusal("kv_b_proj", kv_b_proj)) is not None:
                 return reason
-        if self.kv_b_proj.weight.is_meta:
+        if weight.is_meta:
             return "kv_b_proj is offloaded, its weight is not in memory outside its own call"
         if self.training and self.attention_dropout > 0:
             return "attention dropout is on"
         implementation = self.config._attn_implementation or "eager"
-        if not self._attention_is_known():
+        if not is_known_attention(implementation):
             return f"{implementation!r} is an attention function that computes something of its own"
         if "paged" in implementation:
             return f"the cache of {implementation!r} is not addressed by position"
         if "flash" in implementation and past_key_values is not None and past_key_values.is_compileable:
             return f"the mask of {implementation!r} does not tell which positions of a static cache are filled"
         return None
-
-    def _attention_is_known(self) -> bool:
-        """Whether the attention function in use is one that the paths beside it compute the same as."""
-        name = self.config._attn_implementation or "eager"
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
-        return getattr(function, "func", function) in _KNOWN_ATTENTION  # kernels of the Hub come as partial functions
 
     def _absorbed_is_cheaper(self, q_len: int, kv_len: int) -> bool:
         """Compares the multiplications a head does: expansion pays once a position, absorption for every query."""
@@ -314,7 +315,7 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         self, q_nope: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor, attention_mask: Any
     ) -> Callable | None:
         """What computes attention from the parts of keys and values on a CPU, or None where nothing takes the call."""
-        if self.config._attn_implementation != "sdpa" or not self.is_causal or not self._attention_is_known():
+        if self.config._attn_implementation != "sdpa" or not self.is_causal or not is_known_attention("sdpa"):
             return None
         dropout = self.attention_dropout if self.training else 0.0
         for backend in (mla_training,) if self.training else (mla_cpu, mla_training):

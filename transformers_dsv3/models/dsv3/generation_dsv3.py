@@ -149,6 +149,11 @@ class Dsv3GenerationMixin(GenerationMixin):
             )
         if isinstance(self, FSDPModule):
             raise ValueError("`use_mtp=True` cannot run on a model that FSDP has sharded: gather it first.")
+        if getattr(self, "_pp_stage", None) is not None:
+            raise ValueError(
+                "`use_mtp=True` cannot run under pipeline parallelism (`pp_size`): MTP layers need the hidden states of "
+                "the last stage and the embedding of the first. Leave it out, or use tensor parallelism (`tp_size`)."
+            )
         if generation_config.guidance_scale not in (None, 1):
             raise ValueError("`use_mtp=True` cannot run with `guidance_scale`, whose second model would see drafts.")
         if generation_config.output_attentions or generation_config.output_hidden_states:

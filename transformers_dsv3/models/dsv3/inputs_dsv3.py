@@ -76,8 +76,9 @@ def check_inputs(
         longest = tokens.shape[1] + past_length if isinstance(past_length, int) else tokens.shape[1]
     elif readable(position_ids):
         longest = int(position_ids.max()) + 1
-    grows = config.rope_parameters.get("rope_type", "default") == "dynamic"  # made to go past its limit
-    if longest is not None and longest > config.max_position_embeddings and not grows:
+    if longest is None or longest <= config.max_position_embeddings:
+        return
+    if config.rope_parameters.get("rope_type", "default") != "dynamic":  # which is made to go past its limit
         logger.warning_once(
             f"{longest} positions exceed `max_position_embeddings={config.max_position_embeddings}` of this model, "
             "which it was not trained for: what it predicts there may be poor."
