@@ -85,15 +85,17 @@ def test_choices_of_a_block_end_with_it():
             pass
 
 
+@torch.no_grad()
 def test_calls_that_are_refused_and_why(compiled):
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    trained = torch.nn.Parameter(weight)
+    with torch.enable_grad():
+        assert cpu_refusal("linear", x, trained) == "has no gradients"
+        assert cpu_refusal("linear", x.clone().requires_grad_(), weight) == "has no gradients"
+        assert cpu_refusal("linear", x, weight) == "has no gradients"  # as before it was frozen
     assert cpu_refusal("linear", x, weight) is None
     assert cpu_refusal("linear", x, weight.to(torch.int8)) is None
-    trained = torch.nn.Parameter(weight)
-    assert cpu_refusal("linear", x, trained) == "has no gradients"
-    assert cpu_refusal("linear", x.clone().requires_grad_(), weight) == "has no gradients"
-    with torch.no_grad():
-        assert cpu_refusal("linear", x, trained) is None
+    assert cpu_refusal("linear", x, trained) is None
     with torch.inference_mode():
         assert cpu_refusal("linear", x, trained) is None
     with torch.autocast("cpu", torch.bfloat16):
@@ -114,6 +116,7 @@ def test_calls_that_are_refused_and_why(compiled):
     assert linear_cpu.linear_refusal(many[:-1], torch.randn(512, 512).bfloat16()) is None
 
 
+@torch.no_grad()
 def test_a_sharded_tensor_is_refused(compiled):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
@@ -127,6 +130,7 @@ def test_a_sharded_tensor_is_refused(compiled):
         torch.distributed.destroy_process_group()
 
 
+@torch.no_grad()
 def test_a_refusal_of_what_was_chosen_by_name_is_told(compiled, monkeypatch):
     warnings = []
     monkeypatch.setattr(selection.logger, "warning_once", warnings.append)

@@ -393,6 +393,19 @@ def test_one_model_through_peft_calls(pair, tmp_path):
     torch.testing.assert_close(seen["off"], seen["base"], rtol=1e-4, atol=1e-4)
 
 
+def test_merging_and_freezing_change_no_bit(make_model):
+    """In fp32, where gradients are on: PEFT compares what is trained with what is merged within 1e-6."""
+    model = make_model(**FIELDS)
+    before = model(TOKENS).logits
+    config = LoraConfig(target_modules="all-linear", trainable_token_indices={"embed_tokens": [2, 3]})
+    wrapped = get_peft_model(model, config).eval()
+    adapted = wrapped(TOKENS).logits
+    merged = wrapped.merge_and_unload(safe_merge=True)
+    assert adapted.requires_grad and not any(parameter.requires_grad for parameter in merged.parameters())
+    assert torch.equal(merged(TOKENS).logits, before)
+    torch.testing.assert_close(adapted, before, rtol=1e-6, atol=1e-6)
+
+
 def test_mixed_adapters_and_injection(make_model, native_twin):
     def calls(model):
         seen = {}
