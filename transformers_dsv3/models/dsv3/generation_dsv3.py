@@ -151,8 +151,8 @@ class Dsv3GenerationMixin(GenerationMixin):
             raise ValueError("`use_mtp=True` cannot run on a model that FSDP has sharded: gather it first.")
         if getattr(self, "_pp_stage", None) is not None:
             raise ValueError(
-                "`use_mtp=True` cannot run under pipeline parallelism (`pp_size`): MTP layers need the hidden states of "
-                "the last stage and the embedding of the first. Leave it out, or use tensor parallelism (`tp_size`)."
+                "`use_mtp=True` cannot run under pipeline parallelism (`pp_size`): MTP layers need the last stage's "
+                "hidden states and the first one's embedding. Leave it out, or use tensor parallelism (`tp_size`)."
             )
         if generation_config.guidance_scale not in (None, 1):
             raise ValueError("`use_mtp=True` cannot run with `guidance_scale`, whose second model would see drafts.")
