@@ -100,7 +100,7 @@ def main():
                 if name != "ep" and not in_bf16:  # under FSDP2 the processes have rows of their own
                     with torch.no_grad():
                         expected, seen = (m(tokens, attention_mask=mask).logits for m in (model, sharded))
-                    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=3e-5)  # sums in another order
                     compare_gradients(model, sharded, tokens, mask)
                     heads = model.config.num_attention_heads // (1 if name.startswith("ep of") else 2)
                     compare_generation(model, sharded, tokens, mask, heads)

@@ -244,7 +244,7 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         kv_b_proj: Any = self.kv_b_proj
         if not kv_b_proj.__dict__.get("_is_hooked", False):
             return False
-        placements = getattr(getattr(kv_b_proj, "weight", None), "placements", ())
+        placements: Any = getattr(getattr(kv_b_proj, "weight", None), "placements", ())
         return len(placements) == 1 and placements[0].is_shard(0)
 
     def why_not_absorbed(self, past_key_values: Cache | None = None) -> str | None:
