@@ -57,5 +57,6 @@ environment transformers4 "transformers<5" "$torch"
 export DSV3_LLAMA_CPP_PYTHON=$folder/llama/bin/python
 export DSV3_VLLM_PYTHON=$folder/vllm/bin/python
 export DSV3_TRANSFORMERS_4_PYTHON=$folder/transformers4/bin/python
+export DSV3_PEFT_TESTS=$folder/peft-tests
 cd "$root"
 exec "$folder/plugin/bin/python" -m pytest -m interop tests/interop -rP "$@"
