@@ -456,6 +456,12 @@ def test_mtp_adapters_have_official_names_in_files(make_model, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [name]
     opened = PeftModel.from_pretrained(make_model(**FIELDS), tmp_path)
     same(peft.get_peft_model_state_dict(opened), tensors)
+    loaded = make_model(**FIELDS)
+    loaded.load_adapter(str(tmp_path))
+    same(
+        loaded.model.mtp[0].self_attn.o_proj.lora_A["default"].weight,
+        tensors[f"base_model.model.{name}.lora_A.weight"],
+    )
 
 
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "CARTRIDGE"])

@@ -136,7 +136,7 @@ class Dsv3CheckpointMixin(_Base):
         """
         files = checkpoint_files or []
         given = [step for step in load_config.weight_mapping or [] if isinstance(step, WeightRenaming)]
-        if expected_keys is None and load_config.weight_mapping is not None:
+        if load_config.weight_mapping is not None:
             load_config.weight_mapping.extend(mtp_renamings(model.config))
         if state_dict is None and expected_keys is None and files and all(f.endswith(".safetensors") for f in files):
             stored = _rename(read_checkpoint(files), given)
