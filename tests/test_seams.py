@@ -179,7 +179,7 @@ class TestPeft:
         from peft.tuners.lora.layer import ParamWrapper
 
         source = inspect.getsource(ParamWrapper)
-        for name in ("parameter_name", "num_experts", "lora_A", "lora_B", "scaling"):
+        for name in ("parameter_name", "num_experts", "lora_A", "lora_B", "scaling", "_LoraFactorsProxy"):
             assert name in source
 
     def test_what_is_written_of_the_base_model(self):
@@ -187,6 +187,26 @@ class TestPeft:
         peft = pytest.importorskip("peft")
         assert "auto_mapping_dict" in inspect.getsource(peft.PeftModel.save_pretrained)
         assert "_get_base_model_class" in inspect.getsource(peft.PeftModel.save_pretrained)
+        saving = inspect.getsource(peft.PeftModel.save_pretrained)
+        assert saving.index("get_peft_model_state_dict(") < saving.index("_get_base_model_class(")
+        table = peft.PEFT_TYPE_TO_TUNER_MAPPING.values()
+        assert sum(hasattr(tuner, "_get_adapter_state_dict") for tuner in table) >= len(table) - 2
+
+    def test_adapters_are_cast_when_they_are_loaded(self):
+        """Adapters that do not fit are refused there: after the weights are set, and not where only they are."""
+        peft = pytest.importorskip("peft")
+        loading = inspect.getsource(peft.PeftModel.load_adapter)
+        assert loading.index("set_peft_model_state_dict(") < loading.index("self.base_model._cast_adapter_dtype(")
+        assert "_cast_adapter_dtype" not in inspect.getsource(peft.set_peft_model_state_dict)
+
+    def test_prefixes(self):
+        peft = pytest.importorskip("peft")
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as postprocess
+
+        assert "deepseek_v3" in postprocess
+        assert "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING" in inspect.getsource(
+            peft.PeftModel.get_prompt
+        )
 
 
 class TestTrl:
