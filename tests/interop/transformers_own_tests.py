@@ -8,6 +8,7 @@ package leaves out the mixins for generation and export, whose places are kept e
 of the two passes, and exits with 1 where native's classes pass one that the plugin's do not.
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -132,12 +133,14 @@ def outcomes(tests: Path, plugin: bool, options: list[str]) -> dict[str, str]:
 
 
 def main() -> int:
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    folder = Path(sys.argv[1]).resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="keeps the source package, the reports and the logs")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="for pytest, such as -k rope")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     tests = unpack(folder)
-    native, plugin = (outcomes(tests, which, sys.argv[2:]) for which in (False, True))
+    native, plugin = (outcomes(tests, which, arguments.options) for which in (False, True))
     for name, found in (("native", native), ("plugin", plugin)):
         counts = {kind: list(found.values()).count(kind) for kind in ("passed", "failed", "skipped")}
         print(name, ", ".join(f"{count} {kind}" for kind, count in counts.items()))
