@@ -94,7 +94,7 @@ def test_a_completion_comes_from_the_plugins_class(server, checkpoint):
         answer = json.load(response)
     assert answer["object"] == "text_completion"
     assert isinstance(answer["choices"][0]["text"], str)
-    assert re.search(r"Serving .* with transformers_dsv3\.\S+\.Dsv3ForCausalLM", log.read_text())
+    assert re.search(r"Serving .* with transformers_dsv3\.\S+\.DeepseekV3ForCausalLM", log.read_text())
 
 
 @needs_server
