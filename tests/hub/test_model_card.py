@@ -89,7 +89,7 @@ def test_sizes_are_the_models_own(card, model, material):
     table = rows(section(card, "Model"))
     config = model.config
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    mtp = sum(size for name, size in sizes.items() if int((re.findall(r"layers\.(\d+)\.", name) or [0])[0]) >= 2)
+    mtp = sum(size for name, size in sizes.items() if ".mtp." in name)
     main = sum(sizes.values()) - mtp
     assert mtp == sum(p.numel() for layer in model.model.mtp_layers for p in layer.parameters())
     routed = model.model.layers[1].mlp.experts
@@ -580,7 +580,7 @@ def test_adapters(here, model, byte_tokenizer):
     table = rows(section(card, "Model"))
     stored = sum(p.numel() for p in names["model"].parameters())  # LoRA's own factors
     assert table["rank"] == ["`2`"] and stored > 0
-    assert table["adapted modules"] == ["`layers.*.self_attn.o_proj` (2 layers)"]
+    assert table["adapted modules"] == ["`o_proj`"]  # by the name that was given
     assert "PEFT puts it on Transformers' own `deepseek_v3` class too" in card.text
     assert math.prod(model.lm_head.weight.shape) < int(table["active a token"][0].split(":")[0].replace(",", ""))
 
