@@ -406,6 +406,42 @@ def test_merging_and_freezing_change_no_bit(make_model):
     torch.testing.assert_close(adapted, before, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["LORA", "IA3", "VERA", "LOHA", "GLORA"])
+def test_adapters_that_are_off_change_no_bit(kind, make_model):
+    """The compiled backend serves what is within PEFT's layers, as it did before."""
+    model = make_model(**FIELDS)
+    targets = [*LAYERS, *UP, "lm_head"]
+    options = {"target_modules": targets}
+    if kind == "LORA":
+        options.update(modules_to_save=["q_a_proj"], target_parameters=["mlp.experts.down_proj"], target_modules=UP)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**{**options, **OPTIONS.get(kind, {})})
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        wrapped = get_peft_model(model, config).eval()
+        shake(wrapped)
+        on = wrapped(TOKENS).logits
+        with wrapped.disable_adapter():
+            assert torch.equal(wrapped(TOKENS).logits, before)
+        assert torch.equal(wrapped(TOKENS).logits, on) and not torch.allclose(on, before, atol=1e-3)
+        # Merged and then switched off: PEFT takes it out of the weights first, wherever it is asked for
+        wrapped.merge_adapter()
+        merged = wrapped(TOKENS).logits
+        torch.testing.assert_close(merged, on, rtol=1e-3, atol=1e-3)
+        with wrapped.disable_adapter():
+            torch.testing.assert_close(wrapped(TOKENS).logits, before, rtol=1e-3, atol=1e-3)
+
+
+def test_a_hook_on_a_layer_that_is_off_runs(make_model):
+    wrapped = get_peft_model(make_model(**FIELDS), LoraConfig(target_modules=["q_b_proj", "kv_b_proj"])).eval()
+    seen = []
+    attention = wrapped.base_model.model.model.layers[1].self_attn
+    for layer in (attention.q_b_proj, attention.kv_b_proj.base_layer):
+        layer.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad(), wrapped.disable_adapter():
+        wrapped(TOKENS)
+    assert len(seen) == 2
+
+
 def test_mixed_adapters_and_injection(make_model, native_twin):
     def calls(model):
         seen = {}

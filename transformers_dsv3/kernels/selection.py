@@ -11,6 +11,7 @@ chose nothing, as in
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -130,6 +131,23 @@ def bypass_refusal(name: str, module: torch.nn.Module) -> str | None:
     return None
 
 
+def switched_off(module: torch.nn.Module) -> torch.nn.Module:
+    """The layer within one of PEFT's whose adapters are switched off, which then only calls it; any other as it is.
+
+    So that a model whose adapters are off computes, to the last bit, what it did without them: the same backend serves
+    it. PEFT's layers have the weight and the bias of the layer within.
+    """
+    inner: Any = module
+    while getattr(inner, "_disable_adapters", False) and type(inner).__module__.startswith("peft."):
+        within = "original_module" if type(inner).__name__ == "ModulesToSaveWrapper" else "base_layer"
+        if getattr(inner, "merged", False) or bypass_refusal("adapter", inner) is not None:
+            break  # PEFT takes what was merged out of the weights before it calls the layer
+        if within not in inner._modules:
+            break
+        inner = inner._modules[within]
+    return inner
+
+
 def plain_refusal(name: str, module: object, kind: type, mark: str | None = None) -> str | None:
     """The reason why a module is not known to compute what its class says, or None where its weights may be used.
 
@@ -138,6 +156,8 @@ def plain_refusal(name: str, module: object, kind: type, mark: str | None = None
         mark: what a class of this package has in its body (see `is_marked`).
     """
     if type(module) is not kind and (mark is None or not is_marked(type(module), mark)):
+        if type(inner := switched_off(module)) is kind:  # type: ignore[arg-type]
+            return bypass_refusal(name, inner)
         return f"takes plain layers, {name} is a {type(module).__name__}"
     return bypass_refusal(name, module)  # type: ignore[arg-type]
 

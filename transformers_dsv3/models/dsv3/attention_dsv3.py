@@ -30,7 +30,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...kernels import mla_cpu, mla_flash, mla_training, mla_triton, rows_triton
 from ...kernels.rows_cpu import rotate_refusal
-from ...kernels.selection import bypass_refusal, call_refusal
+from ...kernels.selection import bypass_refusal, call_refusal, switched_off
 from .cache_dsv3 import extend, filled_positions, next_place
 from .configuration_dsv3 import DeepseekV3Config
 from .linear_dsv3 import linear
@@ -250,6 +250,8 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
     def why_not_absorbed(self, past_key_values: Cache | None = None) -> str | None:
         """The reason why the absorbed path cannot serve this module and cache, or None where it can."""
         kv_b_proj = self.kv_b_proj
+        if type(kv_b_proj) is not nn.Linear:
+            kv_b_proj = switched_off(kv_b_proj)
         if (kind := type(kv_b_proj)) is not nn.Linear:
             return f"kv_b_proj is a {kind.__module__}.{kind.__name__}, whose weight cannot be folded"
         weight = kv_b_proj.weight

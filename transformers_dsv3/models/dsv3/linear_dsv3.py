@@ -11,7 +11,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from ...kernels import linear_cpu, linear_onednn
 from ...kernels.experts_cpu import mixture, mixture_refusal
-from ...kernels.selection import bypass_refusal
+from ...kernels.selection import bypass_refusal, switched_off
 from .configuration_dsv3 import DeepseekV3Config
 
 
@@ -21,6 +21,8 @@ def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     Of a plain `nn.Linear` on a CPU a few rows, as in decoding, go to the compiled backend, and fp32 training to
     oneDNN. Whatever else stands in its place, or is hooked, is called.
     """
+    if type(layer) is not nn.Linear:
+        layer = switched_off(layer)
     if type(layer) is nn.Linear and bypass_refusal("layer", layer) is None:
         weight, bias = layer.weight, layer.bias
         if not layer.training and linear_cpu.linear_refusal(x, weight, bias) is None:

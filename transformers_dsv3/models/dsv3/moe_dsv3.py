@@ -14,7 +14,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from ...kernels.experts_cpu import may_serve, mixture, mixture_refusal, route_refusal
 from ...kernels.experts_lora import low_rank_experts
-from ...kernels.selection import is_marked
+from ...kernels.selection import is_marked, switched_off
 from .adapted_experts_dsv3 import adapted_experts
 from .configuration_dsv3 import DeepseekV3Config
 from .linear_dsv3 import DeepseekV3MLP
@@ -236,14 +236,17 @@ class DeepseekV3MoE(native.DeepseekV3MoE):
         _, weights, indices = self.gate(hidden_states)
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         has_shared = getattr(self.shared_experts, "intermediate_size", 1) > 0
+        plain = self.experts
+        if not is_marked(type(plain), "is_plain_experts"):
+            plain = switched_off(plain)  # PEFT's adapters are modules around them
         if (
             has_shared
             and not self.training
-            and is_marked(type(self.experts), "is_plain_experts")  # PEFT's adapters are modules around them
-            and may_serve(self.experts.config._experts_implementation)
-            and mixture_refusal(hidden_states, self.experts, weights, self.shared_experts) is None
+            and is_marked(type(plain), "is_plain_experts")
+            and may_serve(plain.config._experts_implementation)
+            and mixture_refusal(hidden_states, plain, weights, self.shared_experts) is None
         ):
-            return mixture(flat, self.experts, indices, weights, self.shared_experts).view(hidden_states.shape)
+            return mixture(flat, plain, indices, weights, self.shared_experts).view(hidden_states.shape)
         if (adapted := adapted_experts(self.experts)) is None:
             routed = self.experts(flat, indices, weights)
         else:
