@@ -11,7 +11,8 @@ TRL publishes no tests on PyPI: its source package leaves them out. They are clo
 that is installed, or TESTS names the folder `tests` of a checkout; exits with 3 where there are none. Tests of another
 version than the installed TRL run too: those that do not fit fail on both and do not count. `--only` chooses tests as
 pytest's `-k`; `--keep` takes native's results of the last run. Left out: tests that TRL marks slow, those of models
-that see, of vLLM, and those of GRPO's reward functions and tools, which ask nothing of the model.
+that see, of vLLM, and those of GRPO's reward functions and tools, which ask nothing of the model; without a GPU also
+Liger-Kernel's. Takes about 20 minutes on 2 cores.
 
 TRL looks a model given by its path up in `transformers` by its class's name, so the plugin registers its names there.
 """
@@ -28,11 +29,14 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import torch
+
 
 FILES = tuple(f"test_{kind}_trainer.py" for kind in ("sft", "dpo", "reward", "kto", "grpo"))
 HELPERS = ("__init__.py", "conftest.py", "testing_utils.py", "testing_constants.py")
 MODES = ("native", "plugin")
 LEFT_OUT = ("VLM", "vlm", "Vision", "vllm", "Slow", "tool", "environment", "reward_func", "scale_rewards", "rollout")
+LEFT_OUT += () if torch.cuda.is_available() else ("test_liger", "with_liger")
 SKIPPED = " and ".join(f"not {word}" for word in LEFT_OUT)
 
 # Added to TRL's own conftest.py: the plugin, data in place of the Hub's, and each test once
@@ -42,11 +46,8 @@ import importlib
 import os
 
 import datasets
-from peft.utils import constants
 
 torch.set_num_threads(1)
-# Which layers are adapted by default PEFT knows for the models of the Hub that stand here no more
-constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["deepseek_v3"] = ["q_b_proj", "kv_b_proj"]
 KINDS = ("sft", "dpo", "reward", "kto", "grpo")
 OTHERS = ["import_utils", "models.utils", *(f"trainer.{kind}_trainer" for kind in KINDS)]
 
@@ -58,6 +59,9 @@ def absent(name):
     raise AttributeError(name)
 
 
+if not torch.cuda.is_available():
+    # Its kernels need a GPU, and stay in native's module for all tests behind. Before TRL's tests ask.
+    importlib.import_module("trl.import_utils").is_liger_kernel_available = lambda *args: False
 for module in OTHERS:
     importlib.import_module(f"trl.{module}").__getattr__ = absent
 if os.environ["DSV3_TRL_TESTS_ON"] == "plugin":
@@ -179,6 +183,9 @@ def substitute(text: str, causal: Path, classifier: Path) -> str:
     """A file of TRL's tests with local checkpoints in place of the Hub's text models."""
     hub_id = r'"trl-internal-testing/tiny-[A-Za-z0-9_]+{}[A-Za-z0-9_.-]*"'
     text = re.sub(hub_id.format("ForCausalLM"), f'"{causal}"', text)
+    # Layers that are adapted by default PEFT knows for the Hub's models
+    text = text.replace("LoraConfig()", 'LoraConfig(target_modules=["q_proj", "v_proj"])')
+    text = text.replace('"q_proj", "v_proj"', '"q_b_proj", "kv_b_proj"')
     return re.sub(hub_id.format("ForSequenceClassification"), f'"{classifier}"', text)
 
 

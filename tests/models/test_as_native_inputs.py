@@ -130,6 +130,9 @@ INPUTS = {
 }
 
 
+OF_ROUTERS = ("router logits", "all outputs")
+
+
 def tensors(output):
     if isinstance(output, torch.Tensor):
         return [output]
@@ -138,6 +141,8 @@ def tensors(output):
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_inputs(pair, name):
+    if name in OF_ROUTERS and "output_router_logits" not in native_configuration.DeepseekV3Config.__dataclass_fields__:
+        pytest.skip("this release of Transformers returns no router logits of its own deepseek_v3")
     ours, native = (tensors(INPUTS[name](model)) for model in pair())
     assert len(ours) == len(native) > 0
     for mine, other in zip(ours, native):

@@ -148,6 +148,11 @@ class Dsv3CheckpointMixin(_Base):
                 # Sharded loading reads slices of mapped files, ZeRO-3 gathers: both are better served by Transformers
                 if load_config.device_mesh is None and not is_deepspeed_zero3_enabled() and sys.byteorder == "little":
                     state_dict = _unread(stored, load_config.weight_mapping or [], is_fp8)
+                    if is_fp8:
+                        # By their names in the model already: Transformers 5.17 leaves what it renames of a quantised
+                        # checkpoint in the dtype on disk
+                        of_mtp = mtp_renamings(model.config)
+                        state_dict = {_renamed(name, of_mtp): tensor for name, tensor in state_dict.items()}
                 elif is_fp8:
                     raise CheckpointError(
                         f"{files[0]}: FP8 weights cannot be dequantised while they are sharded. Load the checkpoint "
@@ -260,11 +265,15 @@ def _rename(stored: Mapping[str, StoredTensor], renamings: list[WeightRenaming])
     """The checkpoint's tensors by the names that Transformers' renamings (the user's `key_mapping`) give them."""
     renamed = {}
     for name, tensor in stored.items():
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        tensor.key = name
-        renamed[name] = tensor
+        tensor.key = _renamed(name, renamings)
+        renamed[tensor.key] = tensor
     return renamed
+
+
+def _renamed(name: str, renamings: list[WeightRenaming]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 def _leave_out_absent_mtp_layers(config: Any, stored: Mapping[str, StoredTensor], location: str) -> None:
