@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from .kernels.registry import explain
+from .kernels.explain import explain
 from .models.dsv3 import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,

@@ -17,7 +17,7 @@ from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_
 from transformers.utils import is_peft_available
 
 from .compression.quantizer_fp8 import register_fp8
-from .kernels import experts_auto, experts_grouped, experts_liger
+from .kernels import experts_auto
 from .models.dsv3 import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -65,9 +65,7 @@ def register(names: bool = False) -> None:
             config_class.model_type, deepseek_v3_conversion_mapping(), overwrite=True
         )
     register_fp8()
-    experts_grouped.register()
     experts_auto.register()
-    experts_liger.register()
     if is_peft_available():
         from .training import peft_tuners
 

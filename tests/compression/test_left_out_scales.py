@@ -214,7 +214,7 @@ class TestNativeFp8:
         assert kinds["Linear"] == {"eh_proj"} and kinds["FP8Experts"] == {"experts"}
         assert {"o_proj", "kv_b_proj", "q_a_proj", "gate_proj"} <= kinds["FP8Linear"]
         # Its weight cannot be folded into queries
-        assert "FP8Linear" in decoder.layers[0].self_attn.why_not_absorbed()
+        assert "FP8Linear" in decoder.layers[0].self_attn.absorbed_refusal()
 
     def test_layers_on_disk_that_are_not_quantised_stay_so(self, tmp_path, on_gpu):
         config = tiny_config(hidden_size=64, intermediate_size=128, moe_intermediate_size=32)

@@ -346,7 +346,7 @@ class TestWhyNotAbsorbed:
     """Where the weight cannot be folded the expanded path serves, with the same result."""
 
     def test_none_where_it_can(self, make_model):
-        assert make_model().model.layers[0].self_attn.why_not_absorbed() is None
+        assert make_model().model.layers[0].self_attn.absorbed_refusal() is None
 
     def decode(self, model, tokens):
         with torch.no_grad():
@@ -361,34 +361,34 @@ class TestWhyNotAbsorbed:
         )
         wrapped.eval()
         attention = wrapped.base_model.model.model.layers[0].self_attn
-        assert "kv_b_proj" in attention.why_not_absorbed()
+        assert "kv_b_proj" in attention.absorbed_refusal()
         decoded = self.decode(wrapped, tokens)
         # The adapter acts, and as it does once it is merged and can be folded again
         assert not torch.allclose(decoded, self.decode(model, tokens), atol=1e-3)
         merged = wrapped.merge_and_unload()
-        assert merged.model.layers[0].self_attn.why_not_absorbed() is None
+        assert merged.model.layers[0].self_attn.absorbed_refusal() is None
         close(self.decode(merged, tokens), decoded.double())
 
     def test_offloaded_weight(self, make_model):
         attention = make_model().model.layers[0].self_attn
         attention.kv_b_proj.to("meta")
-        assert "offloaded" in attention.why_not_absorbed()
+        assert "offloaded" in attention.absorbed_refusal()
 
     def test_dropout(self, make_model):
         attention = make_model(attention_dropout=0.5).model.layers[0].self_attn
-        assert attention.why_not_absorbed() is None
-        assert "dropout" in attention.train().why_not_absorbed()
+        assert attention.absorbed_refusal() is None
+        assert "dropout" in attention.train().absorbed_refusal()
 
     def test_caches_that_are_not_addressed_by_position(self, make_model):
         model = make_model()
         attention = model.model.layers[0].self_attn
         static = StaticCache(config=model.config, max_cache_len=8)
-        assert attention.why_not_absorbed(static) is None
+        assert attention.absorbed_refusal(static) is None
         model.config._attn_implementation_internal = "flash_attention_2"
-        assert "static cache" in attention.why_not_absorbed(static)
-        assert attention.why_not_absorbed(DynamicCache()) is None
+        assert "static cache" in attention.absorbed_refusal(static)
+        assert attention.absorbed_refusal(DynamicCache()) is None
         model.config._attn_implementation_internal = "paged|sdpa"
-        assert "paged" in attention.why_not_absorbed()
+        assert "paged" in attention.absorbed_refusal()
 
 
 def test_dropout_acts_while_training_only(make_model):

@@ -169,7 +169,7 @@ def test_device_map(kind, make_model, tmp_path):
     loaded.eval()
     attention = loaded.model.layers[0].self_attn
     assert attention.kv_b_proj.weight.is_meta == ("offload" in kind)
-    assert (attention.why_not_absorbed() is None) == ("offload" not in kind)
+    assert (attention.absorbed_refusal() is None) == ("offload" not in kind)
     tokens = prompt()
     with torch.no_grad():
         close(loaded(tokens).logits, model(tokens).logits)

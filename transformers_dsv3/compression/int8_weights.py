@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..kernels import experts_triton
-from ..kernels.experts_cpu import may_serve, mixture, mixture_refusal
-from ..kernels.linear_cpu import linear, linear_refusal
+from ..kernels.cpu.linear import FEWEST_INT8_ROWS
+from ..kernels.dispatch import LINEAR, serve
+from ..kernels.experts_auto import serve_experts
 from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
 
 
@@ -80,8 +80,10 @@ class Int8Linear(_Int8Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`(..., K)` to `(..., N)`."""
-        if linear_refusal(input, self.weight, self.bias) is None:
-            return linear(input, self.weight, self.bias, self.weight_scale, self.int8_activations)
+        int8_activations = self.int8_activations and input.numel() >= FEWEST_INT8_ROWS * input.shape[-1]
+        y = serve(LINEAR, self, input, self.weight, self.weight_scale, self.bias, int8_activations)
+        if y is not None:
+            return y
         return F.linear(input, dequantize(self.weight, self.weight_scale, input.dtype), self.bias)
 
     def extra_repr(self) -> str:
@@ -107,16 +109,10 @@ class Int8Experts(_Int8Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`(T, D)`, `(T, K)`, `(T, K)` to `(T, D)`."""
-        if (
-            may_serve(self.config._experts_implementation)
-            and mixture_refusal(hidden_states, self, top_k_weights, None) is None
-        ):
-            return mixture(hidden_states, self, top_k_index, top_k_weights, None)
-        if (
-            experts_triton.may_serve(self.config._experts_implementation, hidden_states)
-            and experts_triton.experts_refusal(self, hidden_states, top_k_weights) is None
-        ):
-            return experts_triton.triton_experts(self, hidden_states, top_k_index, top_k_weights)
+        implementation = self.config._experts_implementation
+        served = serve_experts(implementation, self, hidden_states, top_k_index, top_k_weights)
+        if served is not None:
+            return served
         dtype = hidden_states.dtype
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():

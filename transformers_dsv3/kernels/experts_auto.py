@@ -1,82 +1,89 @@
-"""`experts_implementation="auto"`: for each call, the first of the backends that takes it, fastest first."""
+"""Experts by name in Transformers' `ExpertsInterface`: `"auto"`, and the backends of this package.
+
+`"auto"` gives each call to the first of the table's backends that takes it. Asked for by its own name, a backend says
+once why it does not take a call, which then goes the way of `"auto"`.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from . import experts_cpu, experts_grouped, experts_triton, triton_support
-from .selection import call_refusal, logger
+from . import dispatch, experts_grouped, experts_liger, experts_triton, triton_support
+from .cpu import mixture
+from .selection import logger
 
 
 NAME = "auto"
 
 
-def grouped_mm_refusal(module: nn.Module) -> str | None:
-    """The reason why Transformers' `grouped_mm` cannot serve a module of experts, or None where it can."""
-    weight = next(module.parameters())
-    if not hasattr(torch.nn.functional, "grouped_mm"):
-        return "this torch has no grouped_mm"
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes fp32, bf16 and fp16 weights, not {weight.dtype}"
-    if weight.is_cuda and triton_support.compute_capability(weight.device.index) < (8, 0):
-        return "needs compute capability 8.0 or newer"
-    return None
+def _triton_refusal(module: nn.Module, hidden_states: torch.Tensor, weights: torch.Tensor) -> str | None:
+    return experts_triton.experts_refusal(module, hidden_states, weights)
 
 
-def auto_experts(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The weighted sum of the chosen experts' outputs `(T, D)`, as Transformers' experts functions compute it.
+def _liger_refusal(module: nn.Module, hidden_states: torch.Tensor, weights: torch.Tensor) -> str | None:
+    return experts_liger.call_refusal(module, hidden_states, weights)
 
-    On a GPU `triton`, with gradients or without. On a CPU the compiled backend where no gradient is needed,
-    `grouped_cpu` for training. What these leave: `batched_mm` for a few tokens on a GPU, where `generate` would switch
-    to it; `grouped_mm`; else the module's own plain loop.
+
+# Of those that are asked for by name, why one does not take a call, and what takes it; None where `auto` would
+# find it by itself
+_BY_NAME: dict[str, tuple[Callable[..., str | None], Callable[..., torch.Tensor] | None]] = {
+    mixture.NAME: (
+        lambda module, hidden, weights: mixture.mixture_refusal(hidden, module, weights, None),
+        None,
+    ),
+    triton_support.NAME: (_triton_refusal, experts_triton.triton_experts),
+    experts_liger.NAME: (_liger_refusal, experts_liger.liger_experts),
+}
+
+
+def serve_experts(
+    name: str | None, module: nn.Module, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor | None:
+    """The weighted sum of the chosen experts' outputs `(T, D)`, or None where it is left to the module's plain path.
+
+    Args:
+        name: what the model's configuration asks for. module: of experts.
+        index, weights: `(T, K)`.
     """
-    if (
-        experts_triton.may_serve(NAME, hidden_states)
-        and experts_triton.experts_refusal(module, hidden_states, top_k_weights) is None
-    ):
-        return experts_triton.triton_experts(module, hidden_states, top_k_index, top_k_weights)
-    if not module.training and experts_cpu.mixture_refusal(hidden_states, module, top_k_weights, None) is None:
-        return experts_cpu.mixture(hidden_states, module, top_k_index, top_k_weights, None)
-    if (
-        experts_grouped.why_not(module) is None
-        and call_refusal() is None
-        and (hidden_states.dtype == module.gate_up_proj.dtype or torch.is_autocast_enabled("cpu"))
-    ):
-        return experts_grouped.grouped_experts(module, hidden_states, top_k_index, top_k_weights)
-    name = "eager"
-    if grouped_mm_refusal(module) is None:
-        few = not torch.is_grad_enabled() and top_k_index.numel() <= module.num_experts
-        name = "batched_mm" if few and hidden_states.device.type != "cpu" else "grouped_mm"
-    plain = type(module).forward.__wrapped__
-    return ALL_EXPERTS_FUNCTIONS.get_interface(name, plain)(module, hidden_states, top_k_index, top_k_weights)
+    if name in _BY_NAME:
+        refusal, function = _BY_NAME[name]
+        reason = refusal(module, hidden_states, weights)
+        if reason is None and function is not None:
+            return function(module, hidden_states, index, weights)
+        if reason is not None and not torch.compiler.is_compiling():
+            logger.warning_once(f'experts_implementation="{name}" does not serve a call: it {reason}.')
+    elif name != NAME:
+        return None
+    return dispatch.serve(dispatch.EXPERTS, module, hidden_states, module, index, weights)
 
 
-def cpu_experts(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The same, asked for by the name of the compiled backend: says once why where another has to take a call."""
-    reason = experts_cpu.mixture_refusal(hidden_states, module, top_k_weights, None)
-    if reason is not None and not torch.compiler.is_compiling():
-        logger.warning_once(f'experts_implementation="{experts_cpu.NAME}" does not serve a call: it {reason}.')
-    return auto_experts(module, hidden_states, top_k_index, top_k_weights)
+def _function(name: str) -> Callable[..., torch.Tensor]:
+    def experts(
+        module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        found = serve_experts(name, module, hidden_states, top_k_index, top_k_weights)
+        if found is None:
+            found = type(module).forward.__wrapped__(module, hidden_states, top_k_index, top_k_weights)  # type: ignore
+        return found
+
+    return experts
 
 
-def triton_experts(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The same, asked for by the name of Triton's programs, which are interpreted on a CPU."""
-    reason = experts_triton.experts_refusal(module, hidden_states, top_k_weights)
-    if reason is None:
-        return experts_triton.triton_experts(module, hidden_states, top_k_index, top_k_weights)
-    if not torch.compiler.is_compiling():
-        logger.warning_once(f'experts_implementation="{triton_support.NAME}" does not serve a call: it {reason}.')
-    return auto_experts(module, hidden_states, top_k_index, top_k_weights)
+auto_experts = _function(NAME)
+cpu_experts = _function(mixture.NAME)
+triton_experts = _function(triton_support.NAME)
+liger_experts = _function(experts_liger.NAME)
 
 
 def register() -> None:
-    """Makes `experts_implementation="auto"`, `"cpu"` and `"triton"` known to Transformers."""
-    ALL_EXPERTS_FUNCTIONS.register(NAME, auto_experts)
-    ALL_EXPERTS_FUNCTIONS.register(experts_cpu.NAME, cpu_experts)
-    ALL_EXPERTS_FUNCTIONS.register(triton_support.NAME, triton_experts)
+    """Makes the names known to Transformers."""
+    for name, function in (
+        (NAME, auto_experts),
+        (mixture.NAME, cpu_experts),
+        (triton_support.NAME, triton_experts),
+        (experts_liger.NAME, liger_experts),
+        (experts_grouped.NAME, experts_grouped.grouped_experts),
+    ):
+        ALL_EXPERTS_FUNCTIONS.register(name, function)

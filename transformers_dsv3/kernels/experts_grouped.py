@@ -19,7 +19,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .experts_plain import accumulator_dtype, differentiable_gradients, plain_experts
 from .matmul_cpu import matmul
@@ -33,7 +32,7 @@ NAME = "grouped_cpu"
 ROWS = 16
 
 
-def why_not(module: nn.Module) -> str | None:
+def module_refusal(module: nn.Module) -> str | None:
     """The reason why `grouped_experts` cannot serve a module of experts, or None where it can."""
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(module, name, None)
@@ -256,7 +255,7 @@ def grouped_experts(
     Under autocast, products are in its dtype, sums over experts and the result as without.
 
     Args:
-        module: has `gate_up_proj` `(E, 2I, D)`, `down_proj` `(E, D, I)` and SiLU between them; see `why_not`.
+        module: has `gate_up_proj` `(E, 2I, D)`, `down_proj` `(E, D, I)` and SiLU between them; see `module_refusal`.
         hidden_states: `(T, D)`, of the weights' dtype unless under autocast.
         top_k_index: `(T, K)`, E for an expert of another rank, which is left out.
         top_k_weights: `(T, K)`, of any floating dtype.
@@ -265,9 +264,9 @@ def grouped_experts(
         `(T, D)`, of the dtype of `hidden_states`.
 
     Raises:
-        ValueError: where `why_not` gives a reason, or for hidden states of another dtype than the weights.
+        ValueError: where `module_refusal` gives a reason, or for hidden states of another dtype than the weights.
     """
-    if (reason := why_not(module)) is not None:
+    if (reason := module_refusal(module)) is not None:
         raise ValueError(f'experts_implementation="{NAME}" cannot serve this module: {reason}.')
     gate_up, down = module.gate_up_proj, module.down_proj
     dtype = hidden_states.dtype
@@ -279,8 +278,3 @@ def grouped_experts(
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     with torch.autocast("cpu", enabled=False):
         return _forward(hidden_states, top_k_index, top_k_weights, gate_up, down, dtype, keep)[0]
-
-
-def register() -> None:
-    """Makes `experts_implementation="grouped_cpu"` known to Transformers."""
-    ALL_EXPERTS_FUNCTIONS.register(NAME, grouped_experts)

@@ -13,12 +13,10 @@ import torch
 from packaging import version
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import selection
-from .experts_auto import auto_experts
-from .experts_cpu import experts_refusal
-from .selection import PLAIN, logger
+from .cpu.mixture import experts_refusal
+from .selection import PLAIN
 from .triton_support import device_refusal
 
 
@@ -36,7 +34,7 @@ def _missing() -> str | None:
     return None if version.parse(installed) >= version.parse(OLDEST) else f"{install}, {installed} is installed"
 
 
-def why_not(module: nn.Module) -> str | None:
+def module_refusal(module: nn.Module) -> str | None:
     """The reason why `liger_experts` cannot serve a module of experts, or None where it can."""
     if (reason := experts_refusal(module)) is not None:
         return reason
@@ -57,7 +55,7 @@ def call_refusal(module: nn.Module, hidden_states: torch.Tensor, top_k_weights: 
     """The reason why `liger_experts` leaves a call to others, or None where it serves it itself."""
     if torch.compiler.is_compiling():
         return "waits for the GPU, which torch.compile cannot trace"
-    if (reason := why_not(module)) is not None:
+    if (reason := module_refusal(module)) is not None:
         return reason
     if hidden_states.dtype != module.gate_up_proj.dtype:
         return f"takes activations of the weights' dtype ({module.gate_up_proj.dtype}), not {hidden_states.dtype}"
@@ -75,14 +73,7 @@ def call_refusal(module: nn.Module, hidden_states: torch.Tensor, top_k_weights: 
 def liger_experts(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The weighted sum of the chosen experts' outputs `(T, D)`, as Transformers' experts functions compute it.
-
-    Where a call is not for Liger, says once why, and `auto` serves it.
-    """
-    if (reason := call_refusal(module, hidden_states, top_k_weights)) is not None:
-        if not torch.compiler.is_compiling():
-            logger.warning_once(f'experts_implementation="{NAME}" does not serve a call: it {reason}.')
-        return auto_experts(module, hidden_states, top_k_index, top_k_weights)
+    """The weighted sum of the chosen experts' outputs `(T, D)`, as Transformers' experts functions compute it."""
     from liger_kernel.ops import LigerFusedMoEFunction
 
     # Index E, an expert of another rank, would be read and counted past the end: any expert with weight 0 instead
@@ -94,8 +85,3 @@ def liger_experts(
         top_k_index.masked_fill(elsewhere, 0).to(torch.int32),
         top_k_weights.masked_fill(elsewhere, 0),
     )
-
-
-def register() -> None:
-    """Makes `experts_implementation="liger"` known to Transformers."""
-    ALL_EXPERTS_FUNCTIONS.register(NAME, liger_experts)

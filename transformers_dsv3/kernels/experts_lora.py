@@ -8,16 +8,17 @@ Shape suffixes: T tokens, K experts chosen a token, E experts, S = T * K pairs o
 N pairs of one expert, D hidden size, I width of an expert, R rank. `w` is a mixing weight.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .experts_auto import grouped_mm_refusal
 from .experts_grouped import ROWS, expert_segments, is_silu
 from .experts_plain import LowRank, accumulator_dtype, differentiable_gradients, plain_experts
 from .matmul_cpu import matmul
+from .public_kernels import grouped_mm_refusal
 
 
 def plain_low_rank_experts(
@@ -28,7 +29,9 @@ def plain_low_rank_experts(
     gate_up: LowRank | None,
     down: LowRank | None,
 ) -> torch.Tensor:
-    """The reference: a plain loop over experts, gradients by autograd. Arguments as [`low_rank_experts`]."""
+    """The reference: a plain loop over experts, gradients by autograd.
+
+    Arguments as [`low_rank_experts`]."""
     weights = (module.gate_up_proj, module.down_proj)
     dtype = weights[0].dtype
     return plain_experts(hidden_states, top_k_index, top_k_weights, *weights, dtype, module.act_fn, gate_up, down)
@@ -183,7 +186,7 @@ def _grouped_mm_experts(
 
 
 def frozen_refusal(module: nn.Module) -> str | None:
-    """The reason why experts under adapters are left to PEFT, or None where `low_rank_experts` serves them."""
+    """The reason why experts under adapters are left to PEFT, or None where they are served here."""
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(module, name)
         if not isinstance(weight, nn.Parameter) or weight.dtype.itemsize < 2:
@@ -207,40 +210,75 @@ def grouped_refusal(module: nn.Module) -> str | None:
     return frozen_refusal(module) or grouped_mm_refusal(module)
 
 
+def loop_call_refusal(hidden_states: torch.Tensor, module: nn.Module, *rest: object) -> str | None:
+    """The reason why `loop_experts` does not take a call, or None where it does."""
+    if not hidden_states.is_cpu:
+        return f"for CPUs, hidden states are on {hidden_states.device}"
+    return None if is_silu(module.act_fn) else "its derivative is of SiLU"
+
+
+def grouped_call_refusal(hidden_states: torch.Tensor, module: nn.Module, *rest: object) -> str | None:
+    """The reason why `grouped_mm_experts` does not take a call, or None where it does."""
+    if (reason := grouped_mm_refusal(module)) is not None:
+        return reason
+    dtype = _dtype_of_products(hidden_states)
+    weights = module.gate_up_proj.dtype
+    return None if dtype == weights else f"takes products of the weights' dtype ({weights}), not {dtype}"
+
+
+def _dtype_of_products(hidden_states: torch.Tensor) -> torch.dtype:
+    device, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
 def low_rank_experts(
-    module: nn.Module,
     hidden_states: torch.Tensor,
+    module: nn.Module,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     gate_up: LowRank | None,
     down: LowRank | None,
+    kernel: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """The weighted sum of the chosen experts' outputs, their weights being frozen and adapted.
 
     Args:
-        module: has `gate_up_proj` `(E, 2I, D)` and `down_proj` `(E, D, I)` that need no gradient.
         hidden_states: `(T, D)`.
+        module: has `gate_up_proj` `(E, 2I, D)` and `down_proj` `(E, D, I)` that need no gradient.
         top_k_index, top_k_weights: `(T, K)`, index E for an expert of another rank, which is left out.
         gate_up, down: the adapters of both, `(E, R, in)` and `(E, out, R)`; ranks may differ.
+        kernel: what computes it, given the adapters in the dtype of the products, and that dtype.
 
     Returns:
         `(T, D)`, of the dtype of `hidden_states`; sums over experts in fp32 (fp64 for fp64).
     """
-    device = hidden_states.device.type
-    dtype = hidden_states.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = _dtype_of_products(hidden_states)
     gate_up, down = (
         None if a is None else LowRank(a.down_ERI.to(dtype).contiguous(), a.up_EOR.to(dtype).contiguous())
         for a in (gate_up, down)
     )
-    if device == "cpu" and is_silu(module.act_fn):
-        weights = (module.gate_up_proj, module.down_proj)
-        factors = (*(gate_up or (None, None)), *(down or (None, None)))
-        with torch.autocast(device, enabled=False):
-            return _CpuExperts.apply(hidden_states, top_k_index, top_k_weights, *weights, *factors, dtype)
-    if grouped_mm_refusal(module) is None and dtype == module.gate_up_proj.dtype:
-        with torch.autocast(device, enabled=False):
-            out = _grouped_mm_experts(module, hidden_states.to(dtype), top_k_index, top_k_weights, gate_up, down)
-        return out.to(hidden_states.dtype)
-    return plain_low_rank_experts(module, hidden_states, top_k_index, top_k_weights, gate_up, down)
+    return kernel(module, hidden_states, top_k_index, top_k_weights, gate_up, down, dtype)
+
+
+def _loop(module, hidden_TD, index_TK, w_TK, gate_up, down, dtype):  # type: ignore[no-untyped-def]
+    weights = (module.gate_up_proj, module.down_proj)
+    factors = (*(gate_up or (None, None)), *(down or (None, None)))
+    with torch.autocast("cpu", enabled=False):
+        return _CpuExperts.apply(hidden_TD, index_TK, w_TK, *weights, *factors, dtype)
+
+
+def _grouped_mm(module, hidden_TD, index_TK, w_TK, gate_up, down, dtype):  # type: ignore[no-untyped-def]
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        out_TD = _grouped_mm_experts(module, hidden_TD.to(dtype), index_TK, w_TK, gate_up, down)
+    return out_TD.to(hidden_TD.dtype)
+
+
+def _plain(module, hidden_TD, index_TK, w_TK, gate_up, down, dtype):  # type: ignore[no-untyped-def]
+    return plain_low_rank_experts(module, hidden_TD, index_TK, w_TK, gate_up, down)
+
+
+loop_experts = partial(low_rank_experts, kernel=_loop)
+grouped_mm_experts = partial(low_rank_experts, kernel=_grouped_mm)
+eager_experts = partial(low_rank_experts, kernel=_plain)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .experts_cpu import experts_refusal as stack_refusal
+from .cpu.mixture import experts_refusal as stack_refusal
 from .experts_plain import differentiable_gradients, plain_experts
 from .selection import PLAIN
 from .triton_support import NAME, device_refusal, on_device, triton_refusal
@@ -21,7 +21,7 @@ from .triton_support import NAME, device_refusal, on_device, triton_refusal
 WEIGHTS = ("gate_up_proj", "down_proj")
 
 
-def why_not(module: nn.Module) -> str | None:
+def module_refusal(module: nn.Module) -> str | None:
     """The reason why `triton_experts` cannot serve a module of experts, or None where it can."""
     if (reason := stack_refusal(module)) is not None:
         return reason
@@ -49,7 +49,7 @@ def why_not(module: nn.Module) -> str | None:
 
 def experts_refusal(module: nn.Module, hidden_states: torch.Tensor, top_k_weights: torch.Tensor) -> str | None:
     """The reason why `triton_experts` does not take a call, or None where it does."""
-    if (reason := why_not(module) or triton_refusal("experts", hidden_states)) is not None:
+    if (reason := module_refusal(module) or triton_refusal("experts", hidden_states)) is not None:
         return reason
     weight = module.gate_up_proj
     if weight.device != hidden_states.device:

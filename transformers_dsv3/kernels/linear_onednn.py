@@ -15,7 +15,7 @@ from .selection import call_refusal, chosen
 FEWEST_ROWS = 16
 
 
-def why_not(tensor: torch.Tensor) -> str | None:
+def tensor_refusal(tensor: torch.Tensor) -> str | None:
     """The reason why `linear` takes no call in a tensor's dtype and on its device, or None."""
     if chosen["linear"] == "torch":
         return "linear is served by 'torch', as chosen"
@@ -35,7 +35,7 @@ def linear_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     for tensor, types in ((x, (torch.Tensor,)), (weight, (torch.nn.Parameter, torch.Tensor))):
         if type(tensor) not in types:
             return f"takes plain tensors, not {type(tensor).__name__}"
-        if (reason := why_not(tensor)) is not None:
+        if (reason := tensor_refusal(tensor)) is not None:
             return reason
     return f"pays from {FEWEST_ROWS} rows on" if x.numel() < FEWEST_ROWS * x.shape[-1] else None
 

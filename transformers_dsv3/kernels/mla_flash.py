@@ -76,7 +76,7 @@ PACKAGES = {
 }
 
 
-def why_not(name: str, attention: nn.Module) -> str | None:
+def module_refusal(name: str, attention: nn.Module) -> str | None:
     """The reason why a package serves no call of an attention module, or None. Fetches and imports nothing.
 
     Args:

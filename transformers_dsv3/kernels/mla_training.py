@@ -27,7 +27,7 @@ QUERIES = 256
 MOST_THREADS = 8
 
 
-def why_not(tensor: torch.Tensor) -> str | None:
+def tensor_refusal(tensor: torch.Tensor) -> str | None:
     """The reason why `expanded_attention` takes no call in a tensor's dtype and on its device, or None."""
     if chosen["attention"] == "torch":
         return "attention is served by 'torch', as chosen"
@@ -58,7 +58,7 @@ def expanded_refusal(
             return f"takes plain tensors, not {type(tensor).__name__}"
         if tensor.dtype != kv_BSHX.dtype:
             return "takes queries, keys and values of one dtype"
-    if (reason := why_not(kv_BSHX)) is not None:
+    if (reason := tensor_refusal(kv_BSHX)) is not None:
         return reason
     if attention_mask is None:
         return None if q_nope_BHQN.shape[2] == kv_BSHX.shape[1] else "needs a mask where keys come before the queries"

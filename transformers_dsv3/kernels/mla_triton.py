@@ -23,7 +23,7 @@ WIDEST_UNKNOWN_FP32 = 256
 INTERPRETED_PLACES = 4
 
 
-def why_not(attention: nn.Module) -> str | None:
+def module_refusal(attention: nn.Module) -> str | None:
     """The reason why no call of an attention module is taken, or None where some are.
 
     Args:

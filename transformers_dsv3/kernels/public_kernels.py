@@ -18,6 +18,8 @@ from transformers.utils import (
 )
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
 
+from .triton_support import compute_capability
+
 
 FLASH_ATTENTION = {
     2: (is_flash_attn_2_available, "`pip install flash-attn`"),
@@ -73,4 +75,16 @@ def _experts_refusal(experts: nn.Module, dtypes: tuple[torch.dtype, ...], loadab
         loadable(raise_error=True)
     except ImportError as error:
         return str(error).rstrip(".")
+    return None
+
+
+def grouped_mm_refusal(experts: nn.Module) -> str | None:
+    """The reason why Transformers' `grouped_mm` cannot serve a module of experts, or None where it can."""
+    weight = next(experts.parameters())
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        return "this torch has no grouped_mm"
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes fp32, bf16 and fp16 weights, not {weight.dtype}"
+    if weight.is_cuda and compute_capability(weight.device.index) < (8, 0):
+        return "needs compute capability 8.0 or newer"
     return None

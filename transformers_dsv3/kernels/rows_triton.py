@@ -5,6 +5,9 @@ In decoding a launch costs more than its arithmetic. Under `torch.compile` the c
 them, which is better still; the write to the cache it does not.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,7 +18,7 @@ from .triton_support import on_device, triton_refusal
 WIDEST = 16384  # a program holds a row
 
 
-def rms_norm_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def rms_norm_refusal(x: torch.Tensor, weight: torch.Tensor, eps: float = 0.0) -> str | None:
     """The reason why `torch.ops.transformers_dsv3.rms_norm_triton` does not take a call, or None where it does."""
     if torch.compiler.is_compiling():
         return "leaves norms to the compiler, which joins them with what is around"
@@ -25,13 +28,9 @@ def rms_norm_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
 
 
 def latent_rows_refusal(
-    norm: nn.Module, kv_a: torch.Tensor, q_rope: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    kv_a: torch.Tensor, norm: nn.Module, q_rope: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: object
 ) -> str | None:
-    """The reason why `torch.ops.transformers_dsv3.latent_rows` does not take a call, or None where it does.
-
-    Args:
-        norm: of the latents. The others are the operator's.
-    """
+    """The reason why `latent_rows` does not take a call, or None where it does."""
     if not is_marked(type(norm), "is_plain_norm"):
         return f"takes plain norms, not a {type(norm).__name__}"
     if (reason := bypass_refusal("kv_a_layernorm", norm)) is not None:
@@ -135,3 +134,34 @@ _operators.define(
 )
 _operators.impl("latent_rows", _latent_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("transformers_dsv3::latent_rows", _latent_rows_fake, lib=_operators)
+rms_norm_operator = torch.ops.transformers_dsv3.rms_norm_triton
+
+
+def latent_rows(
+    kv_a: torch.Tensor,
+    norm: nn.Module,
+    q_rope: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleave: bool,
+    next_place: Callable[[], Any],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Normalises, rotates and caches the latents of new tokens in one launch.
+
+    Args:
+        kv_a: `(B, Q, R + P)`, what `kv_a_proj_with_mqa` gives. norm: of the latents.
+        q_rope: `(B, H, Q, P)`. cos, sin: `(B or 1, Q, P)`.
+        next_place: gives the place in the cache, with `keys`, `values`, `position`, `start` and `take`, or None.
+
+    Returns:
+        Rotated queries, and all that the cache holds after it, `(B, 1, S, R)` and `(B, 1, S, P)`; None where the cache
+        has no place to write to.
+    """
+    place = next_place()
+    if place is None:
+        return None
+    q_rope = torch.ops.transformers_dsv3.latent_rows(
+        *(kv_a, norm.weight, norm.variance_epsilon, q_rope, cos, sin, interleave),
+        *(place.keys, place.values, place.position, place.start),
+    )
+    return q_rope, *place.take(kv_a.shape[1])

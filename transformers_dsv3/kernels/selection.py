@@ -20,7 +20,7 @@ from torch.nn.modules import module as _modules
 from torch.utils._device import DeviceContext
 from transformers.utils import logging
 
-from . import cpu_library
+from .cpu import library as cpu_library
 
 
 logger = logging.get_logger(__name__)
@@ -55,6 +55,8 @@ def parse(text: str) -> dict[str, str]:
 
 
 chosen = parse(os.environ.get(VARIABLE, ""))
+# Grows with every change of the choices: what was decided before is decided anew
+epoch = 0
 if "isa" in chosen and cpu_library.unavailable is None:
     cpu_library.instruction_set(chosen["isa"])
 
@@ -71,12 +73,15 @@ def use(**choices: str) -> Iterator[None]:
             raise ValueError(f"{operation}={name!r} is not a choice: linear and attention are what may be chosen")
         if name not in CHOICES[operation]:
             raise ValueError(f"{operation}={name!r} is not a choice: it is one of {', '.join(CHOICES[operation])}")
+    global epoch
     before = dict(chosen)
     chosen.update(choices)
+    epoch += 1
     try:
         yield
     finally:
         chosen.update(before)
+        epoch += 1
 
 
 def cpu_refusal(operation: str, x: torch.Tensor, *weights: torch.Tensor) -> str | None:

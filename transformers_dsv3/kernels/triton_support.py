@@ -49,7 +49,7 @@ def compute_capability(index: int | None) -> tuple[int, int]:
 
 
 @torch.compiler.assume_constant_result
-def _why_missing() -> str | None:
+def _missing_refusal() -> str | None:
     return _missing()
 
 
@@ -60,7 +60,7 @@ def interpreted() -> bool:
 
 def device_refusal(tensor: torch.Tensor) -> str | None:
     """The reason why Triton's programs cannot run where a tensor lies, or None where they can."""
-    if (missing := _why_missing()) is not None:
+    if (missing := _missing_refusal()) is not None:
         return missing
     if tensor.is_cpu and interpreted():
         return None

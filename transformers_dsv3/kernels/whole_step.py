@@ -7,7 +7,7 @@ from torch import nn
 DEVICES = ("cuda", "xpu", "neuron", "tpu")
 
 
-def why_not(model: nn.Module) -> str | None:
+def model_refusal(model: nn.Module) -> str | None:
     """The reason why `generate(…, cache_implementation="static")` does not compile a model's steps, or None.
 
     Args:

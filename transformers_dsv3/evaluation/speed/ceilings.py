@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ...kernels import cpu_library
-from ...kernels.linear_cpu import linear
+from ...kernels.cpu import library as cpu_library
+from ...kernels.cpu.linear import linear
 from ...kernels.matmul_cpu import matmul, uses_onednn
 from .devices import Device
 
@@ -65,7 +65,7 @@ def ways_to_multiply(dtype: torch.dtype) -> dict[str, Callable[[torch.Tensor, to
     }
     if cpu_library.unavailable is None:
         ones = torch.ones(GEMM_SHAPE[1])
-        ways["the compiled library"] = lambda a, b: linear(a.to(torch.bfloat16), b, None, ones, True)
+        ways["the compiled library"] = lambda a, b: linear(a.to(torch.bfloat16), b, ones, None, True)
     return ways
 
 

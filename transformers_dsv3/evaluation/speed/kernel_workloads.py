@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ...kernels import experts_liger, mla_cpu, mla_triton, registry, selection, triton_support
+from ...kernels import dispatch, experts_liger, mla_triton, selection, triton_support
+from ...kernels.cpu import attention as mla_cpu
 from ...models.dsv3.attention_dsv3 import absorbed_attention, softmax_scale
 from ...models.dsv3.configuration_dsv3 import DeepseekV3Config
 from ...models.dsv3.moe_dsv3 import DeepseekV3Experts
@@ -205,14 +206,14 @@ def experts_part(experts: DeepseekV3Experts, tokens: int, seed: int, with_gradie
         output = experts(sources[0], index, sources[1])
         return output, torch.autograd.grad(output, sources, given)
 
-    for backend in registry.BACKENDS:
+    for backend in dispatch.EXPERTS.backends:
         name = backend.name
         few_only = name == "batched_mm" and pairs > config.n_routed_experts  # it copies weights for every pair
-        if backend.operation != "experts" or name in FROM_THE_HUB or few_only:
+        if name in FROM_THE_HUB or few_only:
             continue
         if with_gradients and name in WITHOUT_GRADIENTS:
             continue
-        reason = interpreted(name) or backend.why_not(experts)
+        reason = interpreted(name) or backend.module_refusal(experts)
         if reason is not None:
             part.failed[name] = reason
             continue

@@ -4,6 +4,7 @@
  * and each is read from memory once for all heads. `dsv3_attention_expanded` is for prefill: each head has keys of its
  * own, and the rotary part that all heads share is read where it is instead of being copied to each head.
  */
+#include "dsv3.h"
 #include "products.h"
 #include "threads.h"
 

@@ -1,4 +1,5 @@
 /* What is asked of the library as a whole. */
+#include "dsv3.h"
 #include "inner_loops.h"
 #include "threads.h"
 

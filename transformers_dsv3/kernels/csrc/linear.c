@@ -1,5 +1,6 @@
 /* y = x w^T + bias for any number of rows; with few rows it is bound by reading w, which is read once. */
-#include "project.h"
+#include "dsv3.h"
+#include "products.h"
 #include "threads.h"
 
 #include <stdlib.h>

@@ -1,6 +1,7 @@
 /* The mixture's networks in one pass: out = sum of weight * down(silu(gate(x)) * up(x)) over each token's experts, plus
  * the shared experts', which every token passes through. The weights of an expert that has tokens are read once (for
  * each SLAB of tokens), the others' never. A dense MLP is the shared part alone. */
+#include "dsv3.h"
 #include "products.h"
 #include "threads.h"
 

@@ -1,6 +1,7 @@
 /* What attention needs of each token, in one call: queries, latents and rotary keys from hidden states (arXiv 2412.19437,
  * equations 1 to 9). In decoding, each call from outside costs more than the small steps in here. */
-#include "project.h"
+#include "dsv3.h"
+#include "products.h"
 
 #include <stdlib.h>
 

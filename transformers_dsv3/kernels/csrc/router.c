@@ -1,4 +1,5 @@
 /* The router in one pass: scores, choice within groups, weights (arXiv 2412.19437, equations 12 to 16), all in fp32. */
+#include "dsv3.h"
 #include "products.h"
 #include "threads.h"
 

@@ -1,5 +1,6 @@
 /* The small steps between products, each over rows of activations: normalisation and rotation. */
-#include "project.h"
+#include "dsv3.h"
+#include "products.h"
 #include "threads.h"
 
 #include <math.h>

@@ -1,3 +1,4 @@
+#include "dsv3.h"
 #include "threads.h"
 
 #include <sched.h>

@@ -13,13 +13,14 @@ a head, V value dims of a head, R rank of the latent (`kv_lora_rank`), D hidden 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,8 +29,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ...kernels import mla_cpu, mla_flash, mla_training, mla_triton, rows_triton
-from ...kernels.rows_cpu import rotate_refusal
+from ...kernels.dispatch import ABSORBED, EXPANDED, LATENT_ROWS, PROJECTIONS, ROTATION, serve
 from ...kernels.selection import bypass_refusal, call_refusal, switched_off
 from .cache_dsv3 import extend, filled_positions, next_place
 from .configuration_dsv3 import DeepseekV3Config
@@ -215,6 +215,10 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         self.v_head_dim = config.v_head_dim
         self.rope_interleave = config.rope_interleave
         self.scaling = softmax_scale(config)
+        # Multiplications of a head: making keys and values of a latent, and what attention saves by having them, for
+        # each pair of a query and a key
+        self.expansion = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+        self.saving = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
 
         hidden_size, bias = config.hidden_size, config.attention_bias
         # Those of the two ways to make queries that are not taken are None, as in native's
@@ -247,7 +251,7 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         placements: Any = getattr(getattr(kv_b_proj, "weight", None), "placements", ())
         return len(placements) == 1 and placements[0].is_shard(0)
 
-    def why_not_absorbed(self, past_key_values: Cache | None = None) -> str | None:
+    def absorbed_refusal(self, past_key_values: Cache | None = None) -> str | None:
         """The reason why the absorbed path cannot serve this module and cache, or None where it can."""
         kv_b_proj = self.kv_b_proj
         if type(kv_b_proj) is not nn.Linear:
@@ -255,7 +259,9 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         if (kind := type(kv_b_proj)) is not nn.Linear:
             return f"kv_b_proj is a {kind.__module__}.{kind.__name__}, whose weight cannot be folded"
         weight = kv_b_proj.weight
-        if not self.is_head_parallel:  # whose hooks move what is sharded otherwise
+        if (
+            "_is_hooked" not in kv_b_proj.__dict__ or not self.is_head_parallel
+        ):  # whose hooks move what is sharded otherwise
             if type(weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
                 return f"kv_b_proj's weight is a {type(weight).__name__}, not a plain tensor"
             if (reason := bypass_refusal("kv_b_proj", kv_b_proj)) is not None:
@@ -265,7 +271,8 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         if self.training and self.attention_dropout > 0:
             return "attention dropout is on"
         implementation = self.config._attn_implementation or "eager"
-        if not is_known_attention(implementation):
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        if function not in _KNOWN_ATTENTION and not is_known_attention(implementation):
             return f"{implementation!r} is an attention function that computes something of its own"
         if "paged" in implementation:
             return f"the cache of {implementation!r} is not addressed by position"
@@ -273,57 +280,18 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
             return f"the mask of {implementation!r} does not tell which positions of a static cache are filled"
         return None
 
-    def _absorbed_is_cheaper(self, q_len: int, kv_len: int) -> bool:
-        """Compares the multiplications a head does: expansion pays once a position, absorption for every query."""
-        N, P, V, R = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank
-        expanded = kv_len * R * (N + V) + q_len * kv_len * (N + P + V)
-        absorbed = q_len * R * (N + V) + q_len * kv_len * (2 * R + P)
-        return absorbed < expanded
-
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        if not self.training and rotate_refusal(x, cos, sin) is None:
-            return torch.ops.transformers_dsv3.rotate(x, cos, sin, self.rope_interleave)
-        return rotate(x, cos, sin, self.rope_interleave)
+        rotated = serve(ROTATION, self, x, cos, sin, self.rope_interleave)
+        return rotate(x, cos, sin, self.rope_interleave) if rotated is None else rotated
 
-    def _write(
-        self,
-        kv_a: torch.Tensor,
-        q_rope: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        past_key_values: Cache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Normalises, rotates and caches in one launch where a backend takes the call, else None.
-
-        Args:
-            kv_a: `(B, Q, R + P)`. q_rope: `(B, H, Q, P)`, not rotated.
-
-        Returns:
-            Rotated queries, and all that the cache holds after it, `(B, 1, S, R)` and `(B, 1, S, P)`.
-        """
-        norm = self.kv_a_layernorm
-        if past_key_values is None or rows_triton.latent_rows_refusal(norm, kv_a, q_rope, cos, sin) is not None:
-            return None
-        place = next_place(past_key_values, kv_a, self.layer_idx)
-        if place is None:
-            return None
-        q_rope = torch.ops.transformers_dsv3.latent_rows(
-            *(kv_a, norm.weight, norm.variance_epsilon, q_rope, cos, sin, self.rope_interleave),
-            *(place.keys, place.values, place.position, place.start),
+    def _is_plain_sdpa(self) -> bool:
+        """Whether softmax attention is asked for by `"sdpa"`: others may compute it from the parts of keys."""
+        return (
+            self.config._attn_implementation == "sdpa"
+            and self.is_causal
+            and is_known_attention("sdpa")
+            and not (self.training and self.attention_dropout > 0)
         )
-        return q_rope, *place.take(kv_a.shape[1])
-
-    def _fused_expanded(
-        self, q_nope: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor, attention_mask: Any
-    ) -> Callable | None:
-        """What computes attention from the parts of keys and values on a CPU, or None where nothing takes the call."""
-        if self.config._attn_implementation != "sdpa" or not self.is_causal or not is_known_attention("sdpa"):
-            return None
-        dropout = self.attention_dropout if self.training else 0.0
-        for backend in (mla_training,) if self.training else (mla_cpu, mla_training):
-            if backend.expanded_refusal(q_nope, kv, k_rope, attention_mask, dropout) is None:
-                return backend.expanded_attention
-        return None
 
     def _expand(self, kv: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, S, H, N + V)`, shared keys `(B, 1, S, P)` to keys `(B, H, S, N + P)`, values `(B, H, S, V)`."""
@@ -377,8 +345,9 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         cos, sin = position_embeddings
         dims = [self.qk_nope_head_dim, self.qk_rope_head_dim]
         written = None
-        if not self.training and mla_cpu.project_refusal(self, hidden_states, cos) is None:
-            query, latent, k_rope = mla_cpu.project(self, hidden_states, cos, sin, self.rope_interleave)
+        projected = serve(PROJECTIONS, self, hidden_states, self, cos, sin, self.rope_interleave)
+        if projected is not None:
+            query, latent, k_rope = projected
             q_nope, q_rope = query.split(dims, dim=-1)
         else:
             if self.q_lora_rank is None:
@@ -387,8 +356,10 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
                 query = linear(self.q_b_proj, self.q_a_layernorm(linear(self.q_a_proj, hidden_states)))
             q_nope, q_rope = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2).split(dims, dim=-1)
             kv_a = linear(self.kv_a_proj_with_mqa, hidden_states)
-            if not self.training:
-                written = self._write(kv_a, q_rope, cos, sin, past_key_values)
+            if past_key_values is not None:
+                place = partial(next_place, past_key_values, kv_a, self.layer_idx)
+                rows = (kv_a, self.kv_a_layernorm, q_rope, cos, sin, self.rope_interleave, place)
+                written = serve(LATENT_ROWS, self, *rows)
             if written is None:
                 latent, k_rope = kv_a.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
                 latent = self.kv_a_layernorm(latent).unsqueeze(1)
@@ -401,11 +372,14 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
             latent, k_rope = extend(past_key_values, latent, k_rope, self.layer_idx)
 
         kv_len = latent.shape[2]
-        absorb = past_key_values is not None and self._absorbed_is_cheaper(q_len, kv_len)
-        is_head_parallel = absorb and self.is_head_parallel
+        # Expansion pays once a position, absorption for every query
+        absorb = (
+            past_key_values is not None and q_len * (self.expansion + kv_len * self.saving) < kv_len * self.expansion
+        )
+        is_head_parallel = absorb and "_is_hooked" in self.kv_b_proj.__dict__ and self.is_head_parallel
         if is_head_parallel and torch.is_grad_enabled():
             absorb = False  # only kv_b_proj's own call sums the latents' gradients over the processes
-        if absorb and (reason := self.why_not_absorbed(past_key_values)) is not None:
+        if absorb and (reason := self.absorbed_refusal(past_key_values)) is not None:
             absorb = False
             if not is_torchdynamo_compiling():
                 logger.warning_once(f"Every step expands the whole context, slow where it is long: {reason}.")
@@ -418,26 +392,29 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
                 kv_b_weight = kv_b_weight.to_local()
             is_causal = kwargs.get("is_causal")
             is_causal = self.is_causal if is_causal is None else is_causal
-            mask = dense_mask(attention_mask, q_len, kv_len, hidden_states.device, first_query, is_causal)
+            mask = None
+            if attention_mask is not None or q_len > 1:
+                mask = dense_mask(attention_mask, q_len, kv_len, hidden_states.device, first_query, is_causal)
             arguments = (q_nope, q_rope, latent, k_rope, kv_b_weight, mask, self.scaling)
-            if implementation == "eager":
+            output = None
+            if implementation != "eager":
+                filled = (
+                    None
+                    if type(past_key_values) is DynamicCache
+                    else filled_positions(past_key_values, self.layer_idx)
+                )
+                output = serve(ABSORBED, self, *arguments, filled)
+            if output is None:
                 output, weights = absorbed_attention(*arguments)
-            elif not self.training and mla_flash.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight, mask) is None:
-                output = mla_flash.absorbed_attention(*arguments)
-            elif not self.training and mla_cpu.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight, mask) is None:
-                output = mla_cpu.absorbed_attention(*arguments)
-            elif not self.training and mla_triton.absorbed_refusal(q_nope, latent, k_rope, kv_b_weight, mask) is None:
-                output = mla_triton.absorbed_attention(*arguments, filled_positions(past_key_values, self.layer_idx))
-            else:
-                output, _ = absorbed_attention(*arguments)
+                weights = weights if implementation == "eager" else None
         else:
             if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
                 attention_mask = attention_mask[..., :kv_len]  # of a mask that reaches past the keys
             kv = linear(self.kv_b_proj, latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
-            fused = self._fused_expanded(q_nope, kv, k_rope, attention_mask) if "is_causal" not in kwargs else None
-            if fused is not None:
-                output = fused(q_nope, q_rope, kv, k_rope.squeeze(1), attention_mask, self.scaling)
-            else:
+            output = None
+            if "is_causal" not in kwargs and self._is_plain_sdpa():
+                output = serve(EXPANDED, self, q_nope, q_rope, kv, k_rope.squeeze(1), attention_mask, self.scaling)
+            if output is None:
                 output, weights = self._expanded_attention(
                     torch.cat([q_nope, q_rope], dim=-1), *self._expand(kv, k_rope), attention_mask, **kwargs
                 )

@@ -24,21 +24,6 @@ class _Room:
     filled: int = 0
     owner: int = 0
 
-    def fits(self, layer: DynamicLayer, length: int, end: int) -> bool:
-        """Whether the layer's tensors are the first part of these, and nothing else has been given out behind them."""
-        return (
-            self.owner == id(layer)
-            and self.filled == length
-            and self.keys.shape[2] >= end
-            and all(
-                mine.data_ptr() == held.data_ptr()
-                and mine.stride() == held.stride()
-                and mine.shape[0] == held.shape[0]
-                for mine, held in ((self.keys, layer.keys), (self.values, layer.values))
-            )
-            and (torch.is_inference_mode_enabled() or not self.keys.is_inference())
-        )
-
 
 def extend(
     cache: Cache, latent: torch.Tensor, k_rope: torch.Tensor, layer_idx: int
@@ -59,10 +44,12 @@ def extend(
     layer = _growing(cache, latent, layer_idx)
     if layer is None:
         return cache.update(latent, k_rope, layer_idx)
-    place = _room_in(layer, latent.shape[2])
-    end = place.start + latent.shape[2]
-    place.keys[:, :, place.start : end], place.values[:, :, place.start : end] = latent, k_rope
-    return place.take(latent.shape[2])
+    start, end = layer.keys.shape[2], layer.keys.shape[2] + latent.shape[2]
+    room = _room_in(layer, end)
+    room.keys[:, :, start:end], room.values[:, :, start:end] = latent, k_rope
+    room.filled = end
+    layer.keys, layer.values = room.keys[:, :, :end], room.values[:, :, :end]
+    return layer.keys, layer.values
 
 
 def _growing(cache: Cache, latent: torch.Tensor, layer_idx: int) -> DynamicLayer | None:
@@ -83,18 +70,31 @@ def _growing(cache: Cache, latent: torch.Tensor, layer_idx: int) -> DynamicLayer
     return layer
 
 
-def _room_in(layer: DynamicLayer, tokens: int) -> "Place":
-    """Where the next tokens of a layer that grows in place go."""
-    length = layer.keys.shape[2]
-    end = length + tokens
-    spare = getattr(layer, "spare_room", None)
-    if spare is None or not spare.fits(layer, length, end):
-        room = end + max(SPARE_TOKENS, end // 8)
-        spare = _Room(*(old.new_empty(*old.shape[:2], room, old.shape[3]) for old in (layer.keys, layer.values)))
-        spare.keys[:, :, :length], spare.values[:, :, :length] = layer.keys, layer.values
-        spare.owner = id(layer)
-        layer.spare_room = spare
-    return Place(layer, spare.keys, spare.values, length)
+def _room_in(layer: DynamicLayer, end: int) -> _Room:
+    """The room of a layer that grows in place to `end` tokens: what it has, where its tensors are the first part of
+    that and nothing else was given out behind them."""
+    length, latents, k_rope = layer.keys.shape[2], layer.keys, layer.values
+    room = getattr(layer, "spare_room", None)
+    if (
+        room is not None
+        and room.owner == id(layer)
+        and room.filled == length
+        and room.keys.shape[2] >= end
+        and room.keys.data_ptr() == latents.data_ptr()
+        and room.keys.stride() == latents.stride()
+        and room.keys.shape[0] == latents.shape[0]
+        and room.values.data_ptr() == k_rope.data_ptr()
+        and room.values.stride() == k_rope.stride()
+        and room.values.shape[0] == k_rope.shape[0]
+        and (torch.is_inference_mode_enabled() or not room.keys.is_inference())
+    ):
+        return room
+    size = end + max(SPARE_TOKENS, end // 8)
+    room = _Room(*(old.new_empty(*old.shape[:2], size, old.shape[3]) for old in (latents, k_rope)))
+    room.keys[:, :, :length], room.values[:, :, :length] = latents, k_rope
+    room.owner = id(layer)
+    layer.spare_room = room
+    return room
 
 
 @dataclass
@@ -134,7 +134,11 @@ def next_place(cache: Cache | None, latent: torch.Tensor, layer_idx: int) -> Pla
     layer = _static(cache, layer_idx)
     if layer is None:
         growing = _growing(cache, latent, layer_idx)
-        return None if growing is None else _room_in(growing, latent.shape[1])
+        if growing is None:
+            return None
+        start = growing.keys.shape[2]
+        room = _room_in(growing, start + latent.shape[1])
+        return Place(growing, room.keys, room.values, start)
     if not layer.is_initialized or layer.keys.dtype != latent.dtype or layer.keys.device != latent.device:
         return None
     return Place(layer, layer.keys, layer.values, position=layer.cumulative_length)

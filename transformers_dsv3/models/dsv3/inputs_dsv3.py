@@ -54,7 +54,8 @@ def check_inputs(
         raise ValueError(f"`{name}` of shape {tuple(tokens.shape)} is empty: at least one token is needed.")
 
     if input_ids is not None and readable(input_ids) and isinstance(embedding, nn.Embedding):
-        low, high = (int(value) for value in input_ids.aminmax())
+        lowest, highest = input_ids.aminmax()
+        low, high = int(lowest), int(highest)
         if low < 0 or high >= embedding.num_embeddings:
             raise ValueError(
                 f"`input_ids` has token id {low if low < 0 else high}, outside the vocabulary of "

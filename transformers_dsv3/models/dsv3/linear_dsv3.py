@@ -9,9 +9,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
-from ...kernels import linear_cpu, linear_onednn
-from ...kernels.experts_cpu import mixture, mixture_refusal
-from ...kernels.selection import bypass_refusal, switched_off
+from ...kernels.dispatch import LINEAR, MLP, serve
+from ...kernels.selection import switched_off
 from .configuration_dsv3 import DeepseekV3Config
 
 
@@ -23,12 +22,10 @@ def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """
     if type(layer) is not nn.Linear:
         layer = switched_off(layer)
-    if type(layer) is nn.Linear and bypass_refusal("layer", layer) is None:
-        weight, bias = layer.weight, layer.bias
-        if not layer.training and linear_cpu.linear_refusal(x, weight, bias) is None:
-            return linear_cpu.linear(x, weight, bias)
-        if linear_onednn.linear_refusal(x, weight) is None:
-            return linear_onednn.linear(x, weight, bias)
+    if type(layer) is nn.Linear:
+        y = serve(LINEAR, layer, x, layer.weight, None, layer.bias, False)
+        if y is not None:
+            return y
     return layer(x)
 
 
@@ -53,8 +50,9 @@ class DeepseekV3MLP(native.DeepseekV3MLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., D)` to `(..., D)`."""
-        if not self.training and mixture_refusal(x, None, None, self) is None:
-            return mixture(x.reshape(-1, x.shape[-1]), None, None, None, self).view(x.shape)
+        y = serve(MLP, self, x, self)
+        if y is not None:
+            return y
         return linear(self.down_proj, self.act_fn(linear(self.gate_proj, x)) * linear(self.up_proj, x))
 
 

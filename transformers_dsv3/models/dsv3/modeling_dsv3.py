@@ -1,5 +1,6 @@
 """DeepSeek-V3 models (arXiv 2412.19437): backbone, causal language model, classification heads."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -298,11 +299,12 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
             # Made after the mask, since Transformers looks for packed sequences only where there is no cache
             layer_inputs["past_key_values"] = DynamicCache(config=self.config)
         layer_inputs["use_cache"] = use_cache
-        router_pass = None
+        under_way: AbstractContextManager = nullcontext()
         if training_pass is not None:
             router_pass = RouterPass(training_pass, None if token_mask is None else token_mask.flatten())
             layer_inputs["position_ids"] = mark(position_ids, router_pass)
-        with running(router_pass):
+            under_way = running(router_pass)
+        with under_way:
             outputs: MoeModelOutputWithPast = self._run_layers(
                 inputs_embeds, return_dict=True, **layer_inputs, **kwargs
             )
@@ -474,13 +476,14 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         vocab_size: int = getattr(self.lm_head, "out_features", None) or self.config.vocab_size  # type: ignore[assignment]
-        check_labels(vocab_size, labels, tokens if keeps_all else None, ignore_index)
+        if labels is not None:
+            check_labels(vocab_size, labels, tokens if keeps_all else None, ignore_index)
         targets = shift_labels
         if targets is None and labels is not None:
             targets = shift_left(labels, 1, ignore_index)
         if targets is not None and ignore_index != -100:
             targets = targets.masked_fill(targets == ignore_index, -100)
-        if training_pass is None and keeps_all:
+        if training_pass is None and keeps_all and targets is not None:
             training_pass = self.make_training_pass(None, targets)
         if training_pass is not None:
             training_pass.loss_is_known = True

@@ -12,8 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
-from ...kernels.experts_cpu import may_serve, mixture, mixture_refusal, route_refusal
-from ...kernels.experts_lora import low_rank_experts
+from ...kernels.dispatch import ADAPTED, MIXTURE, ROUTER, serve
 from ...kernels.selection import is_marked, switched_off
 from .adapted_experts_dsv3 import adapted_experts
 from .configuration_dsv3 import DeepseekV3Config
@@ -93,17 +92,20 @@ class DeepseekV3TopkRouter(native.DeepseekV3TopkRouter):
                 f"e_score_correction_bias is {self.e_score_correction_bias.dtype}, its fp32 values are lost. FSDP's "
                 "MixedPrecision(buffer_dtype=...) casts buffers: leave buffer_dtype unset, or use FSDP2."
             )
-        if not self.training and route_refusal(hidden_states, self.weight) is None:
-            return torch.ops.transformers_dsv3.route(
-                hidden_states.reshape(-1, hidden_states.shape[-1]),
-                self.weight,
-                self.e_score_correction_bias,
-                self.num_group,
-                self.topk_group,
-                self.top_k,
-                self.norm_topk_prob,
-                self.routed_scaling_factor,
-            )
+        routed = serve(
+            ROUTER,
+            self,
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            self.weight,
+            self.e_score_correction_bias,
+            self.num_group,
+            self.topk_group,
+            self.top_k,
+            self.norm_topk_prob,
+            self.routed_scaling_factor,
+        )
+        if routed is not None:
+            return routed
         router_pass = current_router_pass() if self.training else None
         training_pass = None if router_pass is None else router_pass.training_pass
         token_mask = None if router_pass is None else router_pass.token_mask
@@ -237,23 +239,20 @@ class DeepseekV3MoE(native.DeepseekV3MoE):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         has_shared = getattr(self.shared_experts, "intermediate_size", 1) > 0
         plain = self.experts
-        if not is_marked(type(plain), "is_plain_experts"):
+        if not (is_plain := is_marked(type(plain), "is_plain_experts")):
             plain = switched_off(plain)  # PEFT's adapters are modules around them
-        if (
-            has_shared
-            and not self.training
-            and is_marked(type(plain), "is_plain_experts")
-            and may_serve(plain.config._experts_implementation)
-            and mixture_refusal(hidden_states, plain, weights, self.shared_experts) is None
-        ):
-            return mixture(flat, plain, indices, weights, self.shared_experts).view(hidden_states.shape)
+            is_plain = is_marked(type(plain), "is_plain_experts")
+        if has_shared and is_plain:
+            if plain.config._experts_implementation in ("auto", "cpu"):
+                mixed = serve(MIXTURE, self, flat, plain, indices, weights, self.shared_experts)
+                if mixed is not None:
+                    return mixed.view(hidden_states.shape)
         if (adapted := adapted_experts(self.experts)) is None:
             routed = self.experts(flat, indices, weights)
         else:
             experts, added = adapted
-            routed = low_rank_experts(
-                experts, flat, indices, weights, added.get("gate_up_proj"), added.get("down_proj")
-            )
+            adapters = (added.get("gate_up_proj"), added.get("down_proj"))
+            routed = serve(ADAPTED, experts, flat, experts, indices, weights, *adapters)
         routed = routed.view(hidden_states.shape)
         return routed + self.shared_experts(hidden_states) if has_shared else routed
 

@@ -1,19 +1,20 @@
 """The compiled library for CPUs: loading it, and what can be asked of it as a whole.
 
-It is plain C without Python or torch inside (sources in `csrc/`), built when the package is installed if there is a C
-compiler, and called through ctypes, so that one binary serves every version of Python and torch. The threads it works
-with are those of torch's own OpenMP pool.
+It is plain C without Python or torch inside (sources in `kernels/csrc`), built when the package is installed if there
+is a C compiler, and called through ctypes, so that one binary serves every version of Python and torch. The threads it
+works with are those of torch's own OpenMP pool.
 """
 
 import ctypes
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 # Names a folder with another build of the library, such as one with a sanitizer
 FOLDER_VARIABLE = "TRANSFORMERS_DSV3_CPU_LIBRARY"
 # The build writes into this file why there is no library; see setup.py
@@ -21,6 +22,7 @@ BUILD_FAILURE = "_cpu_build_failure.txt"
 VERSION = 3  # dsv3_version() of csrc/library.c
 
 pointer, integer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+# What `csrc/dsv3.h` declares, which a test compares with this
 SIGNATURES = {
     # x, x_type, ldx, w, w_type, ldw, w_scale, bias, y, ldy, M, N, K, int8_activations, threads
     "dsv3_linear": [pointer, whole, integer, pointer, whole, integer, *[pointer] * 3, *[integer] * 4, whole, whole],
@@ -98,24 +100,21 @@ def _share_threads(library: ctypes.CDLL) -> None:
     library.dsv3_use_pool(ctypes.cast(parallel, pointer), ctypes.cast(team_size, pointer))
 
 
-_library: ctypes.CDLL | None = None
+class _Missing:
+    """Stands where there is no library: whoever uses it is told why."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotAvailable(f"the compiled CPU backend {unavailable}")
+
+
+# The loaded library. Operators read it here at each call
+loaded: Any = _Missing()
 # Why there is no library here, None where there is
 unavailable: str | None = None
 try:
-    _library = load(Path(os.environ.get(FOLDER_VARIABLE, FOLDER)))
+    loaded = load(Path(os.environ.get(FOLDER_VARIABLE, FOLDER)))
 except NotAvailable as reason:
     unavailable = str(reason)
-
-
-def library() -> ctypes.CDLL:
-    """The loaded library.
-
-    Raises:
-        NotAvailable: with the reason.
-    """
-    if _library is None:
-        raise NotAvailable(f"the compiled CPU backend {unavailable}")
-    return _library
 
 
 def instruction_set(name: str | None = None) -> str:
@@ -130,7 +129,7 @@ def instruction_set(name: str | None = None) -> str:
     Raises:
         ValueError: if this processor does not run it.
     """
-    used = library().dsv3_use_isa(name and name.encode())
+    used = loaded.dsv3_use_isa(name and name.encode())
     if used is None:
         raise ValueError(f"this processor does not run {name!r} code; choose avx512, avx2 or portable")
     return used.decode()
@@ -140,5 +139,5 @@ def read_seconds(buffer: torch.Tensor) -> float:
     """Seconds that reading a contiguous CPU tensor from memory takes, with torch's number of threads."""
     words = buffer.numel() * buffer.element_size() // 8
     started = time.perf_counter()
-    library().dsv3_read(buffer.data_ptr(), words, torch.get_num_threads())
+    loaded.dsv3_read(buffer.data_ptr(), words, torch.get_num_threads())
     return time.perf_counter() - started

@@ -1,0 +1,108 @@
+"""Linear layers by the compiled CPU backend: a few rows of activations, bound by reading the weights once."""
+
+from typing import Any
+
+import torch
+
+from ..selection import cpu_refusal
+from . import library
+from .operators import TYPES, addresses, define, out_of_memory, require_activations
+
+
+# With more rows PyTorch's own product is as fast in bf16, since then arithmetic is the limit. In fp32 it is not: on
+# AMD's processors MKL uses half of their vectors.
+MOST_BF16_ROWS = 64
+# Weights that stay in the processor's second-level cache gain nothing from being streamed, and the call costs more
+FEWEST_BYTES = 2**18
+# Where 8-bit activations are asked for, fewer rows than this have 16 bits all the same: reading the weights is the
+# limit then, and more bits are free.
+FEWEST_INT8_ROWS = 16
+
+
+def linear_refusal(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> str | None:
+    """The reason why `linear` does not take a call, or None where it does. Arguments as for `linear`."""
+    return layer_refusal(x, weight, *rest) or rows_refusal(x, weight)
+
+
+def layer_refusal(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    int8_activations: bool = False,
+) -> str | None:
+    """The part of `linear_refusal` that stays the same from call to call."""
+    if weight.dtype is not torch.int8 and weight.numel() * weight.element_size() < FEWEST_BYTES:
+        return "does not pay for weights this small"
+    if not weight.is_contiguous():
+        return "takes contiguous weights only"
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        return "has no gradients"
+    return cpu_refusal("linear", x, weight)
+
+
+def rows_refusal(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
+    """The part of `linear_refusal` that the number of rows decides, which changes from call to call."""
+    if x.dtype is torch.bfloat16 and x.numel() > MOST_BF16_ROWS * x.shape[-1] and weight.dtype is not torch.int8:
+        return f"pays up to {MOST_BF16_ROWS} rows of bf16"
+    return None
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    int8_activations: bool = False,
+) -> torch.Tensor:
+    """`x` `(..., K)` times the transpose of `weight` `(N, K)`, plus `bias` `(N,)`: `(..., N)`.
+
+    Args:
+        scale: fp32 `(N,)`, for INT8 weights.
+        int8_activations: whether activations are rounded to 8 bits where the weights are INT8, instead of 16.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        require_activations("x", x)
+    N, K = weight.shape
+    if x.shape[-1] != K:
+        raise ValueError(f"x has rows of {x.shape[-1]}, weight of {K}")
+    if weight.dtype is x.dtype and scale is None and weight.is_contiguous():
+        address, scale_address = weight.data_ptr(), None
+    else:
+        address, scale_address = addresses(x, ("weight", weight, scale, (N, K)))  # type: ignore[assignment]
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (N,) or not bias.is_contiguous()):
+        raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}, not contiguous {x.dtype} of ({N},)")
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], N)
+    if y.numel():
+        status = library.loaded.dsv3_linear(
+            x.data_ptr(),
+            TYPES[x.dtype],
+            K,
+            address,
+            TYPES[weight.dtype],
+            K,
+            scale_address,
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            N,
+            y.numel() // N,
+            N,
+            K,
+            int8_activations,
+            torch.get_num_threads(),
+        )
+        if status:
+            out_of_memory()
+    return y
+
+
+def _fake(x, weight, scale, bias, int8_activations):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+operator = define(
+    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool int8_activations) -> Tensor",
+    linear,
+    _fake,
+)

@@ -1,0 +1,127 @@
+"""What the compiled library's operations share: how they become torch operators, and checks of what C trusts.
+
+Each operation is a torch operator, `torch.ops.transformers_dsv3.*`, with a fake kernel, so torch.compile and
+torch.export trace through it, and checks shapes and types before any memory is touched. None has a gradient:
+`selection` leaves calls that need one to PyTorch. Where nothing looks at operators, its kernel is called without
+PyTorch's dispatcher, which costs more than a small step of decoding.
+
+INT8 weights are whole numbers times an fp32 scale for each output channel. Activations then meet them as 16-bit whole
+numbers with a scale for each row, which lose less than bf16 does, or, for many rows at once, as 8-bit ones
+(`int8_activations`), which are about twice as fast.
+
+In decoding each call from Python to Python counts: checks are written out where they are needed, and only what they
+find is told by functions of their own.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+LONGEST_HEAD = 2048  # K_BLOCK of csrc/inner_loops.h
+MOST_ROTATED = 1024  # of csrc/rows.c
+
+_definitions = torch.library.Library("transformers_dsv3", "FRAGMENT")
+
+
+def define(schema: str, kernel: Callable, fake: Callable) -> Any:
+    """Makes an operator of a function on CPU tensors, and returns it.
+
+    Args:
+        schema: its name and arguments. fake: gives results of the right shape and dtype without computing them.
+    """
+    name = schema.partition("(")[0]
+    _definitions.define(schema)
+    _definitions.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"transformers_dsv3::{name}", fake, lib=_definitions)
+    return getattr(torch.ops.transformers_dsv3, name)
+
+
+def fake_like(x, *rest):  # type: ignore[no-untyped-def]
+    """The fake kernel of what keeps shape and dtype of its first argument."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def out_of_memory() -> None:
+    raise MemoryError("the compiled CPU backend found no memory for its intermediate results")
+
+
+def require_activations(name: str, x: torch.Tensor) -> None:
+    raise ValueError(f"{name} is {x.dtype}, not fp32 or bf16")
+
+
+def require_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:
+    raise ValueError(f"{name} is of shape {tuple(tensor.shape)}, not {shape}")
+
+
+def addresses(
+    x: torch.Tensor, *weights: tuple[str, torch.Tensor | None, torch.Tensor | None, tuple]
+) -> list[int | None]:
+    """Where weights and their scales lie, one after another, None for those that are left out.
+
+    Args:
+        x: the activations.
+        weights: name, weight, scale and shape. In x's dtype, or INT8 with contiguous fp32 scales for the rows.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    dtype = x.dtype
+    found: list[int | None] = []
+    for name, weight, scale, shape in weights:
+        if weight is None:
+            found += (None, None)
+            continue
+        if weight.shape != shape:
+            require_shape(name, weight, shape)
+        if not weight.is_contiguous():
+            raise ValueError(f"{name} is not contiguous")
+        if weight.dtype is dtype:
+            if scale is not None:
+                raise ValueError(f"{name} has a scale, but is not INT8")
+            found += (weight.data_ptr(), None)
+            continue
+        if weight.dtype is not torch.int8:
+            raise ValueError(f"{name} is {weight.dtype}, the activations are {dtype}")
+        if scale is None:
+            raise ValueError(f"{name} is INT8 without a scale")
+        if scale.dtype is not torch.float32 or scale.shape != shape[:-1] or not scale.is_contiguous():
+            raise ValueError(
+                f"the scale of {name} is {scale.dtype} of {tuple(scale.shape)}, not contiguous fp32 of {shape[:-1]}"
+            )
+        found += (weight.data_ptr(), scale.data_ptr())
+    return found
+
+
+def dense_rows(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ctypes.Array]]:
+    """Tensors, copied where their last dimension is not dense in memory, and the strides of all dimensions but it."""
+    found = []
+    for tensor in tensors:
+        stride = tensor.stride()
+        if stride[-1] != 1 and tensor.shape[-1] != 1:
+            tensor = tensor.contiguous()
+            stride = tensor.stride()
+        found.append((tensor, (ctypes.c_int64 * (len(stride) - 1))(*stride[:-1])))
+    return found
+
+
+def require_angles(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, shape: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of `shape` `(B, Q, P)` or `(1, Q, P)`, contiguous.
+
+    Raises:
+        ValueError: for angles of another dtype than x's, or another shape.
+    """
+    B, Q, P = shape
+    if P > MOST_ROTATED or P % 2:
+        raise ValueError(f"x has {P} dimensions to rotate, not an even number up to {MOST_ROTATED}")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if tensor.shape not in ((B, Q, P), (1, Q, P)) or tensor.dtype is not x.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {x.dtype} of {shape}")
+    if cos.shape != sin.shape:
+        cos, sin = cos.expand(B, Q, P), sin.expand(B, Q, P)
+    return cos.contiguous(), sin.contiguous()
