@@ -47,7 +47,7 @@ RUN_BY = {
     "transformers-dsv3 bench": "tests/cli/test_bench.py",
     "transformers-dsv3 card": "tests/cli/test_card.py",
     "transformers-dsv3 evaluate": "tests/cli/test_evaluate.py",
-    "transformers-dsv3 explain": "tests/kernels/test_registry.py",
+    "transformers-dsv3 explain": "tests/kernels/test_explain.py",
     "transformers-dsv3 pull": "tests/hub/test_pull.py",
     "transformers-dsv3 push": "tests/hub/test_push.py",
     "transformers-dsv3 quickstart": "tests/cli/test_quickstart.py",

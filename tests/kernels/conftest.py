@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from transformers_dsv3.kernels import cpu_library
+from transformers_dsv3.kernels.cpu import library as cpu_library
 from transformers_dsv3.kernels.selection import CHOICES
 
 

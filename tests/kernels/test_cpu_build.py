@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_dsv3.kernels import cpu_library
+from transformers_dsv3.kernels.cpu import library as cpu_library
 
 
 ROOT = Path(__file__).parents[2]

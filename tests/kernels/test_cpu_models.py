@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import transformers_dsv3
-from transformers_dsv3.kernels import cpu_library, linear_cpu, selection
+from transformers_dsv3.kernels import selection
+from transformers_dsv3.kernels.cpu import library as cpu_library
+from transformers_dsv3.kernels.cpu import linear as linear_cpu
 
 
 pytestmark = pytest.mark.usefixtures("compiled")

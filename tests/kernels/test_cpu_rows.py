@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformers_dsv3.kernels import cpu_ops, mla_cpu, selection
+from transformers_dsv3.kernels import selection
+from transformers_dsv3.kernels.cpu import library, project
 from transformers_dsv3.models.dsv3.attention_dsv3 import rotate
 
 
@@ -135,8 +136,8 @@ def test_projections_are_those_of_the_layers_one_by_one(make_model, dtype, q_lor
         x = torch.randn(2, 3, attention.config.hidden_size).to(dtype)
         angles = torch.rand(1, 3, attention.qk_rope_head_dim // 2).repeat(1, 1, 2)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        assert mla_cpu.project_refusal(attention, x, cos) is None
-        results = mla_cpu.project(attention, x, cos, sin, interleave)
+        assert project.project_refusal(x, attention, cos) is None
+        results = project.project(x, attention, cos, sin, interleave)
 
         def layers(attention, x, cos, sin):
             N, P, R = attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.kv_lora_rank
@@ -162,11 +163,11 @@ def test_projections_refuse_what_is_not_plain(make_model):
     x, cos = torch.randn(1, 2, attention.config.hidden_size), torch.ones(1, 2, attention.qk_rope_head_dim)
     with torch.no_grad():
         handle = attention.kv_a_proj_with_mqa.register_forward_hook(lambda *_: None)
-        assert "kv_a_proj_with_mqa has hooks" in mla_cpu.project_refusal(attention, x, cos)
+        assert "kv_a_proj_with_mqa has hooks" in project.project_refusal(x, attention, cos)
         handle.remove()
-        assert mla_cpu.project_refusal(attention, x, cos) is None
+        assert project.project_refusal(x, attention, cos) is None
         attention.kv_a_layernorm = torch.nn.LayerNorm(attention.kv_lora_rank)
-        assert "kv_a_layernorm is a LayerNorm" in mla_cpu.project_refusal(attention, x, cos)
+        assert "kv_a_layernorm is a LayerNorm" in project.project_refusal(x, attention, cos)
     ops = torch.ops.transformers_dsv3
     weight = attention.kv_a_proj_with_mqa.weight.detach()
     with pytest.raises(ValueError, match="kv_a is of shape"):
@@ -179,7 +180,7 @@ def test_projections_refuse_what_is_not_plain(make_model):
 def test_training_mode_leaves_the_compiled_backend_out(make_model, monkeypatch):
     """With gradients or without: reentrant checkpointing runs each layer once in either way."""
     model = make_model().train()
-    monkeypatch.setattr(cpu_ops, "library", lambda: pytest.fail("the compiled library was called"))
+    monkeypatch.setattr(library, "loaded", None)
     with torch.no_grad():
         cache = model(torch.arange(2, 12)[None], use_cache=True).past_key_values
         model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)

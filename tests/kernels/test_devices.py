@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import transformers_dsv3
-from transformers_dsv3.kernels import cpu_library
-from transformers_dsv3.kernels.registry import ABSORBED, BACKENDS, EXPANDED, EXPERTS, LINEAR, STEP
+from transformers_dsv3.kernels.cpu import library as cpu_library
+from transformers_dsv3.kernels.dispatch import ABSORBED, EXPANDED, EXPERTS, LINEAR, NORM, STEP
 from transformers_dsv3.kernels.triton_src.tuned import FAMILIES
 
 
@@ -22,6 +22,7 @@ COLUMNS = {
     "attention, decoding": ABSORBED,
     "attention, prefill": EXPANDED,
     "linear layers": LINEAR,
+    "norms": NORM,
 }
 
 
@@ -65,14 +66,14 @@ def fake():
 def check(row, in_use, step):
     for column, operation in COLUMNS.items():
         # `auto` stands for what it chooses
-        assert set(named(row[column])) == set(in_use[operation]) - {"auto"}, column
+        assert set(named(row[column])) == set(in_use[operation.name]) - {"auto"}, column
     assert named(row["decoding step"]) == step
 
 
 def test_names_of_the_table():
     for row in DEVICES.values():
         for column, operation in {**COLUMNS, "decoding step": STEP}.items():
-            assert set(named(row[column])) <= {b.name for b in BACKENDS if b.operation == operation}, row["device"]
+            assert set(named(row[column])) <= {b.name for b in operation.backends}, row["device"]
         assert set(families_of(row)) <= FAMILIES.keys()
     devices = " ".join(DEVICES)
     for name in ("x86", "ARM", "A100", "H100", "H800", "RTX 4090", "MI250", "MI300", "Ascend 910B", "Apple"):
@@ -83,7 +84,7 @@ def test_this_cpu(make_model):
     """On the table's x86; what a processor without AVX-512 or a compiler leaves out may be missing."""
     row = DEVICES["CPU, x86-64"]
     model = make_model(attn_implementation="sdpa")
-    in_use = {name: set() for name in COLUMNS.values()}
+    in_use = {operation.name: set() for operation in COLUMNS.values()}
     operation = None
     for line in transformers_dsv3.explain(model).splitlines()[1:]:
         if not line.startswith(" "):
@@ -91,15 +92,15 @@ def test_this_cpu(make_model):
         elif line[2] == "*" and operation in in_use:
             in_use[operation].add(line[4:].split()[0])
     for column, operation in COLUMNS.items():
-        assert in_use[operation] - {"auto"} <= set(named(row[column])), column
+        assert in_use[operation.name] - {"auto"} <= set(named(row[column])), column
         if cpu_library.unavailable is None:
-            assert "cpu" in in_use[operation]
+            assert "cpu" in in_use[operation.name]
 
 
 @pytest.mark.parametrize("device", [device for device, row in DEVICES.items() if families_of(row)])
 def test_gpus(device, fake):
     there = fake("cuda")
-    check(DEVICES[device], there["in use"], [*there["in use"][STEP], *there["static"]])
+    check(DEVICES[device], there["in use"], [*there["in use"][STEP.name], *there["static"]])
     assert "not run on a GPU" in DEVICES[device]["shown"]
 
 
@@ -108,7 +109,10 @@ def test_devices_of_plain_pytorch(device, name, fake):
     """Every backend of ours refuses with a reason, nothing fails, and PyTorch's own operators do the work."""
     row = next(row for title, row in DEVICES.items() if title.startswith(name))
     there = fake(device)
-    plain = {**there["in use"], EXPERTS: [*there["in use"][EXPERTS], "grouped_mm", "batched_mm"]}  # as launched below
+    plain = {
+        **there["in use"],
+        EXPERTS.name: [*there["in use"][EXPERTS.name], "grouped_mm", "batched_mm"],
+    }  # as launched below
     check(row, plain, there["static"])
     assert "plain PyTorch" in row["shown"]
     for ours in ("cpu", "triton", "grouped_cpu", "cpu_training", "onednn", "flash_mla", "liger", "deepgemm"):

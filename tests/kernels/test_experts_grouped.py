@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from transformers_dsv3 import Dsv3Config
 from transformers_dsv3.kernels import experts_grouped, matmul_cpu
-from transformers_dsv3.kernels.experts_grouped import grouped_experts, lazy_zeros, why_not
+from transformers_dsv3.kernels.experts_grouped import grouped_experts, lazy_zeros, module_refusal
 from transformers_dsv3.models.dsv3.moe_dsv3 import Dsv3Experts
 
 
@@ -364,7 +364,7 @@ def test_it_is_chosen_by_name(make_model):
 
 def test_reasons():
     experts = make_experts(3, 8, 6)
-    assert why_not(experts) is None
+    assert module_refusal(experts) is None
     hidden, weights = inputs_for(experts, 5, 2, torch.float32)
     index = choose(5, 2, [0, 1, 2])
 
@@ -377,7 +377,7 @@ def test_reasons():
         )
         with pytest.raises(ValueError, match="grouped_cpu"):
             grouped_experts(module, hidden, index, weights)
-        return why_not(module)
+        return module_refusal(module)
 
     assert "for CPUs" not in reason(gate_up_proj=experts.gate_up_proj.to("meta"))
     assert "not in memory" in reason(gate_up_proj=experts.gate_up_proj.to("meta"))

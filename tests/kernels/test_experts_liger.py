@@ -8,7 +8,7 @@ import torch
 from packaging import version
 from torch import nn
 
-from transformers_dsv3.kernels import experts_liger
+from transformers_dsv3.kernels import dispatch, experts_auto, experts_liger
 from transformers_dsv3.models.dsv3.moe_dsv3 import Dsv3Experts
 
 
@@ -81,14 +81,14 @@ def results(function, module, hidden, index, weights):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs_and_gradients(experts, dtype, load, poisoned, rms_error, monkeypatch):
     torch.use_deterministic_algorithms(False)  # asked for by `poisoned`, and refused here with gradients
-    monkeypatch.setattr(experts_liger, "auto_experts", lambda *a: pytest.fail("left to auto"))
+    monkeypatch.setattr(dispatch, "serve", lambda *a: pytest.fail("left to auto"))
     module = experts(dtype)
     tokens = 1 if load == "one token" else 9
     index, weights = routed(tokens, 8, top_k=1 if "for all" in load else 3, most=1 if "for all" in load else None)
     if load == "other ranks":
         index[index > 4] = 8
     hidden = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    found = results(experts_liger.liger_experts, module, hidden, index, weights)
+    found = results(experts_auto.liger_experts, module, hidden, index, weights)
     torch_own = results(plain, module, hidden, index, weights)
     for name, result, its, wanted in zip(
         ("output", "hidden", "mixing", "gate_up", "down"), found, torch_own, exact(module, hidden, index, weights)
@@ -117,26 +117,26 @@ def test_calls_that_are_left_to_auto(experts, monkeypatch):
         torch.use_deterministic_algorithms(False)
 
     said = []
-    monkeypatch.setattr(experts_liger.logger, "warning_once", said.append)
+    monkeypatch.setattr(experts_auto.logger, "warning_once", said.append)
     double = module.double()
-    output = experts_liger.liger_experts(double, hidden.double(), index, weights.detach().double())
+    output = experts_auto.liger_experts(double, hidden.double(), index, weights.detach().double())
     torch.testing.assert_close(output, plain(double, hidden.double(), index, weights.detach().double()))
     reason = "it takes fp32, bf16 and fp16 weights, not torch.float64."
     assert said == [f'experts_implementation="liger" does not serve a call: {reason}']
 
 
 def test_modules_that_are_refused(experts, monkeypatch):
-    assert experts_liger.why_not(experts()) is None
-    assert "not torch.float64" in experts_liger.why_not(experts().double())
+    assert experts_liger.module_refusal(experts()) is None
+    assert "not torch.float64" in experts_liger.module_refusal(experts().double())
     other = experts()
     other.act_fn = nn.GELU()
-    assert "SwiGLU" in experts_liger.why_not(other)
+    assert "SwiGLU" in experts_liger.module_refusal(other)
     other = experts()
     other.is_concatenated = False
-    assert "in turns" in experts_liger.why_not(other)
+    assert "in turns" in experts_liger.module_refusal(other)
     monkeypatch.setattr(experts_liger.importlib.metadata, "version", lambda name: "0.8.0")
     experts_liger._missing.cache_clear()
-    assert 'pip install "liger-kernel>=0.8.1"`, 0.8.0 is installed' in experts_liger.why_not(experts())
+    assert 'pip install "liger-kernel>=0.8.1"`, 0.8.0 is installed' in experts_liger.module_refusal(experts())
     monkeypatch.setattr(experts_liger.importlib.util, "find_spec", lambda name: None)
     experts_liger._missing.cache_clear()
     assert experts_liger._missing() == 'needs `pip install "liger-kernel>=0.8.1"`'

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 import transformers_dsv3
 from tests.fake_gpu import Launches, fake_gpu, on_gpu
 from tests.kernels.test_experts_grouped import NAMES, choose, error, exact, inputs_for, make_experts, plain, run
-from tests.kernels.test_registry import block
+from tests.kernels.test_explain import block
 from transformers_dsv3.compression.int8_weights import Int8Experts, dequantize, quantize_int8
 from transformers_dsv3.kernels import experts_auto, experts_triton, triton_support
-from transformers_dsv3.kernels.experts_triton import experts_refusal, triton_experts, why_not
+from transformers_dsv3.kernels.experts_triton import experts_refusal, module_refusal, triton_experts
 
 
 pytest.importorskip("triton")
@@ -381,16 +381,16 @@ def test_auto_leaves_the_cpu_to_others(monkeypatch):
     monkeypatch.setattr(experts_triton, "triton_experts", lambda *a: pytest.fail("interpreted"))
     experts_auto.auto_experts(experts, hidden, index, weights)
     monkeypatch.setattr(triton_support, "interpreted", lambda: False)
-    assert "is for GPUs, not cpu" in why_not(experts)
+    assert "is for GPUs, not cpu" in module_refusal(experts)
 
 
 def test_modules_that_are_refused():
     experts = make_experts(3, 8, 6).to(DEVICE)
-    assert why_not(experts) is None
+    assert module_refusal(experts) is None
 
     def reason(**fields):
         weights = {"gate_up_proj": experts.gate_up_proj, "down_proj": experts.down_proj, "act_fn": nn.SiLU()}
-        return why_not(types.SimpleNamespace(**{**weights, **fields}))
+        return module_refusal(types.SimpleNamespace(**{**weights, **fields}))
 
     assert reason() is None
     assert "stacked" in reason(gate_up_proj=None)

@@ -83,7 +83,7 @@ class Case:
 
     def run(self, latent, k_rope, position, start, interleave=True):
         norm = self.norm
-        assert rows_triton.latent_rows_refusal(norm, self.kv_a, self.q_rope, self.cos, self.sin) is None
+        assert rows_triton.latent_rows_refusal(self.kv_a, norm, self.q_rope, self.cos, self.sin) is None
         arguments = (self.kv_a, norm.weight, norm.variance_epsilon, self.q_rope, self.cos, self.sin, interleave)
         return OPS.latent_rows(*arguments, latent, k_rope, position, start)
 
@@ -163,20 +163,20 @@ def test_places_in_caches(tiny_config):
 def test_what_is_not_for_it_is_refused(make_model):
     case = Case()
     arguments = (case.kv_a, case.q_rope, case.cos, case.sin)
-    assert "plain norms" in rows_triton.latent_rows_refusal(torch.nn.LayerNorm(R), *arguments)
+    assert "plain norms" in rows_triton.latent_rows_refusal(arguments[0], torch.nn.LayerNorm(R), *arguments[1:])
     hooked = copy.deepcopy(case.norm)
     hooked.register_forward_hook(lambda *a: None)
-    assert "hooks" in rows_triton.latent_rows_refusal(hooked, *arguments)
-    assert "dtype" in rows_triton.latent_rows_refusal(case.norm, *arguments[:2], case.cos.half(), case.sin)
+    assert "hooks" in rows_triton.latent_rows_refusal(arguments[0], hooked, *arguments[1:])
+    assert "dtype" in rows_triton.latent_rows_refusal(arguments[0], case.norm, arguments[1], case.cos.half(), case.sin)
     with torch.enable_grad():
-        assert "has no gradients" in rows_triton.latent_rows_refusal(case.norm, *arguments)
+        assert "has no gradients" in rows_triton.latent_rows_refusal(arguments[0], case.norm, *arguments[1:])
         assert "has no gradients" in rows_triton.rms_norm_refusal(case.kv_a[..., :R], case.norm.weight)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert "autocast" in rows_triton.latent_rows_refusal(case.norm, *arguments)
+        assert "autocast" in rows_triton.latent_rows_refusal(arguments[0], case.norm, *arguments[1:])
         assert "autocast" in rows_triton.rms_norm_refusal(case.kv_a, case.norm.weight)
     assert "rows of 16384" in rows_triton.rms_norm_refusal(torch.zeros(1, 20000, device=DEVICE), case.norm.weight)
     with selection.use(attention="torch", linear="torch"):
-        assert "as chosen" in rows_triton.latent_rows_refusal(case.norm, *arguments)
+        assert "as chosen" in rows_triton.latent_rows_refusal(arguments[0], case.norm, *arguments[1:])
         assert "as chosen" in rows_triton.rms_norm_refusal(case.kv_a, case.norm.weight)
 
 

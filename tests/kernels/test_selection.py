@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from transformers_dsv3.kernels import cpu_library, experts_cpu, linear_cpu, mla_cpu, selection
+from transformers_dsv3.kernels import selection
+from transformers_dsv3.kernels.cpu import attention as mla_cpu
+from transformers_dsv3.kernels.cpu import library as cpu_library
+from transformers_dsv3.kernels.cpu import linear as linear_cpu
+from transformers_dsv3.kernels.cpu import mixture as experts_cpu
 from transformers_dsv3.kernels.selection import cpu_refusal, parse
 
 
@@ -30,8 +34,8 @@ class Spy:
 
 @pytest.fixture
 def spy(compiled, monkeypatch):
-    spy = Spy(cpu_library.library())
-    monkeypatch.setattr(cpu_library, "_library", spy)
+    spy = Spy(cpu_library.loaded)
+    monkeypatch.setattr(cpu_library, "loaded", spy)
     # Small models' layers as well
     monkeypatch.setattr(linear_cpu, "FEWEST_BYTES", 0)
     return spy
@@ -253,12 +257,12 @@ def test_without_the_library_the_plain_path_serves(spy, make_model, monkeypatch)
     expected = run(model)
     called = len(spy.calls)
     assert called
-    monkeypatch.setattr(cpu_library, "_library", None)
+    monkeypatch.setattr(cpu_library, "loaded", cpu_library._Missing())
     monkeypatch.setattr(cpu_library, "unavailable", "was not built")
     torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
     assert len(spy.calls) == called
     with pytest.raises(cpu_library.NotAvailable, match="the compiled CPU backend was not built"):
-        cpu_library.library()
+        cpu_library.loaded.dsv3_version()
     assert "was not built" in mla_cpu.absorbed_refusal(*[torch.ones(2, 2)] * 4, None)
     model.set_experts_implementation("cpu")
     torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import transformers_dsv3  # noqa: F401
+from transformers_dsv3.kernels.dispatch import ABSORBED
 from transformers_dsv3.models.dsv3 import attention_dsv3
 
 
@@ -35,7 +36,8 @@ def compare_gradients(model, sharded, tokens, mask):
 
 def compare_generation(model, sharded, tokens, mask, heads):
     absorbed = []
-    plain, compiled = attention_dsv3.absorbed_attention, attention_dsv3.mla_cpu.absorbed_attention
+    backend = ABSORBED["cpu"]
+    plain, compiled = attention_dsv3.absorbed_attention, backend.undispatched
 
     def count(function):
         def counted(q_nope, *args):
@@ -50,11 +52,11 @@ def compare_generation(model, sharded, tokens, mask, heads):
         settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **settings}
         inputs = {"input_ids": tokens.flip(1), "attention_mask": mask.flip(1)}  # padded on the left
         expected = model.generate(**inputs, **settings)
-        attention_dsv3.absorbed_attention, attention_dsv3.mla_cpu.absorbed_attention = count(plain), count(compiled)
+        attention_dsv3.absorbed_attention, backend.undispatched = count(plain), count(compiled)
         try:
             seen = sharded.generate(**inputs, **settings)
         finally:
-            attention_dsv3.absorbed_attention, attention_dsv3.mla_cpu.absorbed_attention = plain, compiled
+            attention_dsv3.absorbed_attention, backend.undispatched = plain, compiled
         assert torch.equal(seen, expected), settings
         assert set(absorbed) == {heads}, absorbed
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
 from transformers_dsv3 import Dsv3ForCausalLM
-from transformers_dsv3.kernels import mla_cpu
+from transformers_dsv3.kernels.dispatch import ABSORBED, EXPANDED
 from transformers_dsv3.models.dsv3 import attention_dsv3
 
 
@@ -114,8 +114,8 @@ def paths(monkeypatch):
     for owner, function, name in (
         (attention_dsv3, "absorbed_attention", "absorbed"),
         (attention_dsv3.Dsv3Attention, "_expand", "expanded"),
-        (mla_cpu, "absorbed_attention", "absorbed"),
-        (mla_cpu, "expanded_attention", "expanded"),
+        (ABSORBED["cpu"], "undispatched", "absorbed"),
+        (EXPANDED["cpu"], "function", "expanded"),
     ):
         monkeypatch.setattr(owner, function, count(name, getattr(owner, function)))
     return counts

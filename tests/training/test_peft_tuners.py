@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import DeepseekV3ForCausalLM as NativeForCausalLM
 
 import transformers_dsv3
-from transformers_dsv3.models.dsv3 import moe_dsv3
+from transformers_dsv3.kernels import dispatch
 
 
 FIELDS = {"num_hidden_layers": 3, "q_lora_rank": 16, "v_head_dim": 16}  # powers of two, as block-wise tuners need
@@ -552,6 +552,6 @@ def test_a_replaced_fold_is_called(pair, monkeypatch):
     wrapped.eval()(TOKENS)
     folded, fold = [], _LoraFactorsProxy.forward
     monkeypatch.setattr(_LoraFactorsProxy, "forward", lambda self, W: folded.append(W.shape) or fold(self, W))
-    monkeypatch.setattr(moe_dsv3, "low_rank_experts", None)
+    monkeypatch.setattr(dispatch.ADAPTED, "backends", ())
     wrapped(TOKENS)
     assert folded

@@ -48,9 +48,11 @@ def mlp_refusal(mlp: nn.Module) -> str | None:
 
 def moe_refusal(moe: nn.Module) -> str | None:
     """The reason why a mixture of experts with shared ones cannot be served at all, or None."""
+    if (reason := experts_refusal(moe.experts) or mlp_refusal(moe.shared_experts)) is not None:
+        return reason
+    floating = (p for p in moe.parameters() if p.is_floating_point())
     with torch.no_grad():
-        weight = moe.experts.down_proj
-        return experts_refusal(moe.experts) or mlp_refusal(moe.shared_experts) or cpu_refusal("experts", weight)
+        return cpu_refusal("experts", next(floating))
 
 
 def mixture_refusal(

@@ -215,10 +215,6 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         self.v_head_dim = config.v_head_dim
         self.rope_interleave = config.rope_interleave
         self.scaling = softmax_scale(config)
-        # Multiplications of a head: making keys and values of a latent, and what attention saves by having them, for
-        # each pair of a query and a key
-        self.expansion = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-        self.saving = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
 
         hidden_size, bias = config.hidden_size, config.attention_bias
         # Those of the two ways to make queries that are not taken are None, as in native's
@@ -279,6 +275,13 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         if "flash" in implementation and past_key_values is not None and past_key_values.is_compileable:
             return f"the mask of {implementation!r} does not tell which positions of a static cache are filled"
         return None
+
+    def _absorbed_is_cheaper(self, q_len: int, kv_len: int) -> bool:
+        """Compares the multiplications a head does: expansion pays once a position, absorption for every query."""
+        N, P, V, R = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank
+        expanded = kv_len * R * (N + V) + q_len * kv_len * (N + P + V)
+        absorbed = q_len * R * (N + V) + q_len * kv_len * (2 * R + P)
+        return absorbed < expanded
 
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         rotated = serve(ROTATION, self, x, cos, sin, self.rope_interleave)
@@ -372,10 +375,7 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
             latent, k_rope = extend(past_key_values, latent, k_rope, self.layer_idx)
 
         kv_len = latent.shape[2]
-        # Expansion pays once a position, absorption for every query
-        absorb = (
-            past_key_values is not None and q_len * (self.expansion + kv_len * self.saving) < kv_len * self.expansion
-        )
+        absorb = past_key_values is not None and self._absorbed_is_cheaper(q_len, kv_len)
         is_head_parallel = absorb and "_is_hooked" in self.kv_b_proj.__dict__ and self.is_head_parallel
         if is_head_parallel and torch.is_grad_enabled():
             absorb = False  # only kv_b_proj's own call sums the latents' gradients over the processes

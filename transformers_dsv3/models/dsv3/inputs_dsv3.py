@@ -43,17 +43,15 @@ def check_inputs(
     if is_torchdynamo_compiling() or torch._C._len_torch_dispatch_stack():
         return  # values are not there to be read, or a mode would see the reading
 
-    def readable(tensor: torch.Tensor) -> bool:
-        return tensor.device.type == "cpu" or (wait_for_device and not tensor.is_meta)
-
     tokens = input_ids if input_ids is not None else inputs_embeds
     name = "input_ids" if input_ids is not None else "inputs_embeds"
     if tokens is None:
         return
+    is_readable = tokens.is_cpu or (wait_for_device and not tokens.is_meta)
     if tokens.shape[0] == 0 or tokens.shape[1] == 0:
         raise ValueError(f"`{name}` of shape {tuple(tokens.shape)} is empty: at least one token is needed.")
 
-    if input_ids is not None and readable(input_ids) and isinstance(embedding, nn.Embedding):
+    if input_ids is not None and is_readable and isinstance(embedding, nn.Embedding):
         lowest, highest = input_ids.aminmax()
         low, high = int(lowest), int(highest)
         if low < 0 or high >= embedding.num_embeddings:
@@ -75,7 +73,7 @@ def check_inputs(
     longest = None
     if position_ids is None:
         longest = tokens.shape[1] + past_length if isinstance(past_length, int) else tokens.shape[1]
-    elif readable(position_ids):
+    elif position_ids.is_cpu or (wait_for_device and not position_ids.is_meta):
         longest = int(position_ids.max()) + 1
     if longest is None or longest <= config.max_position_embeddings:
         return

@@ -12,16 +12,16 @@ import transformers_dsv3
 from tests.fake_gpu import fake_gpu, on_gpu
 from transformers_dsv3.compression import int8_weights
 from transformers_dsv3.kernels import (
-    cpu_library,
     experts_lora,
-    mla_cpu,
+    explain,
     mla_flash,
     mla_training,
     public_kernels,
     selection,
     triton_support,
 )
-from transformers_dsv3.kernels.registry import BACKENDS
+from transformers_dsv3.kernels.cpu import library as cpu_library
+from transformers_dsv3.kernels.dispatch import ABSORBED
 from transformers_dsv3.models.dsv3 import attention_dsv3
 
 
@@ -42,9 +42,9 @@ def test_marked_backends_are_those_that_run(make_model, implementation, monkeypa
     model = make_model(attn_implementation=implementation)
     text = transformers_dsv3.explain(model)
     compiled = ["cpu"] if cpu_library.unavailable is None and implementation == "sdpa" else []
-    training = (
-        ["cpu_training"] if implementation == "sdpa" and mla_training.why_not(model.lm_head.weight) is None else []
-    )
+    training = []
+    if implementation == "sdpa" and mla_training.tensor_refusal(model.lm_head.weight) is None:
+        training = ["cpu_training"]
     used = {name for name, (used, _) in block(text, "attention, expanded").items() if used}
     assert used == {implementation, *compiled, *training}
     assert (
@@ -55,9 +55,9 @@ def test_marked_backends_are_those_that_run(make_model, implementation, monkeypa
     assert [name for name, (used, _) in block(text, "attention, absorbed").items() if used] == [*compiled, "torch"]
 
     calls = []
-    owner = mla_cpu if compiled else attention_dsv3
-    original = owner.absorbed_attention
-    monkeypatch.setattr(owner, "absorbed_attention", lambda *a: calls.append(1) or original(*a))
+    owner, name = (ABSORBED["cpu"], "undispatched") if compiled else (attention_dsv3, "absorbed_attention")
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a: calls.append(1) or original(*a))
     with torch.no_grad():
         cache = model(torch.ones(1, 8, dtype=torch.long)).past_key_values
         assert not calls
@@ -105,9 +105,9 @@ def adapted(model):
 def test_every_backend_is_listed(make_model):
     model = adapted(make_model())
     text = transformers_dsv3.explain(model)
-    for operation in dict.fromkeys(backend.operation for backend in BACKENDS):
-        found = block(text, operation)
-        assert list(found) == [backend.name for backend in BACKENDS if backend.operation == operation]
+    for section in explain.PAGE:
+        found = block(text, section.operation.name)
+        assert list(found) == [backend.name for backend in section.operation.backends]
         assert any(used for used, _ in found.values())
 
 
@@ -243,11 +243,11 @@ def test_a_model_on_a_gpu(tiny_config, monkeypatch):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_support, "interpreted", lambda: False)
             page = transformers_dsv3.explain(model)
-            for operation in ("attention, absorbed", "linear layers"):
+            for operation in ("attention, absorbed", "norms"):
                 assert block(page, operation)["triton"][0]
             with selection.use(attention="torch", linear="torch"):
                 page = transformers_dsv3.explain(model)
-                for operation in ("attention, absorbed", "linear layers"):
+                for operation in ("attention, absorbed", "norms"):
                     assert "no: " in block(page, operation)["triton"][1]
         assert 'can be chosen: generate(…, cache_implementation="static")' in block(text, "decoding step")["graph"][1]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
