@@ -55,6 +55,7 @@ def register(names: bool = False) -> None:
     for model_class in AUTO_CLASSES.values():
         name = model_class.__name__
         setattr(transformers, name, model_class if names else getattr(modeling_deepseek_v3, name))
+    transformers.DeepseekV3Config = DeepseekV3Config if names else configuration_deepseek_v3.DeepseekV3Config
     for config_class in CONFIGS:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class, model_class in AUTO_CLASSES.items():

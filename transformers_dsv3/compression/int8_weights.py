@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..kernels.cpu.linear import FEWEST_INT8_ROWS
 from ..kernels.dispatch import LINEAR, serve
 from ..kernels.experts_auto import serve_experts
+from ..kernels.selection import register_plain
 from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
 
 
@@ -69,8 +70,6 @@ class Int8Linear(_Int8Module):
         int8_activations: whether many rows at once are rounded to 8 bits.
     """
 
-    is_plain_linear = True
-
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, int8_activations: bool):
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -92,8 +91,6 @@ class Int8Linear(_Int8Module):
 
 class Int8Experts(_Int8Module):
     """Routed experts with INT8 weights, `(E, 2I, D)` and `(E, D, I)`, scales `(E, 2I)` and `(E, D)`."""
-
-    is_plain_experts = True
 
     def __init__(self, experts: DeepseekV3Experts, int8_activations: bool):
         super().__init__()
@@ -127,6 +124,10 @@ class Int8Experts(_Int8Module):
             result = F.linear(self.act_fn(gate) * up, down).float()
             output.index_add_(0, tokens, result * top_k_weights[tokens, places].float().unsqueeze(-1))
         return output.to(dtype)
+
+
+register_plain("linear", Int8Linear)
+register_plain("experts", Int8Experts)
 
 
 class _InMemoryOnly(HfQuantizer):

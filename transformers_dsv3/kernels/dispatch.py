@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _modules
@@ -94,6 +95,7 @@ class _Part(NamedTuple):
     name: str  # within its parent; "" for the operation's own module
     is_passed_over: bool  # whether its own call is, so that it must have no hooks
     kind: type
+    forwards: tuple[tuple[Any, Any], ...]  # classes and what their forward is, where it is passed over
     parameters: tuple[tuple, ...]  # name, class, dtype, device, shape and stride of each
 
 
@@ -127,10 +129,6 @@ class Operation:
         return next(backend for backend in self.backends if backend.name == name)
 
 
-# Classes that a decision may rest on: what they compute of their weights is known
-MARKS = ("is_plain_linear", "is_plain_norm", "is_plain_mlp", "is_plain_experts")
-
-
 def serve(operation: Operation, module: nn.Module, x: torch.Tensor, *arguments: Any) -> Any:
     """What the first backend that takes a call computes, or None where all of them leave it to the plain path.
 
@@ -160,6 +158,12 @@ def serve(operation: Operation, module: nn.Module, x: torch.Tensor, *arguments: 
         or _modules._global_forward_pre_hooks
         or _modules._global_backward_hooks
         or _modules._global_backward_pre_hooks
+        or F.linear is not selection.LINEAR
+        or F.scaled_dot_product_attention is not selection.ATTENTION
+        or F.silu is not selection.SILU
+        or F.softmax is not selection.SOFTMAX
+        or torch.matmul is not selection.MATMUL
+        or nn.Module.__call__ is not selection.CALL
     ):
         for backend in operation.backends:
             if refusal_of_call(operation, backend, module, x, *arguments) is None:
@@ -177,7 +181,7 @@ def serve(operation: Operation, module: nn.Module, x: torch.Tensor, *arguments: 
     ):
         return _decide(operation, module, x, *arguments)
     seen: list[Any] = []
-    for parent, path, is_passed_over, kind, parameters in decision.parts:
+    for parent, path, is_passed_over, kind, forwards, parameters in decision.parts:
         part = seen[parent]._modules.get(path) if path else module
         seen.append(part)
         if type(part) is not kind:
@@ -193,6 +197,9 @@ def serve(operation: Operation, module: nn.Module, x: torch.Tensor, *arguments: 
             or "forward" in state
         ):
             return _decide(operation, module, x, *arguments)
+        for owner, forward in forwards:
+            if owner.forward is not forward:
+                return _decide(operation, module, x, *arguments)
         held = state["_parameters"]
         for name, parameter_kind, dtype, device, shape, stride in parameters:
             weight = held.get(name)
@@ -238,6 +245,8 @@ def _standing_refusal(
         return "is not for training"
     if "" in operation.parts and (reason := selection.bypass_refusal("layer", module)) is not None:
         return reason
+    if not selection.has_own_forward(type(module)):
+        return f"the forward of {type(module).__name__}, or of what it stands for, was replaced"
     return backend.refusal(x, *arguments)
 
 
@@ -289,12 +298,8 @@ def _describe(operation: Operation, module: nn.Module) -> tuple[_Part, ...] | No
         part = None if holder is None else holder._modules.get(name)
         if part is None and holder is not None and holder.__dict__.get(name) is not None:
             return None  # a function in a module's place: another may stand there at the next call
-        kind = type(part)
-        if (
-            part is not None
-            and name != "act_fn"
-            and kind is not nn.Linear
-            and not any(m in kind.__dict__ for m in MARKS)
+        if part is not None and (
+            type(part) not in selection.PLAIN_CLASSES or not selection.has_own_forward(type(part))
         ):
             return None  # an adapter, for one, whose state is its own
         if part is not None and selection.bypass_refusal(name, part) is not None:
@@ -316,7 +321,8 @@ def _part(parent: int, name: str, is_passed_over: bool, module: nn.Module | None
         parameters.append(
             (key, type(p), *((p.dtype, p.device, p.shape, p.stride()) if p is not None else (None,) * 4))
         )
-    return _Part(parent, name, is_passed_over, type(module), tuple(parameters))
+    forwards = selection.PLAIN_CLASSES.get(type(module), ("", ()))[1]
+    return _Part(parent, name, is_passed_over, type(module), forwards, tuple(parameters))
 
 
 # What backends say of a module, for `explain`
@@ -419,13 +425,16 @@ def _eager_routed(x, experts, index, weights):  # type: ignore[no-untyped-def]
     return _of_transformers(_always, experts)
 
 
-def _plain_experts(experts, *arguments):  # type: ignore[no-untyped-def]
-    return type(experts).forward.__wrapped__(experts, *arguments)
+def plain_experts(experts: nn.Module, *arguments: torch.Tensor) -> torch.Tensor:
+    """What a module of experts computes by itself, behind the decorator by which Transformers chooses a function."""
+    kind = type(experts)
+    _, forwards = selection.PLAIN_CLASSES.get(kind, ("", ((kind, kind.forward),)))
+    return forwards[0][1].__wrapped__(experts, *arguments)
 
 
 def _by_transformers(name: str) -> Callable[..., torch.Tensor]:
     def by_transformers(x, experts, index, weights):  # type: ignore[no-untyped-def]
-        return ALL_EXPERTS_FUNCTIONS.get_interface(name, _plain_experts)(experts, x, index, weights)
+        return ALL_EXPERTS_FUNCTIONS.get_interface(name, plain_experts)(experts, x, index, weights)
 
     return by_transformers
 

@@ -16,6 +16,8 @@ from .selection import logger
 
 
 NAME = "auto"
+# Transformers' default. Where somebody has put a function of their own under its name, `auto` leaves the experts to it
+GROUPED_MM = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
 
 
 def _triton_refusal(module: nn.Module, hidden_states: torch.Tensor, weights: torch.Tensor) -> str | None:
@@ -56,6 +58,8 @@ def serve_experts(
             logger.warning_once(f'experts_implementation="{name}" does not serve a call: it {reason}.')
     elif name != NAME:
         return None
+    elif ALL_EXPERTS_FUNCTIONS["grouped_mm"] is not GROUPED_MM:
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, index, weights)
     return dispatch.serve(dispatch.EXPERTS, module, hidden_states, module, index, weights)
 
 
@@ -65,7 +69,7 @@ def _function(name: str) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         found = serve_experts(name, module, hidden_states, top_k_index, top_k_weights)
         if found is None:
-            found = type(module).forward.__wrapped__(module, hidden_states, top_k_index, top_k_weights)  # type: ignore
+            found = dispatch.plain_experts(module, hidden_states, top_k_index, top_k_weights)
         return found
 
     return experts

@@ -22,7 +22,7 @@ from torch import nn
 
 from .experts_plain import accumulator_dtype, differentiable_gradients, plain_experts
 from .matmul_cpu import matmul
-from .selection import bypass_refusal
+from .selection import SILU, bypass_refusal, is_plain
 
 
 NAME = "grouped_cpu"
@@ -62,10 +62,9 @@ def module_refusal(module: nn.Module) -> str | None:
 
 def is_silu(activation: object) -> bool:
     """Whether an activation function is SiLU, and nothing is to run before or after it."""
-    if activation is F.silu:
+    if activation is SILU:
         return True
-    is_module = type(activation) is nn.SiLU or type(activation).__name__ == "SiLUActivation"
-    return is_module and bypass_refusal("act_fn", activation) is None  # type: ignore[arg-type]
+    return is_plain(type(activation), "activation") and bypass_refusal("act_fn", activation) is None  # type: ignore[arg-type]
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -231,7 +230,8 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
     hidden, _, w, gate_up, down, _, _ = ctx.needs_input_grad
     needs = (hidden, w, gate_up, down)
     index_TK, *saved = ctx.saved_tensors
-    if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+    # The gradients are to be differentiated themselves, or there are several at once (`is_grads_batched`)
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         d_hidden, d_w, d_gate_up, d_down = differentiable_gradients(
             lambda hidden_TD, w_TK, up, down: plain_experts(hidden_TD, index_TK, w_TK, up, down, ctx.dtype),
             tuple(saved[:4]),

@@ -78,7 +78,8 @@ class _CpuExperts(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         index_TK, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+        # The gradients are to be differentiated themselves, or there are several at once (`is_grads_batched`)
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             needs = ctx.needs_input_grad
             d_hidden, d_w, *d_factors = differentiable_gradients(
                 partial(_plain_with_factors, index_TK, saved[2], saved[3], ctx.dtype),

@@ -208,7 +208,8 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
         return (None,) * 9
     hidden, _, mixing, gate_up, _, down, _, _, _ = ctx.needs_input_grad
     needs = (hidden, mixing, gate_up, down)
-    if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+    # The gradients are to be differentiated themselves, or there are several at once (`is_grads_batched`)
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         hidden_TD, index_TK, *inputs = ctx.saved_tensors[:5]
         d_hidden, d_mixing, d_gate_up, d_down = differentiable_gradients(
             lambda hidden_TD, w_TK, up, down: plain_experts(hidden_TD, index_TK, w_TK, up, down, ctx.dtype),

@@ -153,7 +153,8 @@ class _ExpandedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_BQHV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q_nope_BHQN, q_rope_BHQP, kv_BSHX, k_rope_BSP, mask_BHQS = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+        # The gradients are to be differentiated themselves, or there are several at once (`is_grads_batched`)
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             plain = functools.partial(_plain, mask_BHQS, ctx.scaling)
             inputs = (q_nope_BHQN, q_rope_BHQP, kv_BSHX, k_rope_BSP)
             return *differentiable_gradients(plain, inputs, ctx.needs_input_grad[:4], grad_BQHV), None, None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .selection import bypass_refusal, is_marked
+from .selection import bypass_refusal, is_plain
 from .triton_support import on_device, triton_refusal
 
 
@@ -31,7 +31,7 @@ def latent_rows_refusal(
     kv_a: torch.Tensor, norm: nn.Module, q_rope: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: object
 ) -> str | None:
     """The reason why `latent_rows` does not take a call, or None where it does."""
-    if not is_marked(type(norm), "is_plain_norm"):
+    if not is_plain(type(norm), "norm"):
         return f"takes plain norms, not a {type(norm).__name__}"
     if (reason := bypass_refusal("kv_a_layernorm", norm)) is not None:
         return reason

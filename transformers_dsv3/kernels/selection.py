@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _modules
 from torch.utils._device import DeviceContext
+from transformers.activations import SiLUActivation
 from transformers.utils import logging
 
 from .cpu import library as cpu_library
@@ -114,13 +116,39 @@ def mask_refusal(mask: object) -> str | None:
     return "has no gradients of masks" if mask.requires_grad and torch.is_grad_enabled() else None
 
 
+# Classes whose weights may be used without calling them, each with its kind, and classes beside what their `forward`
+# is: where somebody has put another in its place, that is called
+PLAIN_CLASSES: dict[type, tuple[str, tuple[tuple[Any, Any], ...]]] = {}
+
+
+def register_plain(kind: str, *classes: type) -> None:
+    """Says that the first of some classes, itself and no subclass, computes what its kind says, as it is now.
+
+    Args:
+        kind: "linear", "norm", "mlp", "experts" or "activation".
+        classes: that class, and those whose `forward` it stands for, such as native's.
+    """
+    PLAIN_CLASSES[classes[0]] = (kind, tuple((each, each.forward) for each in classes))  # type: ignore[attr-defined]
+
+
+register_plain("linear", torch.nn.Linear)
+register_plain("activation", torch.nn.SiLU)
+register_plain("activation", SiLUActivation)
+
+
 @torch.compiler.assume_constant_result
-def is_marked(kind: type, mark: str) -> bool:
-    """Whether a class has a mark in its own body, which subclasses do not inherit: they may compute something else.
+def is_plain(kind: type, name: str) -> bool:
+    """Whether a class is one of the plain ones of a kind, and nobody has replaced its `forward`.
 
     A constant to `torch.compile`, which does not look into a class where any dictionary has been changed before.
     """
-    return mark in kind.__dict__
+    found = PLAIN_CLASSES.get(kind)
+    return found is not None and found[0] == name and has_own_forward(kind)
+
+
+def has_own_forward(kind: type) -> bool:
+    """Whether a class, and those it stands for, have the `forward` that they had when they were registered."""
+    return all(each.forward is forward for each, forward in PLAIN_CLASSES.get(kind, ("", ()))[1])
 
 
 def bypass_refusal(name: str, module: torch.nn.Module) -> str | None:
@@ -153,18 +181,19 @@ def switched_off(module: torch.nn.Module) -> torch.nn.Module:
     return inner
 
 
-def plain_refusal(name: str, module: object, kind: type, mark: str | None = None) -> str | None:
+def plain_refusal(name: str, module: Any, kind: str) -> str | None:
     """The reason why a module is not known to compute what its class says, or None where its weights may be used.
 
     Args:
-        kind: the class it has to be, itself and no subclass, which may compute something else; or
-        mark: what a class of this package has in its body (see `is_marked`).
+        kind: of plain classes, one of which it has to be, itself and no subclass, which may compute something else.
     """
-    if type(module) is not kind and (mark is None or not is_marked(type(module), mark)):
-        if type(inner := switched_off(module)) is kind:  # type: ignore[arg-type]
+    if not is_plain(type(module), kind):
+        if type(inner := switched_off(module)) is torch.nn.Linear and is_plain(type(inner), kind):
             return bypass_refusal(name, inner)
+        if type(module) in PLAIN_CLASSES and PLAIN_CLASSES[type(module)][0] == kind:
+            return f"takes plain layers, the forward of {type(module).__name__} was replaced"
         return f"takes plain layers, {name} is a {type(module).__name__}"
-    return bypass_refusal(name, module)  # type: ignore[arg-type]
+    return bypass_refusal(name, module)
 
 
 # Modes that need not see what a layer is made of: one that says where new tensors are made, which
@@ -179,6 +208,12 @@ def _mode_refusal() -> str | None:
         if type(mode) not in TRANSPARENT_MODES:
             return f"is left out where a {type(mode).__name__} sees every operator"
     return None
+
+
+# Functions of PyTorch that other programs replace by their own, which native's layers then call: SageAttention,
+# DeepSpeed's ZeRO-3, counters of operations
+LINEAR, ATTENTION, SILU, SOFTMAX = F.linear, F.scaled_dot_product_attention, F.silu, F.softmax
+MATMUL, CALL = torch.matmul, torch.nn.Module.__call__
 
 
 def call_refusal() -> str | None:
@@ -198,6 +233,10 @@ def call_refusal() -> str | None:
         return "is left out of traced programs, which open without it"
     if forward_ad._current_level >= 0:
         return "has no forward-mode derivatives"
+    if F.linear is not LINEAR or F.scaled_dot_product_attention is not ATTENTION or F.silu is not SILU:
+        return "is left out where functions of PyTorch were replaced"
+    if F.softmax is not SOFTMAX or torch.matmul is not MATMUL or torch.nn.Module.__call__ is not CALL:
+        return "is left out where functions of PyTorch were replaced"
     return None
 
 

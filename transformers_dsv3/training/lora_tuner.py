@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraModel
+from peft.tuners import lora
 from torch import nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3PreTrainedModel
 
 from ..models.dsv3.checkpoint_conversion_dsv3 import official_name
-from .lora_targets import applies, in_model, resolve
+from .lora_targets import Resolved, applies, in_model, resolve
 from .peft_mixins import BesideMtp, OfficialClass, base_of, without_mtp
 
 
-class Dsv3LoraModel(OfficialClass, BesideMtp, LoraModel):
+class LoraModel(OfficialClass, BesideMtp, lora.LoraModel):
     """`LoraModel` that reads target names of `deepseek_v3` models as the official checkpoint's names."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -31,7 +31,15 @@ class Dsv3LoraModel(OfficialClass, BesideMtp, LoraModel):
 
     def _inject_resolved(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: LoraConfig = self.peft_config[adapter_name]
-        resolved = resolve(config, model)
+        self._prepare_model(config, model)  # which may repeat layers: names are read in what comes of it
+        self._is_prepared = True
+        try:
+            self._inject(model, adapter_name, resolve(config, model), *args, **kwargs)
+        finally:
+            del self._is_prepared
+
+    def _inject(self, model: nn.Module, adapter_name: str, resolved: Resolved, *args: Any, **kwargs: Any) -> None:
+        config: LoraConfig = self.peft_config[adapter_name]
         if not resolved.modules and not resolved.parameters:
             return super().inject_adapter(model, adapter_name, *args, **kwargs)  # PEFT says that nothing was found
         given = config.target_modules, config.target_parameters, config.rank_pattern, config.alpha_pattern
@@ -55,6 +63,10 @@ class Dsv3LoraModel(OfficialClass, BesideMtp, LoraModel):
             raise
         finally:
             self.__dict__.pop("_resolved", None)
+
+    def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
+        if not getattr(self, "_is_prepared", False):
+            super()._prepare_model(peft_config, model)
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         resolved = self.__dict__.pop("_resolved", None)
@@ -93,7 +105,7 @@ class Dsv3LoraModel(OfficialClass, BesideMtp, LoraModel):
             inner_place = _bare(name).replace(".weight", f".{adapter_name}.weight")
             renamed[name if outer in state_dict or inner_place in places else outer] = tensor
         state_dict = remap(state_dict=renamed, **options)
-        if isinstance(tuner := getattr(model, "base_model", None), Dsv3LoraModel):
+        if isinstance(tuner := getattr(model, "base_model", None), LoraModel):
             tuner._misfits[adapter_name] = misfits(places, state_dict)
         return state_dict
 
@@ -126,6 +138,9 @@ class Dsv3LoraModel(OfficialClass, BesideMtp, LoraModel):
         if any(".experts." in name for name in differing):
             error_msgs.append("Was this adapter trained for another number of experts?")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+Dsv3LoraModel = LoraModel  # its name before
 
 
 def _bare(name: str) -> str:

@@ -6,12 +6,11 @@ Every tuner gets a subclass, methods for prompts included. For other models thes
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
-from peft.tuners import LoraModel, MultitaskPromptEmbedding
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, tuners
 from peft.tuners.tuners_utils import BaseTuner
 
 from . import prefix_latents
-from .lora_tuner import Dsv3LoraModel
+from .lora_tuner import LoraModel
 from .peft_mixins import BesideMtp, OfficialClass
 
 
@@ -20,20 +19,20 @@ class SharedPrompt:
 
     def forward(self, indices: torch.Tensor, *task_ids: Any) -> torch.Tensor:
         if not task_ids:
-            return super(MultitaskPromptEmbedding, self).forward(indices)  # type: ignore[misc]
+            return super(tuners.MultitaskPromptEmbedding, self).forward(indices)  # type: ignore[misc]
         return super().forward(indices, *task_ids)  # type: ignore[misc]
 
 
 def _derive(tuner: type) -> type:
-    """The subclass of one of PEFT's tuners. A name in this module, by which models are pickled."""
-    if tuner is LoraModel:
-        return Dsv3LoraModel
+    """The subclass of one of PEFT's tuners, of its name; in this module, by which models are pickled."""
+    if tuner is tuners.LoraModel:
+        return LoraModel
     mixins: tuple[type, ...] = (OfficialClass,)
     if issubclass(tuner, BaseTuner):
         mixins += (BesideMtp,)
-    if tuner is MultitaskPromptEmbedding:
+    if tuner is tuners.MultitaskPromptEmbedding:
         mixins += (SharedPrompt,)
-    name = f"Dsv3{tuner.__name__}"
+    name = tuner.__name__
     return globals().setdefault(name, type(name, (*mixins, tuner), {"__module__": __name__, "__doc__": tuner.__doc__}))
 
 

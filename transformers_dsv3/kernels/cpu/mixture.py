@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..experts_grouped import is_silu
-from ..selection import bypass_refusal, cpu_refusal, is_marked, plain_refusal
+from ..selection import bypass_refusal, cpu_refusal, is_plain, plain_refusal
 from . import library
 from .linear import FEWEST_INT8_ROWS
 from .operators import TYPES, addresses, define, fake_like, out_of_memory, require_activations, require_shape
@@ -33,11 +33,11 @@ def experts_refusal(experts: nn.Module) -> str | None:
 
 def mlp_refusal(mlp: nn.Module) -> str | None:
     """The reason why a dense network (`gate_proj`, `up_proj`, `down_proj`) cannot be served at all, or None."""
-    if not is_marked(type(mlp), "is_plain_mlp"):
+    if not is_plain(type(mlp), "mlp"):
         return f"takes the package's own networks, not a {type(mlp).__name__}"
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = getattr(mlp, name)
-        if (reason := plain_refusal(name, layer, nn.Linear, "is_plain_linear")) is not None:
+        if (reason := plain_refusal(name, layer, "linear")) is not None:
             return reason
         if layer.bias is not None:
             return f"takes linear layers without bias, {name} has one"
@@ -70,9 +70,9 @@ def mixture_refusal(
         if (reason := mlp_refusal(mlp)) is not None:
             return reason
         if experts is not None:
-            for name, module in (("experts", experts), ("shared_experts", mlp)):
-                if (reason := bypass_refusal(name, module)) is not None:
-                    return reason
+            reason = plain_refusal("experts", experts, "experts") or bypass_refusal("shared_experts", mlp)
+            if reason is not None:
+                return reason
         tensors += [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
     if len({tensor.dtype for tensor in tensors}) > 1:
         return "takes weights of one dtype"

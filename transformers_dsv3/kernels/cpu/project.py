@@ -23,10 +23,8 @@ def project_refusal(x: torch.Tensor, attention: nn.Module, cos: torch.Tensor, *r
         part = attention._modules.get(name)
         if part is None:
             continue
-        is_norm = name.endswith("norm")
-        if (
-            reason := plain_refusal(name, part, nn.Linear, "is_plain_norm" if is_norm else "is_plain_linear")
-        ) is not None:
+        kind = "norm" if name.endswith("norm") else "linear"
+        if (reason := plain_refusal(name, part, kind)) is not None:
             return reason
         bias = getattr(part, "bias", None)
         if bias is not None:

@@ -7,8 +7,10 @@ from . import library
 from .operators import TYPES, addresses, define, out_of_memory, require_activations
 
 
-def route_refusal(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
+def route_refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *rest: object) -> str | None:
     """The reason why `route` does not take a call, or None where it does."""
+    if bias.dtype is not torch.float32:
+        return f"takes a correction bias in fp32, not {bias.dtype}"
     if not weight.is_contiguous():
         return "takes a contiguous router weight"
     return cpu_refusal("linear", x, weight)

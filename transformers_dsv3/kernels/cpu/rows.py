@@ -24,6 +24,8 @@ from .operators import (
 
 def rms_norm_refusal(x: torch.Tensor, weight: torch.Tensor, eps: float = 0.0) -> str | None:
     """The reason why `rms_norm` does not take a call, or None where it does."""
+    if not weight.is_contiguous():
+        return "takes contiguous weights only"
     return cpu_refusal("linear", x, weight)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...kernels.experts_lora import LowRank
-from ...kernels.selection import bypass_refusal, call_refusal
+from ...kernels.selection import bypass_refusal, call_refusal, is_plain
 
 
 def _factors(wrapper: Any, adapters: list[str]) -> LowRank:
@@ -68,7 +68,7 @@ def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] |
     weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     if found and _folding_refusal() is not None:
         return None
-    if not found or not found.keys() <= {"gate_up_proj", "down_proj"} or not hasattr(type(module), "is_plain_experts"):
+    if not found or not found.keys() <= {"gate_up_proj", "down_proj"} or not is_plain(type(module), "experts"):
         return None
     if bypass_refusal("experts", module) is not None or call_refusal() is not None:
         return None

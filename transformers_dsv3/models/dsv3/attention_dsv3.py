@@ -29,6 +29,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from ...kernels import selection
 from ...kernels.dispatch import ABSORBED, EXPANDED, LATENT_ROWS, PROJECTIONS, ROTATION, serve
 from ...kernels.selection import bypass_refusal, call_refusal, switched_off
 from .cache_dsv3 import extend, filled_positions, next_place
@@ -188,6 +189,22 @@ def dense_mask(
     return mask
 
 
+NATIVE_FORWARD, LINEAR_FORWARD = native.DeepseekV3Attention.forward, nn.Linear.forward
+# Keyword arguments that change nothing of attention here, as in Transformers' functions for it. Others are for those
+# functions to look at: biases of positions, caps, outputs
+HARMLESS = frozenset(
+    ("position_ids", "use_cache", "is_causal", "cache_position", "output_hidden_states", "output_router_logits")
+    + ("return_dict", "num_items_in_batch", "labels", "shift_labels", "ignore_index", "seq_idx")
+    + ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+)
+
+
+def changes_attention(implementation: str, kwargs: dict[str, Any]) -> bool:
+    """Whether keyword arguments ask Transformers' attention function for something that the paths beside it lack."""
+    given = {name for name in kwargs.keys() - HARMLESS if kwargs[name] is not None and kwargs[name] is not False}
+    return bool(given - {"output_attentions"} if implementation == "eager" else given)
+
+
 class DeepseekV3Attention(native.DeepseekV3Attention):
     """Multi-head latent attention over a cache of latents.
 
@@ -254,6 +271,12 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
             kv_b_proj = switched_off(kv_b_proj)
         if (kind := type(kv_b_proj)) is not nn.Linear:
             return f"kv_b_proj is a {kind.__module__}.{kind.__name__}, whose weight cannot be folded"
+        if kv_b_proj.bias is not None:
+            return "kv_b_proj has a bias, which cannot be folded"
+        if F.linear is not selection.LINEAR or F.scaled_dot_product_attention is not selection.ATTENTION:
+            return "functions of PyTorch were replaced, which only calls of the layers run"
+        if nn.Linear.forward is not LINEAR_FORWARD or nn.Module.__call__ is not selection.CALL:
+            return "what calls a layer was replaced"
         weight = kv_b_proj.weight
         if (
             "_is_hooked" not in kv_b_proj.__dict__ or not self.is_head_parallel
@@ -284,8 +307,8 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         return absorbed < expanded
 
     def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        rotated = serve(ROTATION, self, x, cos, sin, self.rope_interleave)
-        return rotate(x, cos, sin, self.rope_interleave) if rotated is None else rotated
+        rotated = serve(ROTATION, self, x, cos, sin, self.config.rope_interleave)
+        return rotate(x, cos, sin, self.config.rope_interleave) if rotated is None else rotated
 
     def _is_plain_sdpa(self) -> bool:
         """Whether softmax attention is asked for by `"sdpa"`: others may compute it from the parts of keys."""
@@ -311,7 +334,8 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         pad = self.qk_head_dim - self.v_head_dim
         is_slow = implementation == "sdpa" and value.device.type == "cpu"
         # A counter of operations knows native's, not the fused ones
-        padded = pad > 0 and ("flash" in implementation or (is_slow and call_refusal() is None))
+        padded = pad > 0 and is_known_attention(implementation)
+        padded = padded and ("flash" in implementation or (is_slow and call_refusal() is None))
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         output, weights = attention(
             self,
@@ -344,11 +368,13 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
             The output `(B, Q, D)`, and the attention weights `(B, H, Q, S)` where the implementation gives them. Under
             tensor parallelism each process computes and returns those of its own heads only.
         """
+        if native.DeepseekV3Attention.forward is not NATIVE_FORWARD:  # what somebody has put there
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         batch_size, q_len = hidden_states.shape[:2]
         cos, sin = position_embeddings
         dims = [self.qk_nope_head_dim, self.qk_rope_head_dim]
         written = None
-        projected = serve(PROJECTIONS, self, hidden_states, self, cos, sin, self.rope_interleave)
+        projected = serve(PROJECTIONS, self, hidden_states, self, cos, sin, self.config.rope_interleave)
         if projected is not None:
             query, latent, k_rope = projected
             q_nope, q_rope = query.split(dims, dim=-1)
@@ -361,7 +387,7 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
             kv_a = linear(self.kv_a_proj_with_mqa, hidden_states)
             if past_key_values is not None:
                 place = partial(next_place, past_key_values, kv_a, self.layer_idx)
-                rows = (kv_a, self.kv_a_layernorm, q_rope, cos, sin, self.rope_interleave, place)
+                rows = (kv_a, self.kv_a_layernorm, q_rope, cos, sin, self.config.rope_interleave, place)
                 written = serve(LATENT_ROWS, self, *rows)
             if written is None:
                 latent, k_rope = kv_a.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
@@ -375,7 +401,9 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
             latent, k_rope = extend(past_key_values, latent, k_rope, self.layer_idx)
 
         kv_len = latent.shape[2]
-        absorb = past_key_values is not None and self._absorbed_is_cheaper(q_len, kv_len)
+        implementation = self.config._attn_implementation or "eager"
+        is_plain_call = kwargs.keys() <= HARMLESS or not changes_attention(implementation, kwargs)
+        absorb = past_key_values is not None and is_plain_call and self._absorbed_is_cheaper(q_len, kv_len)
         is_head_parallel = absorb and "_is_hooked" in self.kv_b_proj.__dict__ and self.is_head_parallel
         if is_head_parallel and torch.is_grad_enabled():
             absorb = False  # only kv_b_proj's own call sums the latents' gradients over the processes
@@ -385,7 +413,6 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
                 logger.warning_once(f"Every step expands the whole context, slow where it is long: {reason}.")
         weights = None
         if absorb:
-            implementation = self.config._attn_implementation or "eager"
             first_query = kv_len - q_len if "flash" in implementation else 0
             latent, k_rope, kv_b_weight = latent.squeeze(1), k_rope.squeeze(1), self.kv_b_proj.weight
             if is_head_parallel:
@@ -398,12 +425,12 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
             arguments = (q_nope, q_rope, latent, k_rope, kv_b_weight, mask, self.scaling)
             output = None
             if implementation != "eager":
-                filled = (
-                    None
-                    if type(past_key_values) is DynamicCache
-                    else filled_positions(past_key_values, self.layer_idx)
-                )
+                filled = None
+                if type(past_key_values) is not DynamicCache:
+                    filled = filled_positions(past_key_values, self.layer_idx)
                 output = serve(ABSORBED, self, *arguments, filled)
+            elif isinstance(attention_mask, torch.Tensor) and mask is not None and mask.dtype == torch.bool:
+                arguments = (*arguments[:5], mask.to(q_nope.dtype), self.scaling)  # `eager` adds what it is given
             if output is None:
                 output, weights = absorbed_attention(*arguments)
                 weights = weights if implementation == "eager" else None
@@ -412,7 +439,7 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
                 attention_mask = attention_mask[..., :kv_len]  # of a mask that reaches past the keys
             kv = linear(self.kv_b_proj, latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
             output = None
-            if "is_causal" not in kwargs and self._is_plain_sdpa():
+            if "is_causal" not in kwargs and is_plain_call and self._is_plain_sdpa():
                 output = serve(EXPANDED, self, q_nope, q_rope, kv, k_rope.squeeze(1), attention_mask, self.scaling)
             if output is None:
                 output, weights = self._expanded_attention(

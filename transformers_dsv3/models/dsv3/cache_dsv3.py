@@ -11,6 +11,11 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 SPARE_TOKENS = 256
 
 
+# Where somebody has put functions of their own there, which compress or watch what is cached, these are called
+UPDATE, LAYER_UPDATE = DynamicCache.update, DynamicLayer.update
+STATIC_UPDATE, STATIC_LAYER_UPDATE = StaticCache.update, StaticLayer.update
+
+
 @dataclass
 class _Room:
     """Tensors larger than what a layer holds.
@@ -58,9 +63,13 @@ def _growing(cache: Cache, latent: torch.Tensor, layer_idx: int) -> DynamicLayer
         is_torchdynamo_compiling()
         or torch.is_grad_enabled()
         or type(cache) is not DynamicCache
+        or "update" in cache.__dict__
+        or DynamicCache.update is not UPDATE
+        or DynamicLayer.update is not LAYER_UPDATE
         or getattr(cache, "offloading", False)
         or layer_idx >= len(cache.layers)
         or type(layer := cache.layers[layer_idx]) is not DynamicLayer
+        or "update" in layer.__dict__
         or not layer.is_initialized
         or layer.keys.numel() == 0
         or layer.keys.dtype != latent.dtype
@@ -149,7 +158,10 @@ def _static(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
     if cache is None or type(cache) is not StaticCache or getattr(cache, "offloading", False):
         return None
     layer = cache.layers[layer_idx]
-    return layer if type(layer) is StaticLayer else None
+    if type(layer) is not StaticLayer or "update" in layer.__dict__ or "update" in cache.__dict__:
+        return None
+    own = StaticCache.update is STATIC_UPDATE and StaticLayer.update is STATIC_LAYER_UPDATE
+    return layer if own else None
 
 
 def filled_positions(cache: Cache | None, layer_idx: int) -> torch.Tensor | None:

@@ -7,11 +7,15 @@ rows first, and `experts.down_proj` is (E, H, I).
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -114,6 +118,23 @@ class JoinGateUp(Concatenate):
         return SplitGateUp(self.dim)
 
 
+# Bytes that one file of a checkpoint is to have at most, while it is being saved
+_file_size: ContextVar[int | None] = ContextVar("file_size", default=None)
+
+
+@contextlib.contextmanager
+def own_storage_above(max_shard_size: int | str | None) -> Iterator[None]:
+    """While a model is saved: stacks larger than a file is to be are split into tensors of their own.
+
+    Tensors that share storage go to the same file.
+    """
+    token = _file_size.set(None if max_shard_size is None else convert_file_size_to_int(max_shard_size))
+    try:
+        yield
+    finally:
+        _file_size.reset(token)
+
+
 class SplitGateUp(Chunk):
     """(E, 2I, H) to gate and up as views: each expert's half is contiguous, so saving needs no second copy."""
 
@@ -123,7 +144,11 @@ class SplitGateUp(Chunk):
     ) -> dict[str, torch.Tensor]:
         (value,) = input_dict.values()
         tensor = value[0] if isinstance(value, list) else value
-        return dict(zip(target_patterns, torch.chunk(tensor, len(target_patterns), dim=self.dim), strict=True))
+        halves = torch.chunk(tensor, len(target_patterns), dim=self.dim)
+        limit = _file_size.get()
+        if limit is not None and tensor.nbytes > limit:
+            halves = tuple(half.contiguous() for half in halves)
+        return dict(zip(target_patterns, halves, strict=True))
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -27,7 +27,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
 from .checkpoint_checks_dsv3 import SCALE, CheckpointCheck, mtp_layers_present
-from .checkpoint_conversion_dsv3 import MergeExperts, deepseek_v3_conversion_mapping, mtp_renamings, official_name
+from .checkpoint_conversion_dsv3 import (
+    MergeExperts,
+    deepseek_v3_conversion_mapping,
+    mtp_renamings,
+    official_name,
+    own_storage_above,
+)
 from .checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint, resolve_checkpoint
 from .checkpoint_saving_dsv3 import publish, staging
 from .checkpoint_scales_dsv3 import loading_problems, unquantised_modules
@@ -136,6 +142,9 @@ class Dsv3CheckpointMixin(_Base):
         """
         files = checkpoint_files or []
         given = [step for step in load_config.weight_mapping or [] if isinstance(step, WeightRenaming)]
+        if expected_keys is None and not any(isinstance(s, WeightConverter) for s in load_config.weight_mapping or []):
+            # A `model_type` of somebody's own, of which Transformers knows no conversion
+            load_config.weight_mapping = [*(load_config.weight_mapping or []), *deepseek_v3_conversion_mapping()]
         if load_config.weight_mapping is not None:
             load_config.weight_mapping.extend(mtp_renamings(model.config))
         if state_dict is None and expected_keys is None and files and all(f.endswith(".safetensors") for f in files):
@@ -167,7 +176,7 @@ class Dsv3CheckpointMixin(_Base):
                 )
         loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         if expected_keys is not None and any(".lora_" in key for key in expected_keys):
-            _check_adapter(loaded[0])
+            _check_adapter(loaded[0], list(model.peft_config)[-1])
         used = getattr(model, "_weight_conversions", None)
         if expected_keys is None and used is not None:
             # Saving reverts what loading used, which for another model's state dict, with its names, is nothing
@@ -208,6 +217,7 @@ class Dsv3CheckpointMixin(_Base):
             if state_dict is not None and kwargs.get("save_original_format") is False:
                 # Nothing is reverted then, experts stay stacked; MTP layers keep their official names all the same
                 state_dict = {official_name(name, self.config): tensor for name, tensor in state_dict.items()}
+        limit = kwargs.get("max_shard_size")
         arguments = {"is_main_process": is_main_process, "state_dict": state_dict, **kwargs}
         if (
             push_to_hub
@@ -219,7 +229,7 @@ class Dsv3CheckpointMixin(_Base):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **arguments)
 
         os.makedirs(save_directory, exist_ok=True)
-        with staging(os.fspath(save_directory)) as folder:
+        with own_storage_above(limit), staging(os.fspath(save_directory)) as folder:
             super().save_pretrained(folder, **arguments)
             publish(folder, os.fspath(save_directory), kwargs.get("variant"))
 
@@ -250,13 +260,18 @@ class Dsv3CheckpointMixin(_Base):
         return {**state_dict, **copies}
 
 
-def _check_adapter(info: Any) -> None:
-    """Transformers lists what an adapter has no place for, or lacks, and goes on."""
+def _check_adapter(info: Any, name: str) -> None:
+    """Transformers lists what an adapter has no place for, or lacks, and goes on.
+
+    Args:
+        name: the adapter's. Tensors of those that the model has already are listed as missing, and are not.
+    """
+    own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
     for keys, problem in (
         (info.unexpected_keys, "it has weights for what this model does not adapt or have"),
         (info.missing_keys, "it lacks weights of"),
     ):
-        if names := sorted(key for key in keys if ".lora_" in key):
+        if names := sorted(key for key in keys if own.search(key)):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise CheckpointError(f"the adapter does not fit this model: {problem} {', '.join(names[:3])}{more}")
 

@@ -105,7 +105,6 @@ class DeepseekV3Config(native.DeepseekV3Config):
             "hidden_size",
             "intermediate_size",
             "moe_intermediate_size",
-            "num_hidden_layers",
             "num_attention_heads",
             "kv_lora_rank",
             "qk_rope_head_dim",
@@ -122,6 +121,7 @@ class DeepseekV3Config(native.DeepseekV3Config):
             if value is None or value < 1:
                 refuse(field, "must be at least 1")
         for field in (
+            "num_hidden_layers",
             "n_shared_experts",
             "first_k_dense_replace",
             "num_nextn_predict_layers",

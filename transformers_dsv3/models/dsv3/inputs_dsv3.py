@@ -3,6 +3,8 @@
 What native accepts is accepted. Refused is what would crash the device or late, with a message that does not say why.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.utils import logging
@@ -16,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 def check_inputs(
     config: DeepseekV3Config,
-    embedding: nn.Module | None,
+    embedding: Any,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     attention_mask: object,
@@ -42,16 +44,24 @@ def check_inputs(
     """
     if is_torchdynamo_compiling() or torch._C._len_torch_dispatch_stack():
         return  # values are not there to be read, or a mode would see the reading
+    if torch._C._are_functorch_transforms_active():
+        return  # nor are they under `vmap`
 
     tokens = input_ids if input_ids is not None else inputs_embeds
     name = "input_ids" if input_ids is not None else "inputs_embeds"
     if tokens is None:
         return
-    is_readable = tokens.is_cpu or (wait_for_device and not tokens.is_meta)
+    is_readable = type(tokens) is torch.Tensor and (tokens.is_cpu or (wait_for_device and not tokens.is_meta))
     if tokens.shape[0] == 0 or tokens.shape[1] == 0:
         raise ValueError(f"`{name}` of shape {tuple(tokens.shape)} is empty: at least one token is needed.")
 
-    if input_ids is not None and is_readable and isinstance(embedding, nn.Embedding):
+    # One that is hooked or replaced may take ids that stand for something else, such as images
+    if (
+        input_ids is not None
+        and is_readable
+        and type(embedding) is nn.Embedding
+        and not (embedding._forward_pre_hooks or embedding._forward_hooks or "forward" in embedding.__dict__)
+    ):
         lowest, highest = input_ids.aminmax()
         low, high = int(lowest), int(highest)
         if low < 0 or high >= embedding.num_embeddings:
@@ -64,7 +74,10 @@ def check_inputs(
         # Transformers takes what a shorter mask lacks for padding, and hides the very tokens that are given.
         # `generate` takes the whole text, cached or not.
         before = past_length if isinstance(past_length, int) and not wait_for_device else 0
-        if attention_mask.shape[0] != batch_size or attention_mask.shape[1] < before + length:
+        # Of rows that are not there Transformers reads nothing where the mask hides nothing
+        rows = attention_mask.shape[0]
+        has_rows = rows >= batch_size or (rows == 1 and attention_mask.is_cpu and bool(attention_mask.all()))
+        if not has_rows or attention_mask.shape[1] < before + length:
             raise ValueError(
                 f"`attention_mask` of shape {tuple(attention_mask.shape)} does not fit `{name}` of {batch_size} rows "
                 f"and {length} positions after {past_length} cached ones."
@@ -79,9 +92,18 @@ def check_inputs(
         return
     if config.rope_parameters.get("rope_type", "default") != "dynamic":  # which is made to go past its limit
         logger.warning_once(
-            f"{longest} positions exceed `max_position_embeddings={config.max_position_embeddings}` of this model, "
-            "which it was not trained for: what it predicts there may be poor."
+            f"More positions than `max_position_embeddings={config.max_position_embeddings}` of this model, for which "
+            "it was not trained: what it predicts there may be poor."
         )
+
+
+def begins_anew(position_ids: torch.Tensor | None) -> bool:
+    """Whether positions `(B or 1, Q)` go back somewhere, so that they are of several sequences behind each other."""
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] < 2 or position_ids.is_meta:
+        return False
+    if is_torchdynamo_compiling() or torch._C._are_functorch_transforms_active():
+        return True  # which Transformers finds out by its own means
+    return bool((position_ids[:, 1:] <= position_ids[:, :-1]).any())
 
 
 def new_token_mask(attention_mask: object, length: int, past_length: int | torch.Tensor) -> torch.Tensor | None:
@@ -111,9 +133,11 @@ def check_labels(
     """
     if labels is None or tokens is None or is_torchdynamo_compiling():
         return
-    if labels.shape != tokens.shape[:2]:
+    if labels.numel() != tokens.shape[:2].numel():
         raise ValueError(f"`labels` of shape {tuple(labels.shape)} do not fit tokens of {tuple(tokens.shape[:2])}.")
     if labels.device.type != "cpu" or labels.numel() == 0 or torch._C._len_torch_dispatch_stack():
+        return
+    if type(labels) is not torch.Tensor or torch._C._are_functorch_transforms_active():
         return
     targets = labels[labels != ignore_index]
     if targets.numel() == 0:

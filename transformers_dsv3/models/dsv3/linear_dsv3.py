@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from ...kernels.dispatch import LINEAR, MLP, serve
-from ...kernels.selection import switched_off
+from ...kernels.selection import register_plain, switched_off
 from .configuration_dsv3 import DeepseekV3Config
 
 
@@ -29,14 +29,15 @@ def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return layer(x)
 
 
+NATIVE_FORWARD = native.DeepseekV3MLP.forward
+
+
 class DeepseekV3MLP(native.DeepseekV3MLP):
     """The SwiGLU network of dense layers and of shared experts; in one pass where the compiled backend takes it.
 
     Args:
         intermediate_size: `config.intermediate_size` unless given.
     """
-
-    is_plain_mlp = True
 
     def __init__(self, config: DeepseekV3Config, intermediate_size: int | None = None):
         nn.Module.__init__(self)  # not the parent's: Liger-Kernel may have put another class in its place
@@ -53,7 +54,11 @@ class DeepseekV3MLP(native.DeepseekV3MLP):
         y = serve(MLP, self, x, self)
         if y is not None:
             return y
+        if native.DeepseekV3MLP.forward is not NATIVE_FORWARD:
+            return super().forward(x)  # what somebody has put there
         return linear(self.down_proj, self.act_fn(linear(self.gate_proj, x)) * linear(self.up_proj, x))
 
+
+register_plain("mlp", DeepseekV3MLP, native.DeepseekV3MLP)
 
 Dsv3MLP = DeepseekV3MLP  # its name before

@@ -4,8 +4,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
@@ -26,9 +26,9 @@ from .decoder_dsv3 import DeepseekV3DecoderLayer
 from .distributed_dsv3 import Dsv3DistributedMixin
 from .engines_dsv3 import engine_layer
 from .generation_dsv3 import Dsv3GenerationMixin
-from .inputs_dsv3 import check_inputs, check_labels, new_token_mask
+from .inputs_dsv3 import begins_anew, check_inputs, check_labels, new_token_mask
 from .linear_dsv3 import linear
-from .moe_dsv3 import DeepseekV3Experts, DeepseekV3TopkRouter
+from .moe_dsv3 import DeepseekV3TopkRouter
 from .mtp_dsv3 import Dsv3MtpLayer, same_sequence, second_token_acceptance, shift_left
 from .norm_dsv3 import DeepseekV3RMSNorm
 from .outputs_dsv3 import Dsv3CausalLMOutputWithPast, Dsv3LazyCausalLMOutputWithPast, LazyLogits
@@ -48,6 +48,21 @@ logger = logging.get_logger(__name__)
 
 # Logits of one training batch that are held at once, in bytes of fp32; with more, they are made part by part
 LOGITS_BYTES = 2**29
+
+
+def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states `(B, S, D)` of which logits are asked for, as Transformers' own models take them.
+
+    Args:
+        logits_to_keep: so many last positions, 0 for all; a 1D tensor of positions or slots, the same in each row; 2D
+            integers `(B, n)`, positions of each row; 2D booleans `(B, S)`, which gives `(number kept, D)`.
+    """
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return hidden_states[logits_to_keep]
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return hidden_states[:, kept, :]
 
 
 class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, native.DeepseekV3PreTrainedModel):
@@ -81,6 +96,8 @@ class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, nativ
     _keys_to_ignore_on_load_unexpected = [r"(layers|mtp)\.\d+\.(embed_tokens|shared_head\.head)\.weight"]
 
     def __init__(self, config: DeepseekV3Config, *args: Any, **kwargs: Any):
+        if type(config) is native.DeepseekV3Config:  # as programs make it that do not know of the plugin
+            config = DeepseekV3Config(**config.to_dict())
         if not isinstance(config, DeepseekV3Config):
             raise ValueError(
                 f"{type(self).__name__} needs a transformers_dsv3.DeepseekV3Config, not a {type(config).__module__}."
@@ -147,16 +164,6 @@ class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, nativ
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """`"auto"` where nothing was asked for, or what the environment asks for; see `kernels/selection.py`."""
         return super().get_correct_experts_implementation(requested_experts or chosen["experts"])
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, DeepseekV3TopkRouter):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-            init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, DeepseekV3Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
-            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
 
 
 class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
@@ -252,7 +259,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
         Args:
             input_ids: `(B, Q)`, or `inputs_embeds` `(B, Q, D)` in its place.
             attention_mask: `(B, S)` over cached and new positions, 0 for padding on either side; or a full 4D mask.
-            position_ids: `(B or 1, Q)`; where they restart at 0 without a cache or a mask, packed sequences that do
+            position_ids: `(B or 1, Q)`; where they begin anew without a cache or a mask, packed sequences that do
                 not see each other.
             past_key_values: cache of latents, extended in place.
             use_cache: whether to make a cache where none is given.
@@ -294,9 +301,13 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
 
+        # Transformers looks for packed sequences only where there is no cache yet. Positions that begin anew are some;
+        # those that jump ahead, as in training for longer contexts, are one sequence, as where native makes the cache.
+        makes_cache = use_cache and past_key_values is None
+        if makes_cache and not begins_anew(given_positions):
+            past_key_values = DynamicCache(config=self.config)
         layer_inputs = self.attention_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
-        if use_cache and past_key_values is None:
-            # Made after the mask, since Transformers looks for packed sequences only where there is no cache
+        if makes_cache and past_key_values is None:
             layer_inputs["past_key_values"] = DynamicCache(config=self.config)
         layer_inputs["use_cache"] = use_cache
         under_way: AbstractContextManager = nullcontext()
@@ -458,7 +469,8 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
         """
         Args:
             labels: `(B, Q)`, -100 where there is no target. Shifted here, as everywhere in Transformers.
-            logits_to_keep: compute logits of so many last positions, or of those an index tensor names; 0 for all.
+            logits_to_keep: compute logits of so many last positions, or of those a tensor names; 0 for all. See
+                [`kept_positions`].
 
         The other arguments are those of [`DeepseekV3Model.forward`].
 
@@ -478,9 +490,12 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
         vocab_size: int = getattr(self.lm_head, "out_features", None) or self.config.vocab_size  # type: ignore[assignment]
         if labels is not None:
             check_labels(vocab_size, labels, tokens if keeps_all else None, ignore_index)
-        targets = shift_labels
-        if targets is None and labels is not None:
-            targets = shift_left(labels, 1, ignore_index)
+        targets = None
+        if labels is not None:
+            # Flat labels, as native takes them too, run on from row to row
+            targets = F.pad(labels[..., 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+            if keeps_all and targets.numel() == tokens.shape[:2].numel():  # type: ignore[union-attr]
+                targets = targets.reshape(tokens.shape[:2])  # type: ignore[union-attr]
         if targets is not None and ignore_index != -100:
             targets = targets.masked_fill(targets == ignore_index, -100)
         if training_pass is None and keeps_all and targets is not None:
@@ -499,8 +514,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
         )
         kwargs.pop("training_pass", None)
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states = hidden_states[:, kept, :]
+        hidden_states = kept_positions(hidden_states, logits_to_keep)
 
         loss = None
         logits: torch.Tensor | LazyLogits | None = None
@@ -521,7 +535,8 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
             if num_items is None:
                 num_items = targets.ne(-100).sum()
             # A loss of 0, not of 0 / 0, where there is no target
-            num_items = torch.as_tensor(num_items, device=hidden_states.device).clamp(min=1)
+            num_items = torch.as_tensor(num_items, device=hidden_states.device)
+            num_items = torch.where(num_items == 0, 1, num_items)
             at_once = max(LOGITS_BYTES // (4 * vocab_size), 1)
             if (
                 self.training
@@ -570,7 +585,7 @@ def _tell_decoder_the_targets(
 ) -> tuple[tuple, dict[str, Any]] | None:
     if not model.training or "forward" not in model.__dict__:
         return None  # the class's own forward sees the labels itself
-    if kwargs.get("output_router_logits"):
+    if kwargs.get("output_router_logits") and "trl" in (model.model_tags or ()):
         raise ValueError(
             "`output_router_logits=True` in training by a trainer that computes the loss itself (TRL's "
             "`router_aux_loss_coef` asks for them): it would compute Mixtral's loss over a softmax of these logits, "

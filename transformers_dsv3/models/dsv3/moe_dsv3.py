@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from ...kernels.dispatch import ADAPTED, MIXTURE, ROUTER, serve
-from ...kernels.selection import is_marked, switched_off
+from ...kernels.experts_auto import GROUPED_MM
+from ...kernels.selection import PLAIN_CLASSES, register_plain, switched_off
 from .adapted_experts_dsv3 import adapted_experts
 from .configuration_dsv3 import DeepseekV3Config
 from .linear_dsv3 import DeepseekV3MLP
@@ -87,7 +89,7 @@ class DeepseekV3TopkRouter(native.DeepseekV3TopkRouter):
         Returns:
             Router logits `(T, E)` before the sigmoid, mixing weights `(T, K)`, both fp32, and expert indices `(T, K)`.
         """
-        if self.e_score_correction_bias.dtype != torch.float32:
+        if self.e_score_correction_bias.dtype.itemsize < 4:
             raise RuntimeError(
                 f"e_score_correction_bias is {self.e_score_correction_bias.dtype}, its fp32 values are lost. FSDP's "
                 "MixedPrecision(buffer_dtype=...) casts buffers: leave buffer_dtype unset, or use FSDP2."
@@ -139,8 +141,6 @@ class DeepseekV3Experts(native.DeepseekV3Experts):
     Served by the implementation that `config._experts_implementation` names in Transformers' `ExpertsInterface`;
     `forward` here is the plain reference, `"eager"`.
     """
-
-    is_plain_experts = True
 
     def __init__(self, config: DeepseekV3Config):
         nn.Module.__init__(self)
@@ -222,6 +222,10 @@ class DeepseekV3Experts(native.DeepseekV3Experts):
         return (by_pair * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
 
 
+register_plain("experts", DeepseekV3Experts, native.DeepseekV3Experts)
+NATIVE_FORWARD = native.DeepseekV3MoE.forward
+
+
 class DeepseekV3MoE(native.DeepseekV3MoE):
     """Routed experts plus shared experts that every token passes through (equation 12)."""
 
@@ -235,15 +239,17 @@ class DeepseekV3MoE(native.DeepseekV3MoE):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(B, S, D)` to `(B, S, D)`."""
+        if native.DeepseekV3MoE.forward is not NATIVE_FORWARD:
+            return super().forward(hidden_states)  # what somebody has put there
         _, weights, indices = self.gate(hidden_states)
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         has_shared = getattr(self.shared_experts, "intermediate_size", 1) > 0
         plain = self.experts
-        if not (is_plain := is_marked(type(plain), "is_plain_experts")):
+        if type(plain) not in PLAIN_CLASSES:
             plain = switched_off(plain)  # PEFT's adapters are modules around them
-            is_plain = is_marked(type(plain), "is_plain_experts")
-        if has_shared and is_plain:
-            if plain.config._experts_implementation in ("auto", "cpu"):
+        if has_shared and type(plain) in PLAIN_CLASSES:
+            asked_for = plain.config._experts_implementation
+            if asked_for == "cpu" or (asked_for == "auto" and ALL_EXPERTS_FUNCTIONS["grouped_mm"] is GROUPED_MM):
                 mixed = serve(MIXTURE, self, flat, plain, indices, weights, self.shared_experts)
                 if mixed is not None:
                     return mixed.view(hidden_states.shape)

@@ -137,7 +137,8 @@ class RouterPass:
 class _Current(threading.local):
     """The pass under way in this thread."""
 
-    router_pass: RouterPass | None = None
+    def __init__(self) -> None:  # runs once a thread; a class's attribute would look another one to `torch.compile`
+        self.router_pass: RouterPass | None = None
 
 
 _current = _Current()
