@@ -146,6 +146,7 @@ def serve(operation: Operation, module: nn.Module, x: torch.Tensor, *arguments: 
     C = torch._C
     if (
         type(x) is not torch.Tensor
+        or x.is_meta
         or torch.is_grad_enabled()
         or C._len_torch_dispatch_stack()
         or C._len_torch_function_stack()

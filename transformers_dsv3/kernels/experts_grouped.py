@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .experts_plain import accumulator_dtype, differentiable_gradients, plain_experts
+from .experts_plain import accumulator_dtype, differentiable_gradients, is_batched, plain_experts
 from .matmul_cpu import matmul
 from .selection import SILU, bypass_refusal, is_plain
 
@@ -231,7 +231,7 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
     needs = (hidden, w, gate_up, down)
     index_TK, *saved = ctx.saved_tensors
     # The gradients are to be differentiated themselves, or there are several at once (`is_grads_batched`)
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or is_batched(grad_TD):
         d_hidden, d_w, d_gate_up, d_down = differentiable_gradients(
             lambda hidden_TD, w_TK, up, down: plain_experts(hidden_TD, index_TK, w_TK, up, down, ctx.dtype),
             tuple(saved[:4]),

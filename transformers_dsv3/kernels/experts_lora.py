@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .experts_grouped import ROWS, expert_segments, is_silu
-from .experts_plain import LowRank, accumulator_dtype, differentiable_gradients, plain_experts
+from .experts_plain import LowRank, accumulator_dtype, differentiable_gradients, is_batched, plain_experts
 from .matmul_cpu import matmul
 from .public_kernels import grouped_mm_refusal
 
@@ -79,7 +79,7 @@ class _CpuExperts(torch.autograd.Function):
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         index_TK, *saved = ctx.saved_tensors
         # The gradients are to be differentiated themselves, or there are several at once (`is_grads_batched`)
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or is_batched(grad_TD):
             needs = ctx.needs_input_grad
             d_hidden, d_w, *d_factors = differentiable_gradients(
                 partial(_plain_with_factors, index_TK, saved[2], saved[3], ctx.dtype),

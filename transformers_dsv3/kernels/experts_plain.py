@@ -64,6 +64,11 @@ def plain_experts(
     return out_TD.to(hidden_TD.dtype)
 
 
+def is_batched(grad: torch.Tensor) -> bool:
+    """Whether a gradient stands for several at once, of `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._functorch.is_batchedtensor(grad)
+
+
 def differentiable_gradients(
     plain: Callable[..., torch.Tensor],
     inputs: tuple[torch.Tensor | None, ...],

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .cpu.mixture import experts_refusal as stack_refusal
-from .experts_plain import differentiable_gradients, plain_experts
+from .experts_plain import differentiable_gradients, is_batched, plain_experts
 from .selection import PLAIN
 from .triton_support import NAME, device_refusal, on_device, triton_refusal
 
@@ -209,7 +209,7 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
     hidden, _, mixing, gate_up, _, down, _, _, _ = ctx.needs_input_grad
     needs = (hidden, mixing, gate_up, down)
     # The gradients are to be differentiated themselves, or there are several at once (`is_grads_batched`)
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or is_batched(grad_TD):
         hidden_TD, index_TK, *inputs = ctx.saved_tensors[:5]
         d_hidden, d_mixing, d_gate_up, d_down = differentiable_gradients(
             lambda hidden_TD, w_TK, up, down: plain_experts(hidden_TD, index_TK, w_TK, up, down, ctx.dtype),

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .experts_plain import differentiable_gradients
+from .experts_plain import differentiable_gradients, is_batched
 from .matmul_cpu import matmul, uses_onednn
 from .selection import call_refusal, chosen, mask_refusal
 
@@ -154,7 +154,7 @@ class _ExpandedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_BQHV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q_nope_BHQN, q_rope_BHQP, kv_BSHX, k_rope_BSP, mask_BHQS = ctx.saved_tensors
         # The gradients are to be differentiated themselves, or there are several at once (`is_grads_batched`)
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or is_batched(grad_BQHV):
             plain = functools.partial(_plain, mask_BHQS, ctx.scaling)
             inputs = (q_nope_BHQN, q_rope_BHQP, kv_BSHX, k_rope_BSP)
             return *differentiable_gradients(plain, inputs, ctx.needs_input_grad[:4], grad_BQHV), None, None

@@ -41,11 +41,13 @@ def latent_rows_refusal(
 
 
 def _refusal(operation: str, x: torch.Tensor, *others: torch.Tensor) -> str | None:
+    if (reason := triton_refusal(operation, x, *others)) is not None:
+        return reason
     if torch.is_autocast_enabled(x.device.type):
         return "does not follow autocast"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
         return "has no gradients"
-    return triton_refusal(operation, x, *others)
+    return None
 
 
 def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 import re
 import sys
@@ -144,7 +145,8 @@ class Dsv3CheckpointMixin(_Base):
         given = [step for step in load_config.weight_mapping or [] if isinstance(step, WeightRenaming)]
         if expected_keys is None and not any(isinstance(s, WeightConverter) for s in load_config.weight_mapping or []):
             # A `model_type` of somebody's own, of which Transformers knows no conversion
-            load_config.weight_mapping = [*(load_config.weight_mapping or []), *deepseek_v3_conversion_mapping()]
+            mapping = [*(load_config.weight_mapping or []), *deepseek_v3_conversion_mapping()]
+            load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         if load_config.weight_mapping is not None:
             load_config.weight_mapping.extend(mtp_renamings(model.config))
         if state_dict is None and expected_keys is None and files and all(f.endswith(".safetensors") for f in files):

@@ -106,17 +106,19 @@ def begins_anew(position_ids: torch.Tensor | None) -> bool:
     return bool((position_ids[:, 1:] <= position_ids[:, :-1]).any())
 
 
-def new_token_mask(attention_mask: object, length: int, past_length: int | torch.Tensor) -> torch.Tensor | None:
+def new_token_mask(
+    attention_mask: object, rows: int, length: int, past_length: int | torch.Tensor
+) -> torch.Tensor | None:
     """`(B, Q)` bool, False for padding among the new tokens; None where a mask does not tell by token.
 
     Args:
         attention_mask: `(B, S)` counts, other forms do not; S may reach beyond the new tokens.
-        length: Q. past_length: cached positions, before the new tokens.
+        rows: B. length: Q. past_length: cached positions, before the new tokens.
     """
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         return None
     start = past_length if attention_mask.shape[1] >= past_length + length else attention_mask.shape[1] - length
-    return attention_mask[:, start : start + length].bool()
+    return attention_mask[:rows, start : start + length].bool().expand(rows, -1)
 
 
 def check_labels(

@@ -176,6 +176,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
 
     def __init__(self, config: DeepseekV3Config):
         super().__init__(config)
+        config = self.config  # of the plugin's class, where native's was given
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -295,7 +296,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
         else:
             training_pass = training_pass or TrainingPass()
             training_pass.number_sequences(inputs_embeds.shape[0], inputs_embeds.shape[1], position_ids)
-            token_mask = new_token_mask(attention_mask, inputs_embeds.shape[1], past_length)
+            token_mask = new_token_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
             self._warn_of_unbalanced_training()
         given_positions = position_ids
         if position_ids is None:
@@ -415,6 +416,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
 
     def __init__(self, config: DeepseekV3Config):
         super().__init__(config)
+        config = self.config  # of the plugin's class, where native's was given
         self.model = DeepseekV3Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

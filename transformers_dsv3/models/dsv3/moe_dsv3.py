@@ -4,6 +4,7 @@ Shape suffixes: T tokens, E routed experts, K experts chosen a token, G groups, 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,8 @@ class DeepseekV3TopkRouter(native.DeepseekV3TopkRouter):
         router_pass = current_router_pass() if self.training else None
         training_pass = None if router_pass is None else router_pass.training_pass
         token_mask = None if router_pass is None else router_pass.token_mask
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        # Of the meta device PyTorch knows no autocast
+        with nullcontext() if hidden_states.is_meta else torch.autocast(hidden_states.device.type, enabled=False):
             hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
             logits_TE = F.linear(hidden_TD, self.weight.float())
             scores_TE = logits_TE.sigmoid()
