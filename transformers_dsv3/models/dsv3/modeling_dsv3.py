@@ -296,7 +296,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
         else:
             training_pass = training_pass or TrainingPass()
             training_pass.number_sequences(inputs_embeds.shape[0], inputs_embeds.shape[1], position_ids)
-            token_mask = new_token_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
+            rows, length = inputs_embeds.shape[:2]
+            token_mask = new_token_mask(attention_mask, rows, length, past_length)
             self._warn_of_unbalanced_training()
         given_positions = position_ids
         if position_ids is None:
