@@ -18,8 +18,9 @@ ALLOWED = {
     "data": {"models", "generation", "training"},
     "compression": {"models", "kernels", "generation", "training", "data"},
     "evaluation": {"models", "kernels", "generation", "training", "data", "compression"},
+    "benchmark": {"models", "kernels", "training", "compression", "evaluation"},
     "hub": {"models", "training", "evaluation"},
-    "cli": {"training", "data", "compression", "evaluation", "generation", "hub"},
+    "cli": {"training", "data", "compression", "evaluation", "benchmark", "generation", "hub"},
     "registration": {"models", "kernels", "compression", "training"},
     "__init__": {"models", "kernels", "registration", "training", "hub"},
 }

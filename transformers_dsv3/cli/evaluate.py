@@ -123,7 +123,7 @@ def evaluate(
       transformers-dsv3 evaluate ./my-model --tasks my_task --include-path ./my_tasks --what none
       transformers-dsv3 evaluate ./my-model --human-eval --execute-generated-code --what none
     """
-    from ..evaluation.speed.settings import names
+    from ..benchmark.settings import names
 
     chosen, task_names = names(what), names(tasks)
     if chosen == ("none",):

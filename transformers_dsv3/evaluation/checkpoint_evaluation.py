@@ -20,10 +20,10 @@ from .decoding import cache_bytes_per_token, decoding_figures, prefill_tokens_pe
 from .evaluation_record import EvaluationRecord, RecordError, new_record, read_record
 from .harness import TaskSuite, harness_model, task_entries
 from .human_eval import human_eval
+from .machine import load_average
 from .routing import moe_layers, routing_report
 from .sandbox import NAMESPACES
 from .shareable import shareable_text
-from .speed.record import load_average
 from .text_quality import bits_per_byte, compressor_bits_per_byte
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint, resolve_checkpoint
-from .speed.record import usable_cores
+from .machine import usable_cores
 
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -42,9 +42,9 @@ import torch
 
 from ..training.checkpoints import write_json
 from .checkpoint_identity import CheckpointIdentity
+from .machine import machine_facts
 from .routing import RoutingReport
 from .shareable import shareable
-from .speed.record import machine
 
 
 RECORD, VERSION = "transformers-dsv3 evaluation", 1
@@ -113,7 +113,7 @@ def new_record(
 
 def circumstances(device: str) -> dict[str, Any]:
     """What every record tells of when, where and with what: `date`, `commit`, `versions`, `hardware`."""
-    facts = machine()
+    facts = machine_facts()
     versions = {name: facts.pop(name) for name in _VERSION_FIELDS} | {
         name: version for name in _LIBRARIES if (version := _installed_version(name)) is not None
     }

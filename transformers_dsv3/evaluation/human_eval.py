@@ -17,8 +17,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from .machine import usable_cores
 from .sandbox import DIED, NAMESPACES, PASSED, TIMED_OUT, Limits, run_program
-from .speed.record import usable_cores
 
 
 # Where a function has ended (section 3.2)

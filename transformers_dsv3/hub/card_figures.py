@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.routing import RoutingReport
-from ..evaluation.routing_plot import DPI, heat_map
-from ..evaluation.speed.report import plot_problem
+from ..evaluation.routing_plot import DPI, heat_map, plot_problem
 from .card_sources import CardSources
 
 

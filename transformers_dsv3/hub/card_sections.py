@@ -11,8 +11,8 @@ from typing import Any
 from ..evaluation.checkpoint_record import ParameterCounts
 from ..evaluation.evaluation_record import PARTS, EvaluationRecord
 from ..evaluation.evaluation_table import figures_of
+from ..evaluation.machine import BUSY
 from ..evaluation.routing import moe_layers
-from ..evaluation.speed.record import BUSY
 from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from .card_figures import FOLDER, CardFigure
 from .card_sources import CardSources

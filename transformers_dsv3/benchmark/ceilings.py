@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ...kernels import cpu_library
-from ...kernels.linear_cpu import linear
-from ...kernels.matmul_cpu import matmul, uses_onednn
+from ..kernels import cpu_library
+from ..kernels.linear_cpu import linear
+from ..kernels.matmul_cpu import matmul, uses_onednn
 from .devices import Device
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import record
+from ..evaluation import machine
 from .settings import BenchError
 
 
@@ -73,7 +73,7 @@ class Device:
     def free_memory(self) -> int:
         """Bytes that models can still take; without limit where the system does not tell."""
         if not self.is_gpu:
-            return record.free_memory()
+            return machine.free_memory()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
@@ -83,7 +83,7 @@ class Device:
             torch.cuda.empty_cache()
 
     def record(self) -> dict[str, Any]:
-        """Name, memory, driver and state of a GPU; empty for the CPU, which `record.machine` describes."""
+        """Name, memory, driver and state of a GPU; empty for the CPU, which `machine_facts` describes."""
         if not self.is_gpu:
             return {}
         found = torch.cuda.get_device_properties(torch.cuda.current_device())

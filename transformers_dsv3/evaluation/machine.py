@@ -1,4 +1,4 @@
-"""What a run knows about the machine it ran on."""
+"""Facts of this machine that records and checks ask for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import transformers
 BUSY = 0.25
 
 
-def machine() -> dict[str, Any]:
+def machine_facts() -> dict[str, Any]:
     """Processor, cores, memory, load average and versions."""
     return {
         "cpu": cpu_model(),

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
-from ...kernels import experts_liger, mla_cpu, mla_triton, registry, selection, triton_support
-from ...models.dsv3.attention_dsv3 import absorbed_attention, softmax_scale
-from ...models.dsv3.configuration_dsv3 import DeepseekV3Config
-from ...models.dsv3.moe_dsv3 import DeepseekV3Experts
+from ..kernels import experts_liger, mla_cpu, mla_triton, registry, selection, triton_support
+from ..models.dsv3.attention_dsv3 import absorbed_attention, softmax_scale
+from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
+from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
 from .devices import Device
 from .rounds import Turn, interleave, ratio, reason_of, spread
 from .settings import DTYPES, BenchSettings
