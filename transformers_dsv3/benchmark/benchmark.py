@@ -15,8 +15,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..evaluation import machine
+from ..files import write_json
 from ..models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
-from ..training.quickstart_run import write_json
 from .ceilings import Ceilings
 from .contenders import (
     NATIVE,

@@ -6,7 +6,6 @@ times are those between events that the device itself stamps.
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -95,7 +94,7 @@ class Device:
             "multiprocessors": found.multi_processor_count,
             "l2_bytes": getattr(found, "L2_cache_size", None),
             "runtime": f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}",
-            "triton": package_version("triton"),
+            "triton": machine.package_version("triton"),
             **nvidia_smi(("driver_version",)),
             "state": nvidia_smi(STATE),
         }
@@ -114,14 +113,6 @@ def find_device(name: str) -> Device:
         reason = "it sees no GPU" if built else "it is a build for CPUs"
         raise BenchError("--device", f"torch {torch.__version__} has no GPU to use here: {reason}")
     return Device(name)
-
-
-def package_version(name: str) -> str | None:
-    """The version of an installed package; None where it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def nvidia_smi(fields: Sequence[str]) -> dict[str, str]:

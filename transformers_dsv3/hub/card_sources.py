@@ -24,6 +24,7 @@ from ..evaluation.evaluation_record import RECORD as EVALUATION
 from ..evaluation.evaluation_record import EvaluationRecord, RecordError, read_record
 from ..evaluation.shareable import shareable
 from ..evaluation.training_record import TRAINING_RECORD, read_training_record
+from ..files import json_bytes
 from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, resolve_checkpoint
 from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from .model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
@@ -242,8 +243,7 @@ def _record_files(folder: Path, checkpoint: CheckpointRecord, evaluations: dict[
     own = [folder / name for name in (config, TRAINING_RECORD) if (folder / name).is_file()]
     files = {path.name: path for path in own} | evaluations
     contents = {name: _shareable_bytes(path) for name, path in files.items()}
-    record = json.dumps(checkpoint.to_dict(), indent=1, ensure_ascii=False) + "\n"
-    return {**contents, CHECKPOINT_RECORD: record.encode()}
+    return {**contents, CHECKPOINT_RECORD: json_bytes(checkpoint.to_dict(), indent=1)}
 
 
 def _shareable_bytes(path: Path) -> bytes:
@@ -251,4 +251,4 @@ def _shareable_bytes(path: Path) -> bytes:
     data = path.read_bytes()
     values = json.loads(data)
     clean = shareable(values)
-    return data if clean == values else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
+    return data if clean == values else json_bytes(clean)

@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard
 
 from ..evaluation.shareable import shareable_text
 from ..evaluation.training_record import TRAINING_RECORD
+from ..files import write_refusal, write_whole
 from ..training.run_folder import is_template
-from ..training.whole_files import unwritable, write_whole
 from .card_figures import FOLDER, CardFigure, card_figures, drawn_from
 from .card_metadata import check_options, metadata
 from .card_sections import evaluation_section, introduction, model_section, training_section
@@ -182,8 +182,8 @@ def target_problem(folder: Path, target: Path, force: bool) -> str | None:
     existing = target
     while not existing.exists():
         existing = existing.parent
-    if (problem := unwritable(existing)) is not None:
-        return problem
+    if (refusal := write_refusal(existing)) is not None:
+        return refusal
     if target.resolve() == folder.resolve() or not target.is_dir():
         return None
     if _has_weights(target):
