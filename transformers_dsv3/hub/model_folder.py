@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
 
+from ..evaluation.shareable import holds_token
 from ..models import dsv3
 from ..models.dsv3.checkpoint_checks_dsv3 import mtp_layers_present
 from ..models.dsv3.checkpoint_dsv3 import fit_problems
@@ -54,8 +55,6 @@ _PUBLISHED = (
 )
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Access tokens of the Hub as they are given out: to users, to organisations, for single sign-on
-_ACCESS_TOKEN = re.compile(rb"(?:hf|hf_oauth|hf_jwt|api_org)_[A-Za-z0-9._-]{30,}")
 
 
 @dataclass
@@ -214,7 +213,7 @@ def _check_secrets(folder: ModelFolder, token: str | None) -> None:
         if name.endswith(".safetensors") or name.startswith("figures/"):
             continue
         content = (folder.path / name).read_bytes()
-        if _ACCESS_TOKEN.search(content) or (token and token.encode() in content):
+        if holds_token(content) or (token and token.encode() in content):
             raise CheckpointError(f"{folder.path / name} holds an access token of the Hub. Take it out, and revoke it")
 
 
