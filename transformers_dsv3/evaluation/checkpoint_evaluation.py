@@ -21,7 +21,7 @@ from .evaluation_record import EvaluationRecord, RecordError, new_record, read_r
 from .harness import TaskSuite, harness_model, task_entries
 from .human_eval import human_eval
 from .machine import load_average
-from .routing import moe_layers, routing_report
+from .routing import routing_report
 from .sandbox import NAMESPACES
 from .shareable import shareable_text
 from .text_quality import bits_per_byte, compressor_bits_per_byte
@@ -283,7 +283,7 @@ class CheckpointEvaluation:
 
 def parts_of(config: Any, wanted: Sequence[str]) -> tuple[str, ...]:
     """Those of the wanted parts that a model of this configuration has: routing needs experts of this package."""
-    routed = isinstance(config, DeepseekV3Config) and moe_layers(config)
+    routed = isinstance(config, DeepseekV3Config) and config.moe_layers
     return tuple(part for part in wanted if part != "routing" or routed)
 
 

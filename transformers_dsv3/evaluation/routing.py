@@ -131,12 +131,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def moe_layers(config: DeepseekV3Config) -> list[int]:
-    """Numbers of the main model's layers that are mixtures of experts."""
-    return [
-        layer
-        for layer in range(config.first_k_dense_replace, config.num_hidden_layers)
-        if layer % config.moe_layer_freq == 0
-    ]
+    return config.moe_layers
 
 
 def text_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
@@ -174,7 +169,7 @@ def routing_report(
     if language_model is None:
         raise ValueError(f"{type(model).__name__} holds no DeepseekV3ForCausalLM: was it loaded without the plugin?")
     config = language_model.config
-    if not moe_layers(config):
+    if not config.moe_layers:
         raise ValueError(f"`first_k_dense_replace={config.first_k_dense_replace}`: the model has no experts to count.")
     windows = text_windows(stream, window, max_tokens)
 
@@ -277,7 +272,7 @@ class _Loads:
     """
 
     def __init__(self, model: DeepseekV3ForCausalLM):
-        self.numbers = moe_layers(model.config)
+        self.numbers = model.config.moe_layers
         # A wrapper (PEFT's for modules that are trained whole) may hold a router and its copy, of which one is called
         self.routers: list[tuple[int, nn.Module]] = [
             (row, module)
