@@ -16,6 +16,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..evaluation.checkpoint_folder import ADAPTER_CONFIG, CONFIG
 from ..evaluation.shareable import shareable_text
 from ..evaluation.training_record import TRAINING_RECORD
 from ..files import write_refusal, write_whole
@@ -26,7 +27,7 @@ from .card_sections import evaluation_section, introduction, model_section, trai
 from .card_sources import CardSources, read_sources
 from .card_usage import license_section, limits_section, usage_section
 from .markdown import plain
-from .model_folder import ADAPTER_CONFIG, CARD, CONFIG
+from .model_folder import CARD
 
 
 _SEAL = re.compile(r"<!-- transformers-dsv3 card (\{.*\}) ([0-9a-f]{16}) -->")
