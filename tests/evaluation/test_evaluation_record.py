@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from transformers_dsv3.evaluation.checkpoint_identity import CheckpointIdentity
 from transformers_dsv3.evaluation.evaluation_record import (
@@ -73,6 +74,14 @@ def test_a_digest_is_a_digest(record):
     values["checkpoint"]["base"]["sha256"] = "/home/somebody"
     with pytest.raises(RecordError, match="'checkpoint.base.sha256' is '/home/somebody', not 64 hexadecimal digits"):
         EvaluationRecord.from_dict(values)
+
+
+def test_what_is_made_is_checked_as_what_is_read(record):
+    with pytest.raises(StrictDataclassFieldValidationError, match="not 64 hexadecimal digits"):
+        CheckpointIdentity("a", "d" * 64, "e" * 63)
+    with pytest.raises(StrictDataclassFieldValidationError, match="'seed' expected int"):
+        record.seed = "7"
+    assert record.seed == 7
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -17,10 +17,11 @@ from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from .checkpoint_identity import config_digest
 from .checkpoint_source import CheckpointSource
 from .decoding import cache_bytes_per_token, decoding_figures, prefill_tokens_per_second, spaced_passages
-from .evaluation_record import EvaluationRecord, RecordError, new_record, read_record
+from .evaluation_record import EvaluationRecord, new_record, read_record
 from .harness import TaskSuite, harness_model, task_entries
 from .human_eval import human_eval
 from .machine import load_average
+from .record_fields import RecordError
 from .routing import routing_report
 from .sandbox import NAMESPACES
 from .shareable import shareable_text

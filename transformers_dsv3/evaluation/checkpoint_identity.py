@@ -5,8 +5,6 @@ name, dtype, shape and bytes, and the configuration. Sharding, the order of tens
 Transformers that wrote them do not change it; one changed weight does.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -15,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.dataclasses import strict, validated_field
 from tqdm.auto import tqdm
 
 from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, StoredTensor
@@ -32,7 +31,13 @@ _SETS = frozenset({"target_modules", "exclude_modules", "target_parameters", "mo
 _CHUNK_BYTES = 1 << 22
 
 
-@dataclass(frozen=True)
+def _check_sha256(value: str) -> None:
+    if len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise ValueError("not 64 hexadecimal digits")
+
+
+@strict
+@dataclass
 class CheckpointIdentity:
     """A checkpoint by name and contents.
 
@@ -45,10 +50,10 @@ class CheckpointIdentity:
     """
 
     name: str
-    sha256: str
-    config_sha256: str
+    sha256: str = validated_field(_check_sha256)
+    config_sha256: str = validated_field(_check_sha256)
     revision: str | None = None
-    base: CheckpointIdentity | None = None
+    base: "CheckpointIdentity | None" = None
 
 
 def checkpoint_identity(

@@ -11,16 +11,15 @@
 }
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import AutoTokenizer
 
 from ..models.dsv3.checkpoint_checks_dsv3 import SCALE
@@ -29,7 +28,7 @@ from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from ..models.dsv3.mtp_dsv3 import COPIES
 from .checkpoint_folder import CONFIG, CheckpointFolder
 from .checkpoint_identity import CheckpointIdentity, checkpoint_identity
-from .evaluation_record import check_fields, check_kind, identity_from_dict, plain, read_values
+from .record_fields import check_kind, plain, read_fields, read_values
 from .shareable import shareable
 
 
@@ -39,19 +38,10 @@ RECORD, VERSION = "transformers-dsv3 checkpoint", 1
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # In the files beside the parameters: scales of FP8 blocks, and what balancing sets without a gradient
 _NO_PARAMETERS = (SCALE, ".e_score_correction_bias")
-_NONE = type(None)
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "checkpoint": (dict,),
-    "files": (int,),
-    "bytes": (int,),
-    "stored_as": (dict,),
-    "parameters": (dict, _NONE),
-    "tokenizer": (dict, _NONE),
-    "base": (dict, _NONE),
-}
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class ParameterCounts:
     """Parameters of a checkpoint, from the shapes of its tensors.
 
@@ -66,7 +56,24 @@ class ParameterCounts:
     mtp: int
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
+class _Tokenizer:
+    class_name: str = field(metadata={"name": "class"})
+    entries: int
+    chat_template: bool
+
+
+@strict
+@dataclass
+class _Base:
+    name: str
+    config: dict
+    parameters: ParameterCounts | None
+
+
+@strict
+@dataclass
 class CheckpointRecord:
     """See the top of this file, which lists the fields as they stand in JSON."""
 
@@ -75,8 +82,8 @@ class CheckpointRecord:
     bytes: int
     stored_as: dict[str, int]
     parameters: ParameterCounts | None
-    tokenizer: dict[str, Any] | None
-    base: dict[str, Any] | None
+    tokenizer: dict[str, Any] | None = field(metadata={"schema": _Tokenizer | None})
+    base: dict[str, Any] | None = field(metadata={"schema": _Base | None})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without folders of this machine."""
@@ -134,33 +141,7 @@ def read_checkpoint_record(path: str | Path) -> CheckpointRecord:
     """
     source, values = str(path), read_values(path)
     check_kind(source, values, RECORD, VERSION, "a checkpoint")
-    check_fields(source, values, _FIELDS)
-    check_fields(source, values["stored_as"], dict.fromkeys(values["stored_as"], (int,)), "stored_as.")
-    tokenizer = values["tokenizer"]
-    if tokenizer is not None:
-        check_fields(source, tokenizer, {"class": (str,), "entries": (int,), "chat_template": (bool,)}, "tokenizer.")
-    base = values["base"]
-    if base is not None:
-        check_fields(source, base, {"name": (str,), "config": (dict,), "parameters": (dict, _NONE)}, "base.")
-        base = {**base, "parameters": _counts(source, base["parameters"], "base.parameters.")}
-        base["parameters"] = None if base["parameters"] is None else asdict(base["parameters"])
-    return CheckpointRecord(
-        checkpoint=identity_from_dict(source, "checkpoint", values["checkpoint"]),
-        files=values["files"],
-        bytes=values["bytes"],
-        stored_as=values["stored_as"],
-        parameters=_counts(source, values["parameters"], "parameters."),
-        tokenizer=tokenizer,
-        base=base,
-    )
-
-
-def _counts(source: str, values: dict[str, Any] | None, within: str) -> ParameterCounts | None:
-    if values is None:
-        return None
-    names = ("main", "active", "mtp")
-    check_fields(source, values, dict.fromkeys(names, (int,)), within)
-    return ParameterCounts(**{name: values[name] for name in names})
+    return read_fields(CheckpointRecord, values, source)
 
 
 def _tokenizer(folder: Path) -> dict[str, Any] | None:

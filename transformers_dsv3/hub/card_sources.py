@@ -22,7 +22,8 @@ from ..evaluation.checkpoint_record import (
     read_checkpoint_record,
 )
 from ..evaluation.evaluation_record import RECORD as EVALUATION
-from ..evaluation.evaluation_record import EvaluationRecord, RecordError, read_record
+from ..evaluation.evaluation_record import EvaluationRecord, read_record
+from ..evaluation.record_fields import RecordError
 from ..evaluation.shareable import shareable
 from ..evaluation.training_record import TRAINING_RECORD, read_training_record
 from ..files import json_bytes
