@@ -97,7 +97,7 @@ def everything(checkpoint, text, harness_tasks, tmp_path_factory):
     path = tmp_path_factory.mktemp("evaluate") / "all.json"
     arguments = [checkpoint, "--text", text, "--window", 64, "--limit", 3]
     arguments += ["--tasks", "halves,halves_text", "--include-path", harness_tasks]
-    if sandbox.sandbox_problem() is None:
+    if sandbox.sandbox_refusal() is None:
         arguments += ["--human-eval", "--execute-generated-code"]
     result = done(*arguments, "--json", path)
     return arguments, path, result
@@ -371,7 +371,7 @@ def test_without_the_packages(checkpoint, no_loading, monkeypatch):
 
 def test_without_a_sandbox(checkpoint, text, no_loading, monkeypatch):
     monkeypatch.setattr(
-        sandbox, "sandbox_problem", lambda isolation=sandbox.NAMESPACES: None if "hook" in isolation else "not allowed"
+        sandbox, "sandbox_refusal", lambda isolation=sandbox.NAMESPACES: None if "hook" in isolation else "not allowed"
     )
     arguments = [checkpoint, "--human-eval", "--execute-generated-code", "--what", "none"]
     message = refused(*arguments)

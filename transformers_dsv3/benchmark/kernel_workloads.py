@@ -212,7 +212,7 @@ def experts_part(experts: DeepseekV3Experts, tokens: int, seed: int, with_gradie
             continue
         if with_gradients and name in WITHOUT_GRADIENTS:
             continue
-        reason = interpreted(name) or backend.why_not(experts)
+        reason = interpreter_refusal(name) or backend.why_not(experts)
         if reason is not None:
             part.failed[name] = reason
             continue
@@ -286,7 +286,7 @@ def attention_part(config: DeepseekV3Config, batch: int, context: int, dtype: to
     for name, (refusal, attention) in absorbed_backends().items():
         with selection.use(attention=name), torch.no_grad():
             arguments = (latent, k_rope, weight, None)
-            reason = interpreted(name)
+            reason = interpreter_refusal(name)
             if reason is None and refusal is not None:
                 reason = refusal(queries[0][0], *arguments)
             if reason is not None:
@@ -308,7 +308,7 @@ def attention_part(config: DeepseekV3Config, batch: int, context: int, dtype: to
     return part
 
 
-def interpreted(name: str) -> str | None:
+def interpreter_refusal(name: str) -> str | None:
     """The reason why a backend's time would mean nothing: Triton's interpreter is for tests."""
     if name in IN_TRITON and triton_support.interpreted():
         return "is interpreted, as TRITON_INTERPRET asks"

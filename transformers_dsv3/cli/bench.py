@@ -165,7 +165,7 @@ def run_bench(settings: Any) -> None:
 
     from ..benchmark.report import plot
     from ..benchmark.settings import BenchError
-    from ..evaluation.routing_plot import plot_problem
+    from ..evaluation.routing_plot import plot_refusal as plot_problem
 
     if settings.plot_path is not None and (problem := plot_problem()) is not None:
         raise BenchError("--plot", problem)

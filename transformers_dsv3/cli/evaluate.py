@@ -137,14 +137,14 @@ def evaluate(
         human_eval, execute_generated_code, weak_sandbox, human_eval_samples, human_eval_temperature
     )
     if task_names:
-        from ..evaluation.harness import harness_problem
+        from ..evaluation.harness import harness_refusal as harness_problem
 
         if (problem := harness_problem()) is not None:
             raise typer.BadParameter(problem, param_hint="--tasks")
 
     from ..evaluation.checkpoint_evaluation import CheckpointEvaluation, EvaluationSettings, parts_of
-    from ..evaluation.evaluation_record import RecordError
     from ..evaluation.harness import TaskError
+    from ..evaluation.record_fields import RecordError
 
     source, config, tokenizer = find(checkpoint, revision, base_model)
     parts = parts_of(config, chosen)
@@ -261,8 +261,9 @@ def human_eval_settings(
             param_hint="--human-eval",
         )
     from ..evaluation.checkpoint_evaluation import HumanEvalSettings
-    from ..evaluation.human_eval import human_eval_problem
-    from ..evaluation.sandbox import AUDIT_HOOK, NAMESPACES, sandbox_problem
+    from ..evaluation.human_eval import human_eval_refusal as human_eval_problem
+    from ..evaluation.sandbox import AUDIT_HOOK, NAMESPACES
+    from ..evaluation.sandbox import sandbox_refusal as sandbox_problem
 
     if (problem := human_eval_problem()) is not None:
         raise typer.BadParameter(problem, param_hint="--human-eval")

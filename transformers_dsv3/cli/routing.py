@@ -83,7 +83,7 @@ def routing(
     if problem is not None:
         raise typer.BadParameter(problem, param_hint="--device")
     if plot is not None:
-        from ..evaluation.routing_plot import plot_problem
+        from ..evaluation.routing_plot import plot_refusal as plot_problem
 
         if (problem := plot_problem()) is not None:
             raise typer.BadParameter(problem, param_hint="--plot")

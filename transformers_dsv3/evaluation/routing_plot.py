@@ -21,7 +21,7 @@ SIDE_BY_SIDE = 64
 NUMBERED = 16
 
 
-def plot_problem() -> str | None:
+def plot_refusal() -> str | None:
     """Why no plot can be drawn here; None where it can."""
     try:
         import matplotlib  # noqa: F401

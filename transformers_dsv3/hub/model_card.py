@@ -160,8 +160,8 @@ def write_card(
     """
     folder = Path(folder).expanduser()
     target = folder if output is None else Path(output).expanduser()
-    if (problem := target_problem(folder, target, force)) is not None:
-        raise CardError(problem)
+    if (refusal := target_refusal(folder, target, force)) is not None:
+        raise CardError(refusal)
     if target != folder and not (folder / CARD).is_file():
         options = card_options(target / CARD, options)
     card = model_card(folder, results, **options)
@@ -169,7 +169,7 @@ def write_card(
     return card, target / CARD
 
 
-def target_problem(folder: Path, target: Path, force: bool) -> str | None:
+def target_refusal(folder: Path, target: Path, force: bool) -> str | None:
     """Why no card of `folder` is to be written into `target`, in a line; None where one is."""
     there = target / CARD
     if not folder.is_dir():
