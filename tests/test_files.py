@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from transformers_dsv3.files import json_bytes, partial_path, write_json, write_refusal, write_whole
+from transformers_dsv3.files import file_refusal, json_bytes, partial_path, write_json, write_refusal, write_whole
 
 
 def test_a_file_is_written_or_stays(tmp_path, monkeypatch):
@@ -41,3 +41,9 @@ def test_folders_that_take_no_files(tmp_path):
     assert write_refusal(tmp_path) is None
     missing = tmp_path / "missing"
     assert write_refusal(missing) == f"nothing can be written in {missing}: No such file or directory"
+
+
+def test_places_where_no_file_can_be(tmp_path):
+    assert file_refusal(tmp_path / "new.json") is None and not list(tmp_path.iterdir())
+    assert file_refusal(tmp_path) == f"{tmp_path} is a folder, not a file"
+    assert file_refusal(tmp_path / "no" / "x.json") == f"there is no folder {tmp_path / 'no'}"

@@ -21,6 +21,16 @@ def write_refusal(folder: Path) -> str | None:
         return f"nothing can be written in {folder}: {error.strerror}"
 
 
+def file_refusal(path: Path) -> str | None:
+    """Why no file can be written at a path, in one line; None where one can."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        return f"{path} is a folder, not a file"
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    return write_refusal(folder)
+
+
 def partial_path(path: Path) -> Path:
     """Where a file is written before it takes its name: all that a killed process leaves of it."""
     return path.with_name(path.name + ".partial")

@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from ..models.dsv3.modeling_dsv3 import DeepseekV3ForCausalLM
 from ..models.dsv3.moe_dsv3 import DeepseekV3TopkRouter
 from ..models.dsv3.mtp_dsv3 import mtp_labels, shift_left
@@ -128,10 +127,6 @@ class RoutingReport:
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def moe_layers(config: DeepseekV3Config) -> list[int]:
-    return config.moe_layers
 
 
 def text_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
