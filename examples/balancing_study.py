@@ -23,7 +23,7 @@ import transformers_dsv3
 from transformers_dsv3.data.byte_bpe import TokenBlocks, token_stream, train_byte_bpe
 from transformers_dsv3.data.text_files import build_corpus, standard_library
 from transformers_dsv3.evaluation.routing import routing_report
-from transformers_dsv3.training.checkpoints import write_json
+from transformers_dsv3.files import write_json
 from transformers_dsv3.training.quickstart import quickstart_config
 from transformers_dsv3.training.quickstart_run import QuickstartSettings
 

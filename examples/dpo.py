@@ -29,7 +29,8 @@ from transformers_dsv3.data.text_files import build_corpus, standard_library
 from transformers_dsv3.evaluation.preferences import preference_accuracy
 from transformers_dsv3.evaluation.text_quality import bits_per_byte
 from transformers_dsv3.evaluation.training_record import digest_of_rows, result, save_training_record
-from transformers_dsv3.training.checkpoints import checkpoint_step, write_json
+from transformers_dsv3.files import write_json
+from transformers_dsv3.training.checkpoints import checkpoint_step
 from transformers_dsv3.training.run_folder import RunFolder, save_whole
 from transformers_dsv3.training.script_arguments import ScriptArgumentParser
 

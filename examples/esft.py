@@ -28,7 +28,8 @@ from transformers_dsv3.data.packed_stream import HeldOutBlocks
 from transformers_dsv3.data.python_reference import python_reference
 from transformers_dsv3.data.text_stream import stream_corpus, stream_files
 from transformers_dsv3.evaluation.training_record import result, save_training_record
-from transformers_dsv3.training.checkpoints import checkpoint_step, write_json
+from transformers_dsv3.files import write_json
+from transformers_dsv3.training.checkpoints import checkpoint_step
 from transformers_dsv3.training.expert_scores import SELECTION_FILE
 from transformers_dsv3.training.run_folder import RunFolder
 from transformers_dsv3.training.script_arguments import ScriptArgumentParser

@@ -25,7 +25,7 @@ import transformers_dsv3
 from transformers_dsv3.data.byte_bpe import TokenBlocks, token_stream
 from transformers_dsv3.data.python_reference import python_reference
 from transformers_dsv3.data.text_files import build_corpus, standard_library
-from transformers_dsv3.training.checkpoints import write_json
+from transformers_dsv3.files import write_json
 
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)

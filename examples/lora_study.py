@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 import transformers_dsv3
 from transformers_dsv3.data.byte_bpe import TokenBlocks
-from transformers_dsv3.training.checkpoints import write_json
+from transformers_dsv3.files import write_json
 
 
 # Share of trainable parameters and where they are; learning rates to try

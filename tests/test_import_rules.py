@@ -11,15 +11,17 @@ PACKAGE = Path(__file__).parents[1] / "transformers_dsv3"
 
 # Parts of the package that each part may import, besides itself.
 ALLOWED = {
+    "files": set(),
     "models": {"kernels"},
     "kernels": set(),
     "generation": {"models"},
-    "training": {"models", "kernels", "generation", "data"},
+    "training": {"files", "models", "kernels", "generation", "data"},
     "data": {"models", "generation", "training"},
     "compression": {"models", "kernels", "generation", "training", "data"},
-    "evaluation": {"models", "kernels", "generation", "training", "data", "compression"},
-    "hub": {"models", "training", "evaluation"},
-    "cli": {"training", "data", "compression", "evaluation", "generation", "hub"},
+    "evaluation": {"files", "models", "kernels", "generation", "training", "data", "compression"},
+    "benchmark": {"files", "models", "kernels", "compression", "evaluation"},
+    "hub": {"files", "models", "training", "evaluation"},
+    "cli": {"files", "training", "data", "compression", "evaluation", "benchmark", "generation", "hub"},
     "registration": {"models", "kernels", "compression", "training"},
     "__init__": {"models", "kernels", "registration", "training", "hub"},
 }
@@ -112,6 +114,10 @@ def test_models_need_nothing_but_transformers_and_what_comes_with_it():
         if part_of(path) == "models":
             foreign = {name.split(".")[0] for name in imports(path)} - FOR_MODELS - set(sys.stdlib_module_names)
             assert not foreign, f"{path.name} imports {foreign}"
+
+
+def test_files_need_the_standard_library_alone():
+    assert {name.split(".")[0] for name in imports(PACKAGE / "files.py")} <= set(sys.stdlib_module_names)
 
 
 def test_kernels_know_no_model_of_transformers():

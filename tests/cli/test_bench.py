@@ -10,18 +10,19 @@ import torch
 from typer.testing import CliRunner
 
 import transformers_dsv3
+from transformers_dsv3.benchmark import benchmark, ceilings, kernel_workloads
+from transformers_dsv3.benchmark.contenders import ModelContender
+from transformers_dsv3.benchmark.presets import PRESETS, Preset
+from transformers_dsv3.benchmark.settings import BenchError, BenchSettings
 from transformers_dsv3.cli.main import app
-from transformers_dsv3.evaluation.speed import benchmark, ceilings, kernel_workloads, record
-from transformers_dsv3.evaluation.speed.contenders import ModelContender
-from transformers_dsv3.evaluation.speed.presets import PRESETS, Preset
-from transformers_dsv3.evaluation.speed.settings import BenchError, BenchSettings
+from transformers_dsv3.evaluation import machine
 
 
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch):
     monkeypatch.setattr(ceilings, "READ_BYTES", 2**20)
     monkeypatch.setattr(ceilings, "GEMM_SHAPE", (64, 64, 64))
-    monkeypatch.setattr(record, "load_average", lambda: 0.0)
+    monkeypatch.setattr(machine, "load_average", lambda: 0.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # these are runs on the CPU
 
 
@@ -214,13 +215,13 @@ def test_a_contender_that_fails_is_in_the_table_with_its_reason(checkpoint, tmp_
 
 
 def test_a_busy_machine_is_told_and_recorded(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "load_average", lambda: 50.0)
+    monkeypatch.setattr(machine, "load_average", lambda: 50.0)
     path = tmp_path / "bench.json"
     result = bench(checkpoint, "--what", "decode", "--contexts", 4, "--rounds", 1, "--dtype", "fp32", "--json", path)
     assert "The load average is 50.00" in result.output
     results = json.loads(path.read_text())
     assert results["machine"]["load_average"] == 50.0 and "other programs" in results["warnings"][0]
-    assert record.busy_warning(0.3, 2) is None and record.busy_warning(None, 2) is None
+    assert machine.busy_warning(0.3, 2) is None and machine.busy_warning(None, 2) is None
 
 
 def test_slow_contenders_decode_fewer_tokens(make_model, checkpoint, monkeypatch):

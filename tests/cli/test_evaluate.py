@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from transformers_dsv3.cli import evaluate as cli_module
+from transformers_dsv3 import files
 from transformers_dsv3.cli.main import app
-from transformers_dsv3.evaluation import checkpoint_evaluation, harness, sandbox
+from transformers_dsv3.evaluation import checkpoint_evaluation, evaluation_options, harness, sandbox
 from transformers_dsv3.evaluation.checkpoint_identity import checkpoint_digest
 from transformers_dsv3.evaluation.evaluation_record import read_record
 from transformers_dsv3.evaluation.routing import RoutingReport, routing_report, text_stream
@@ -97,7 +97,7 @@ def everything(checkpoint, text, harness_tasks, tmp_path_factory):
     path = tmp_path_factory.mktemp("evaluate") / "all.json"
     arguments = [checkpoint, "--text", text, "--window", 64, "--limit", 3]
     arguments += ["--tasks", "halves,halves_text", "--include-path", harness_tasks]
-    if sandbox.sandbox_problem() is None:
+    if sandbox.sandbox_refusal() is None:
         arguments += ["--human-eval", "--execute-generated-code"]
     result = done(*arguments, "--json", path)
     return arguments, path, result
@@ -371,15 +371,17 @@ def test_without_the_packages(checkpoint, no_loading, monkeypatch):
 
 def test_without_a_sandbox(checkpoint, text, no_loading, monkeypatch):
     monkeypatch.setattr(
-        sandbox, "sandbox_problem", lambda isolation=sandbox.NAMESPACES: None if "hook" in isolation else "not allowed"
+        evaluation_options,
+        "sandbox_refusal",
+        lambda isolation=sandbox.NAMESPACES: None if "hook" in isolation else "not allowed",
     )
     arguments = [checkpoint, "--human-eval", "--execute-generated-code", "--what", "none"]
     message = refused(*arguments)
     assert "no sandbox can be made on this system (not allowed)" in message and "--weak-sandbox" in message
-    settings = cli_module.human_eval_settings(True, True, True, 1, 0.8)
+    settings = evaluation_options.human_eval_settings(True, True, 1, 0.8)
     assert settings.isolation == sandbox.AUDIT_HOOK
 
 
 def test_a_folder_without_write_access(checkpoint, no_loading, monkeypatch):
-    monkeypatch.setattr(cli_module, "file_problem", lambda path: "nothing can be written in x: Permission denied")
+    monkeypatch.setattr(files, "file_refusal", lambda path: "nothing can be written in x: Permission denied")
     assert "nothing can be written in x: Permission denied" in refused(checkpoint)

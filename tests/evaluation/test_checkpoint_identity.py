@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from transformers_dsv3.evaluation.checkpoint_folder import CheckpointFolder
 from transformers_dsv3.evaluation.checkpoint_identity import (
     checkpoint_digest,
     checkpoint_identity,
     config_digest,
-    is_adapter,
 )
 from transformers_dsv3.models.dsv3.checkpoint_files_dsv3 import CheckpointError
 
@@ -79,7 +79,7 @@ def test_adapters(make_model, tmp_path):
     config = LoraConfig(r=2, target_modules=["o_proj", "kv_b_proj", "q_b_proj"], init_lora_weights=False)
     adapted = get_peft_model(make_model(), config)
     adapted.save_pretrained(tmp_path / "adapter")
-    assert is_adapter(tmp_path / "adapter")
+    assert CheckpointFolder(tmp_path / "adapter").is_adapter
     before = checkpoint_digest(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     modules = json.loads(path.read_text())["target_modules"]

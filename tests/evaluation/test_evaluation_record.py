@@ -1,19 +1,17 @@
 """Records of evaluations: what is written is read again, and what is no record is refused by its field."""
 
 import json
-import subprocess
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 
-from transformers_dsv3.evaluation import evaluation_record
 from transformers_dsv3.evaluation.checkpoint_identity import CheckpointIdentity
 from transformers_dsv3.evaluation.evaluation_record import (
     EvaluationRecord,
     RecordError,
     new_record,
     read_record,
-    source_commit,
 )
 from transformers_dsv3.evaluation.routing import routing_report
 
@@ -78,28 +76,17 @@ def test_a_digest_is_a_digest(record):
         EvaluationRecord.from_dict(values)
 
 
+def test_what_is_made_is_checked_as_what_is_read(record):
+    with pytest.raises(StrictDataclassFieldValidationError, match="not 64 hexadecimal digits"):
+        CheckpointIdentity("a", "d" * 64, "e" * 63)
+    with pytest.raises(StrictDataclassFieldValidationError, match="'seed' expected int"):
+        record.seed = "7"
+    assert record.seed == 7
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(RecordError, match="missing.json cannot be read: No such file"):
         read_record(tmp_path / "missing.json")
     (tmp_path / "half.json").write_text('{"record": ')
     with pytest.raises(RecordError, match="half.json is not JSON"):
         read_record(tmp_path / "half.json")
-
-
-def test_commit_of_the_source(tmp_path, monkeypatch):
-    def git(*arguments):
-        identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
-        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    git("init", "-q")
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    monkeypatch.setattr(evaluation_record, "_PACKAGE", package)
-    installed = source_commit()  # not tracked: whatever pip knows of the installed package
-    git("add", ".")
-    git("commit", "-qm", "one")
-    assert source_commit() == git("rev-parse", "HEAD") != installed
-    (package / "__init__.py").write_text("changed = True\n")
-    assert source_commit() == git("rev-parse", "HEAD") + "-dirty"

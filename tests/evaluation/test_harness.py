@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from transformers_dsv3 import Dsv3ForCausalLM
 from transformers_dsv3.cli.main import app
 from transformers_dsv3.cli.quickstart import run_quickstart
-from transformers_dsv3.cli.routing import read_texts
 from transformers_dsv3.evaluation import harness
 from transformers_dsv3.evaluation.evaluation_record import read_record
-from transformers_dsv3.evaluation.harness import TaskError, TaskSuite, harness_model, harness_problem, task_entries
+from transformers_dsv3.evaluation.harness import TaskError, TaskSuite, harness_model, harness_refusal, task_entries
+from transformers_dsv3.evaluation.held_out_text import read_texts
 from transformers_dsv3.evaluation.quickstart_report import native_model
 from transformers_dsv3.training.quickstart_run import QuickstartSettings
 
@@ -298,6 +298,6 @@ def test_tasks_that_are_broken(tmp_path):
 
 
 def test_without_the_package(monkeypatch):
-    assert harness_problem() is None
+    assert harness_refusal() is None
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
-    assert 'pip install "transformers-dsv3[evaluate]"' in harness_problem()
+    assert 'pip install "transformers-dsv3[evaluate]"' in harness_refusal()

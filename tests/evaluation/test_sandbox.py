@@ -23,7 +23,7 @@ from transformers_dsv3.evaluation.sandbox import (
     Limits,
     SandboxError,
     run_program,
-    sandbox_problem,
+    sandbox_refusal,
 )
 
 
@@ -33,8 +33,8 @@ LIMITS = Limits(cpu_seconds=1, wall_seconds=1.5, memory_bytes=256 << 20, disk_by
 @pytest.fixture(scope="module", params=[NAMESPACES, AUDIT_HOOK])
 def run(request):
     """Runs a program in one of the isolations, with small limits."""
-    if (problem := sandbox_problem(request.param)) is not None:
-        pytest.skip(problem)
+    if (refusal := sandbox_refusal(request.param)) is not None:
+        pytest.skip(refusal)
 
     def run(program):
         return run_program(program, LIMITS, request.param)
@@ -219,7 +219,7 @@ def test_a_sandbox_that_cannot_be_set_up_runs_nothing(monkeypatch, tmp_path):
     if sys.platform.startswith("linux"):
         with pytest.raises(SandboxError):
             run_program("pass", LIMITS)
-        assert "mount" in sandbox_problem() or "unshare" in sandbox_problem()
+        assert "mount" in sandbox_refusal() or "unshare" in sandbox_refusal()
 
 
 INTERRUPTED = """

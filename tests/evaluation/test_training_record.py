@@ -144,7 +144,7 @@ def test_rows_have_a_digest():
         ({"version": 9}, "version 9 of the record"),
         ({"steps": "4"}, "field 'steps' is '4', not int"),
         ({"commands": None}, "field 'commands' is None, not list"),
-        ({"commands": [1]}, "field 'commands.0.entry' is 1, not str"),
+        ({"commands": [1]}, "field 'commands' is [1], not list of str"),
         ({"base": {"sha256": None}}, "field 'base.name' is missing"),
         ({"parameters": {"trained": 1}}, "field 'parameters.total' is missing"),
         ({"checkpoint": {}}, "field 'checkpoint.name' is missing"),

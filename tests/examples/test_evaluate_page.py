@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from transformers_dsv3.cli.main import app
 from transformers_dsv3.evaluation.evaluation_record import read_record
-from transformers_dsv3.evaluation.sandbox import sandbox_problem
+from transformers_dsv3.evaluation.sandbox import sandbox_refusal
 
 
 pytest.importorskip("lm_eval")
@@ -64,8 +64,8 @@ def test_the_page_has_commands():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
 def test_commands(command, folder, tmp_path, monkeypatch):
-    if "--execute-generated-code" in command and (problem := sandbox_problem()):
-        pytest.skip(problem)
+    if "--execute-generated-code" in command and (refusal := sandbox_refusal()):
+        pytest.skip(refusal)
     for path in folder.iterdir():
         shutil.copytree(path, tmp_path / path.name)
     monkeypatch.chdir(tmp_path)

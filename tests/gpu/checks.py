@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from transformers import DeepseekV3ForCausalLM, GenerationConfig
 
 import transformers_dsv3
-from transformers_dsv3.evaluation.speed.contenders import share_weights
+from transformers_dsv3.benchmark.contenders import share_weights
 
 
 # Experts, latents and heads as wide as the programs' tiles, of few layers

@@ -46,8 +46,8 @@ def main():
     if not found:
         import torch
 
-        from transformers_dsv3.evaluation.speed.devices import Device
-        from transformers_dsv3.evaluation.speed.record import cpu_model
+        from transformers_dsv3.benchmark.devices import Device
+        from transformers_dsv3.evaluation.machine import cpu_model
 
         if device == "cpu":
             described = {"name": "CPU", "cpu": cpu_model()}

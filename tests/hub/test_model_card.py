@@ -51,7 +51,7 @@ def material(model, byte_tokenizer, tmp_path_factory):
 def drawing(request, monkeypatch):
     """Pictures take most of a card's time: they are drawn for tests that ask for `pictures`."""
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(card_figures, "plot_problem", lambda: "left out in this test")
+        monkeypatch.setattr(card_figures, "plot_refusal", lambda: "left out in this test")
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_pictures(here, pictures, monkeypatch):
         assert model_card(here / "model").figures == card.figures
 
     # Without matplotlib those are kept that were drawn from the same data
-    monkeypatch.setattr(card_figures, "plot_problem", lambda: "needs matplotlib")
+    monkeypatch.setattr(card_figures, "plot_refusal", lambda: "needs matplotlib")
     assert model_card(here / "model").figures == card.figures
     record = json.loads((here / "model" / "training_record.json").read_text())
     record["history"]["loss"]["values"][0] += 1

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, DeepseekV3Config
 
-from transformers_dsv3 import Dsv3Config, Dsv3ForCausalLM, Dsv3ForSequenceClassification, Dsv3Model
+from transformers_dsv3 import Dsv3Config, Dsv3ForCausalLM, Dsv3ForSequenceClassification, Dsv3Model, KimiK2Config
+from transformers_dsv3.models.dsv3.moe_dsv3 import DeepseekV3MoE
 
 
 # `config.json` of deepseek-ai/DeepSeek-V3, without its FP8 section
@@ -326,3 +327,52 @@ def test_saved_architectures_are_the_official_names(cls, official, tiny_config, 
 def test_other_architectures_are_left_alone():
     assert Dsv3Config(architectures=["MyOwnModel"]).to_dict()["architectures"] == ["MyOwnModel"]
     assert Dsv3Config(architectures=["Dsv3Model"]).to_dict()["architectures"] == ["DeepseekV3Model"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"q_lora_rank": None, "attention_bias": True},
+        {"attention_bias": True, "tie_word_embeddings": True},
+        {"n_shared_experts": None, "num_nextn_predict_layers": 0},
+        {"num_hidden_layers": 5, "moe_layer_freq": 2, "num_nextn_predict_layers": 3},
+        {"first_k_dense_replace": 9},
+    ],
+)
+@pytest.mark.parametrize("config_class", [Dsv3Config, KimiK2Config])
+def test_active_parameters_are_those_of_the_model(make_model, fields, config_class):
+    config = config_class(**{**make_model(**fields).config.to_dict(), "model_type": config_class.model_type})
+    with torch.device("meta"):
+        model = Dsv3ForCausalLM(config)
+    counted = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        share = config.num_experts_per_tok if ".mlp.experts." in name else config.n_routed_experts
+        counted[".mtp." in name] += parameter.numel() * share // config.n_routed_experts
+    assert config.active_parameters == counted[False]
+    assert config.active_mtp_parameters == counted[True]
+    assert config.active_expert_share == config.num_experts_per_tok / config.n_routed_experts
+    assert config.moe_layers == [
+        layer for layer, block in enumerate(model.model.layers) if isinstance(block.mlp, DeepseekV3MoE)
+    ]
+
+
+def test_active_parameters_as_published():
+    config = Dsv3Config(**PUBLISHED)
+    assert round(config.active_parameters / 1e9) == 38  # 37 without the embedding, of which a token reads one row
+    assert config.active_parameters - config.vocab_size * config.hidden_size == pytest.approx(36.6e9, rel=0.005)
+    assert config.moe_layers == list(range(3, 61))
+
+
+@pytest.mark.parametrize("config_class", [Dsv3Config, KimiK2Config])
+def test_what_is_computed_is_not_stored(config_class, tmp_path):
+    computed = {name for name, value in vars(Dsv3Config).items() if isinstance(value, property)}
+    assert computed >= {"moe_layers", "active_expert_share", "active_parameters", "active_mtp_parameters"}
+    config = config_class()
+    config.save_pretrained(tmp_path)
+    for stored in (config.to_dict(), config.to_diff_dict(), json.loads((tmp_path / "config.json").read_text())):
+        assert not computed & set(stored)
+    # Somebody else's file may have a key of such a name
+    stored["moe_layers"] = [1, 2]
+    read = config_class.from_dict(stored)
+    assert read.moe_layers == config.moe_layers and "moe_layers" not in read.to_dict()

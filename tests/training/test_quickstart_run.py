@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from transformers_dsv3.files import write_json
 from transformers_dsv3.training.quickstart_run import (
     RESULTS_NAME,
     QuickstartError,
@@ -14,7 +15,6 @@ from transformers_dsv3.training.quickstart_run import (
     plan_run,
     record_run,
     training_folder,
-    write_json,
 )
 
 

@@ -118,7 +118,7 @@ def bench(
       transformers-dsv3 bench moonlight --device cuda --what experts,attention
       transformers-dsv3 bench bench-2b --against vllm=~/vllm/bin/python,llama.cpp=~/llama/bin/python
     """
-    from ..evaluation.speed.settings import BenchError, BenchSettings, interpreters, names, numbers, shapes
+    from ..benchmark.settings import BenchError, BenchSettings, interpreters, names, numbers, shapes
 
     try:
         cached = numbers("--batch-context", batch_context)
@@ -163,13 +163,14 @@ def run_bench(settings: Any) -> None:
     """
     from rich.console import Console
 
-    from ..evaluation.speed.report import plot, plot_problem
-    from ..evaluation.speed.settings import BenchError
+    from ..benchmark.report import plot
+    from ..benchmark.settings import BenchError
+    from ..evaluation.routing_plot import plot_refusal as plot_problem
 
     if settings.plot_path is not None and (problem := plot_problem()) is not None:
         raise BenchError("--plot", problem)
 
-    from ..evaluation.speed.benchmark import Benchmark
+    from ..benchmark.benchmark import Benchmark
 
     console = Console(stderr=True)
     interrupted = False
@@ -242,7 +243,7 @@ def show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..evaluation.speed.report import HEADINGS, KERNEL_HEADINGS, kernel_rows, notes, table_rows
+    from ..benchmark.report import HEADINGS, KERNEL_HEADINGS, kernel_rows, notes, table_rows
 
     console = Console()
     if not console.is_terminal:

@@ -74,7 +74,7 @@ def card(
       transformers-dsv3 card ./my-adapter --name me/my-adapter --base-model me/my-model
       transformers-dsv3 card ./dsv3-quickstart --results ./results --output ./model_cards/dsv3-quickstart
     """
-    from ..evaluation.evaluation_record import RecordError
+    from ..evaluation.record_fields import RecordError
     from ..hub.model_card import CardError, write_card
     from ..hub.model_folder import CheckpointError
 

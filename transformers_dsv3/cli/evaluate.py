@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,17 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .loading import checkpoint_problem, device_problem
-from .routing import checked_stream, file_problem, read_texts
 
 
 if TYPE_CHECKING:
-    from ..evaluation.checkpoint_evaluation import EvaluationSettings, EvaluationText, HumanEvalSettings
     from ..evaluation.checkpoint_source import CheckpointSource
     from ..evaluation.evaluation_record import EvaluationRecord
-    from ..evaluation.harness import TaskSuite
-
-
-WHAT = ("text", "routing", "speed")
 
 
 def evaluate(
@@ -123,49 +117,61 @@ def evaluate(
       transformers-dsv3 evaluate ./my-model --tasks my_task --include-path ./my_tasks --what none
       transformers-dsv3 evaluate ./my-model --human-eval --execute-generated-code --what none
     """
-    from ..evaluation.speed.settings import names
+    from ..benchmark.settings import names
+    from ..evaluation.checkpoint_evaluation import CheckpointEvaluation, EvaluationSettings, parts_of
+    from ..evaluation.evaluation_options import check_options, checked_window, evaluation_text, human_eval_settings
+    from ..evaluation.harness import TaskError, TaskSuite, harness_refusal
+    from ..evaluation.option_error import OptionError
+    from ..evaluation.record_fields import RecordError
+    from ..evaluation.sandbox import AUDIT_HOOK
+    from ..files import file_refusal
 
     chosen, task_names = names(what), names(tasks)
     if chosen == ("none",):
         chosen = ()
-    check_options(context.params, lambda name: typed(context, name), chosen, task_names)
-    if (problem := file_problem(json)) is not None:
-        raise typer.BadParameter(problem, param_hint="--json")
-    if device is not None and (problem := device_problem(device)) is not None:
-        raise typer.BadParameter(problem, param_hint="--device")
-    solving = human_eval_settings(
-        human_eval, execute_generated_code, weak_sandbox, human_eval_samples, human_eval_temperature
-    )
-    if task_names:
-        from ..evaluation.harness import harness_problem
+    try:
+        check_options(context.params, lambda name: typed(context, name), chosen, task_names)
+        if (refusal := file_refusal(json)) is not None:
+            raise OptionError("--json", refusal)
+        if device is not None and (refusal := device_problem(device)) is not None:
+            raise OptionError("--device", refusal)
+        solving = None
+        if human_eval:
+            solving = human_eval_settings(
+                execute_generated_code, weak_sandbox, human_eval_samples, human_eval_temperature
+            )
+            if solving.isolation == AUDIT_HOOK:
+                typer.echo("Weak sandbox: code of the model is held back by a hook in Python alone.", err=True)
+        if task_names and (refusal := harness_refusal()) is not None:
+            raise OptionError("--tasks", refusal)
 
-        if (problem := harness_problem()) is not None:
-            raise typer.BadParameter(problem, param_hint="--tasks")
-
-    from ..evaluation.checkpoint_evaluation import CheckpointEvaluation, EvaluationSettings, parts_of
-    from ..evaluation.evaluation_record import RecordError
-    from ..evaluation.harness import TaskError
-
-    source, config, tokenizer = find(checkpoint, revision, base_model)
-    parts = parts_of(config, chosen)
-    if parts != chosen and typed(context, "what"):
-        raise typer.BadParameter(f"{checkpoint} has no mixture-of-experts layer of this package", param_hint="--what")
-    if chat_template and not tokenizer.chat_template:
-        raise typer.BadParameter(f"the tokenizer of {checkpoint} has none", param_hint="--chat-template")
-    settings = EvaluationSettings(
-        what=parts,
-        window=checked_window(checkpoint, config, window),
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        chat_template=chat_template,
-        human_eval=solving,
-    )
-    suite = task_suite(task_names, include_path)
-    held_out = None if not parts else evaluation_text(checkpoint, text, tokenizer, settings, config.vocab_size)
+        source, config, tokenizer = find(checkpoint, revision, base_model)
+        parts = parts_of(config, chosen)
+        if parts != chosen and typed(context, "what"):
+            raise OptionError("--what", f"{checkpoint} has no mixture-of-experts layer of this package")
+        if chat_template and not tokenizer.chat_template:
+            raise OptionError("--chat-template", f"the tokenizer of {checkpoint} has none")
+        settings = EvaluationSettings(
+            what=parts,
+            window=checked_window(checkpoint, config, window),
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            chat_template=chat_template,
+            human_eval=solving,
+        )
+        try:
+            suite = TaskSuite(task_names, include_path or ()) if task_names else None
+        except TaskError as error:
+            raise OptionError("--tasks", str(error)) from None
+        held_out = None
+        if parts:
+            held_out = evaluation_text(checkpoint, text, tokenizer, settings.window, config.vocab_size)
+    except OptionError as error:
+        raise typer.BadParameter(str(error), param_hint=error.option) from None
     try:
         evaluation = CheckpointEvaluation(
             source,
@@ -202,85 +208,6 @@ def evaluate(
     show(record, json)
 
 
-def check_options(
-    values: dict[str, Any], given: Callable[[str], bool], chosen: tuple[str, ...], task_names: tuple[str, ...]
-) -> None:
-    """Refuse values that cannot be meant, and options that would do nothing.
-
-    Args:
-        values: of all options, by their Python names.
-        given: whether an option was typed.
-    """
-    for part in chosen:
-        if part not in WHAT:
-            raise typer.BadParameter(f"{part!r} is none of {', '.join(WHAT)}, none", param_hint="--what")
-    if len(set(chosen)) < len(chosen):
-        raise typer.BadParameter(f"{values['what']!r} names a part twice", param_hint="--what")
-    if not chosen and not task_names and not values["human_eval"]:
-        raise typer.BadParameter("nothing to measure: no part, no --tasks, no --human-eval", param_hint="--what")
-    if (dtype := values["dtype"]) not in ("auto", "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16, float16", param_hint="--dtype")
-    lowest = {"window": 2, "batch_size": 1, "num_fewshot": 0, "limit": 1, "human_eval_samples": 1}
-    for name, least in lowest.items():
-        if values[name] is not None and values[name] < least:
-            raise typer.BadParameter(f"{values[name]} is not at least {least}", param_hint=option(name))
-    if not (temperature := values["human_eval_temperature"]) > 0:
-        raise typer.BadParameter(f"{temperature} is not above 0", param_hint="--human-eval-temperature")
-    if not 0 <= values["seed"] < 2**31:
-        raise typer.BadParameter(f"{values['seed']} does not lie between 0 and 2**31 - 1", param_hint="--seed")
-    needed = {
-        "text": ("--what text, routing or speed", bool(chosen)),
-        **dict.fromkeys(("include_path", "num_fewshot", "chat_template"), ("--tasks", bool(task_names))),
-        **dict.fromkeys(
-            ("execute_generated_code", "weak_sandbox", "human_eval_samples", "human_eval_temperature"),
-            ("--human-eval", values["human_eval"]),
-        ),
-    }
-    for name, (other, there) in needed.items():
-        if given(name) and not there:
-            raise typer.BadParameter(f"does nothing without {other}", param_hint=option(name))
-    for folder in values["include_path"] or ():
-        if not folder.is_dir() or not any(folder.rglob("*.yaml")):
-            raise typer.BadParameter(f"{folder} is no folder with task files (.yaml)", param_hint="--include-path")
-
-
-def option(name: str) -> str:
-    """An option as it is typed."""
-    return f"--{name.replace('_', '-')}"
-
-
-def human_eval_settings(
-    wanted: bool, agreed: bool, weak: bool, samples: int, temperature: float
-) -> HumanEvalSettings | None:
-    """How HumanEval is run, None where it is not; refuses without consent or a sandbox."""
-    if not wanted:
-        return None
-    if not agreed:
-        raise typer.BadParameter(
-            "runs Python that the model writes on this machine, in a sandbox: add --execute-generated-code to agree",
-            param_hint="--human-eval",
-        )
-    from ..evaluation.checkpoint_evaluation import HumanEvalSettings
-    from ..evaluation.human_eval import human_eval_problem
-    from ..evaluation.sandbox import AUDIT_HOOK, NAMESPACES, sandbox_problem
-
-    if (problem := human_eval_problem()) is not None:
-        raise typer.BadParameter(problem, param_hint="--human-eval")
-    isolation = NAMESPACES
-    if (problem := sandbox_problem()) is not None:
-        if not weak:
-            raise typer.BadParameter(
-                f"no sandbox can be made on this system ({problem}): run it where user namespaces are allowed, or be "
-                "content with --weak-sandbox",
-                param_hint="--execute-generated-code",
-            )
-        isolation = AUDIT_HOOK
-        if (problem := sandbox_problem(isolation)) is not None:
-            raise typer.BadParameter(problem, param_hint="--weak-sandbox")
-        typer.echo("Weak sandbox: code of the model is held back by a hook in Python alone.", err=True)
-    return HumanEvalSettings(samples=samples, temperature=temperature, isolation=isolation)
-
-
 def find(checkpoint: str, revision: str | None, base_model: str | None) -> tuple[CheckpointSource, Any, Any]:
     """The checkpoint's files, its configuration and its tokenizer; weights on the Hub stay there for now."""
     from ..evaluation.checkpoint_source import find_checkpoint
@@ -315,45 +242,6 @@ def naming_the_hub(checkpoint: str) -> Iterator[None]:
         raise typer.BadParameter(
             f"{checkpoint} is no folder here, and from the Hub: {reason(error)}", param_hint="CHECKPOINT"
         ) from None
-
-
-def checked_window(checkpoint: str, config: Any, window: int | None) -> int:
-    """Tokens of context that the model has."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        raise typer.BadParameter(
-            f"{checkpoint}: its configuration has no max_position_embeddings", param_hint="CHECKPOINT"
-        )
-    if window is not None and window > positions:
-        raise typer.BadParameter(
-            f"{window} is more than the {positions} positions of {checkpoint}", param_hint="--window"
-        )
-    return min(256, positions) if window is None else window
-
-
-def task_suite(names: tuple[str, ...], include_path: list[Path] | None) -> TaskSuite | None:
-    """The tasks with their data, None for none."""
-    if not names:
-        return None
-    from ..evaluation.harness import TaskError, TaskSuite
-
-    try:
-        return TaskSuite(names, include_path or ())
-    except TaskError as error:
-        raise typer.BadParameter(str(error), param_hint="--tasks") from None
-
-
-def evaluation_text(
-    checkpoint: str, paths: list[Path] | None, tokenizer: Any, settings: EvaluationSettings, vocab_size: int
-) -> EvaluationText:
-    """The text in the checkpoint's tokens, under a name that tells nothing of this machine's folders."""
-    from ..evaluation.checkpoint_evaluation import EvaluationText
-
-    source, texts = read_texts(paths)
-    if paths:
-        source = ", ".join(path.resolve().name for path in paths)
-    stream = checked_stream("CHECKPOINT", checkpoint, tokenizer, texts, settings.window, vocab_size)
-    return EvaluationText(source, tuple(texts), stream)
 
 
 def command_line(context: typer.Context) -> str:

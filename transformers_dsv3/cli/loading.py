@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 
 # What Transformers takes for `device_map` besides the name of a device
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -18,19 +16,13 @@ def device_problem(device: str) -> str | None:
     try:
         torch.empty(1, device=torch.device(device))
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        return f"{device!r} is no device of this machine: {_first_line(error)}"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"{device!r} is no device of this machine: {reason}"
     return None
 
 
 def checkpoint_problem(checkpoint: str, error: Exception) -> str:
     """One line that names the checkpoint and says why loading it ended in `error`."""
-    from ..data.local_paths import looks_like_path
+    from ..data.local_paths import load_refusal
 
-    # Of a path that does not exist, Transformers says that it is no valid name of a repository.
-    if not Path(checkpoint).exists() and looks_like_path(checkpoint):
-        return f"{checkpoint}: no such folder"
-    return f"{checkpoint}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return load_refusal(checkpoint, error)

@@ -73,13 +73,13 @@ def run_quickstart(
         TextError, QuickstartError: before any training, and before anything is written.
     """
     from ..data.text_files import build_corpus, read_documents, standard_library
+    from ..files import write_json
     from ..training.quickstart_run import (
         RESULTS_NAME,
         checkpoint_step,
         latest_checkpoint,
         plan_run,
         training_folder,
-        write_json,
     )
 
     started = time.perf_counter()

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json as json_format
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .loading import checkpoint_problem, device_problem
+from .loading import device_problem
 
 
 if TYPE_CHECKING:
-    import torch
-
     from ..evaluation.routing import RoutingReport
 
 
@@ -68,169 +64,24 @@ def routing(
       transformers-dsv3 routing ./balanced --beside ./unbalanced --text ~/held-out --plot both.png --json both.json
       transformers-dsv3 routing moonshotai/Moonlight-16B-A3B --device cuda --dtype bfloat16 --window 4096
     """
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16, float16", param_hint="--dtype")
-    if window < 2:
-        raise typer.BadParameter(f"{window} is not at least 2", param_hint="--window")
-    if max_tokens < window:
-        raise typer.BadParameter(f"{max_tokens} is less than one window of {window}", param_hint="--max-tokens")
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{plot} does not end in .png", param_hint="--plot")
-    for option, path in (("--plot", plot), ("--json", json)):
-        if path is not None and (problem := file_problem(path)) is not None:
-            raise typer.BadParameter(problem, param_hint=option)
-    problem = None if device is None else device_problem(device)
-    if problem is not None:
-        raise typer.BadParameter(problem, param_hint="--device")
-    if plot is not None:
-        from ..evaluation.speed.report import plot_problem
+    from ..evaluation.option_error import OptionError
+    from ..evaluation.routing_comparison import check_options, compare_routing
 
-        if (problem := plot_problem()) is not None:
-            raise typer.BadParameter(problem, param_hint="--plot")
-
-    named = {"CHECKPOINT": checkpoint, **({"--beside": beside} if beside is not None else {})}
-    configs = {option: load_config(option, name, window) for option, name in named.items()}
-    source, texts = read_texts(text)
-    streams = {
-        option: tokens_of(option, name, texts, window, configs[option].vocab_size) for option, name in named.items()
-    }
-    reports = [
-        (name, measure(option, name, streams[option], window, max_tokens, device, dtype))
-        for option, name in named.items()
-    ]
-    for name, report in reports:
-        show(name, report, source)
-    from ..training.whole_files import write_whole
-
+    try:
+        check_options(window, max_tokens, dtype, plot, json)
+        if device is not None and (refusal := device_problem(device)) is not None:
+            raise OptionError("--device", refusal)
+        named = {"CHECKPOINT": checkpoint, **({"--beside": beside} if beside is not None else {})}
+        comparison = compare_routing(named, text, window=window, max_tokens=max_tokens, device=device, dtype=dtype)
+    except OptionError as error:
+        raise typer.BadParameter(str(error), param_hint=error.option) from None
+    for name, report in comparison.reports:
+        show(name, report, comparison.source)
     if json is not None:
-        record = {"text": source, "dtype": dtype, "device": device or "cpu"}
-        checkpoints = [{"checkpoint": name, **report.to_dict()} for name, report in reports]
-        write_whole(json, (json_format.dumps({**record, "checkpoints": checkpoints}, indent=1) + "\n").encode())
+        comparison.write_json(json)
     if plot is not None:
-        from ..evaluation.routing_plot import heat_map
-
-        titles = [Path(name).name or name for name, _ in reports]
-        if len(set(titles)) < len(titles):
-            titles = [name for name, _ in reports]
-        write_whole(plot, heat_map([(title, report) for title, (_, report) in zip(titles, reports)]))
+        comparison.write_plot(plot)
         typer.echo(f"The heat map is in {plot}.")
-
-
-def file_problem(path: Path) -> str | None:
-    """Why `path` cannot be written, in one line; None where it can."""
-    from ..training.whole_files import unwritable
-
-    folder = path.absolute().parent
-    if path.is_dir():
-        return f"{path} is a folder, not a file"
-    if not folder.is_dir():
-        return f"there is no folder {folder}"
-    return unwritable(folder)
-
-
-def load_config(option: str, checkpoint: str, window: int) -> Any:
-    """The config of a checkpoint whose routing can be measured; a refusal names the option."""
-    from transformers import AutoConfig
-
-    import transformers_dsv3  # noqa: F401  registers the plugin's classes
-
-    from ..evaluation.routing import moe_layers
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint=option) from None
-    if config.model_type != "deepseek_v3":
-        raise typer.BadParameter(
-            f"{checkpoint} is a {config.model_type!r} checkpoint, not 'deepseek_v3'", param_hint=option
-        )
-    if not moe_layers(config):
-        raise typer.BadParameter(
-            f"{checkpoint} has no mixture-of-experts layer: first_k_dense_replace={config.first_k_dense_replace} of "
-            f"{config.num_hidden_layers} layers are dense",
-            param_hint=option,
-        )
-    if window > config.max_position_embeddings:
-        raise typer.BadParameter(
-            f"{window} is more than the {config.max_position_embeddings} positions of {checkpoint}",
-            param_hint="--window",
-        )
-    return config
-
-
-def read_texts(paths: Sequence[Path] | None) -> tuple[str, list[str]]:
-    """Where the text comes from, in words, and the texts."""
-    from ..data.text_files import TextError, build_corpus, read_documents, standard_library
-    from ..training.quickstart_run import QuickstartSettings
-
-    try:
-        if paths:
-            documents = [document for path in paths for document in read_documents(path)[0]]
-            return ", ".join(map(str, paths)), [document.text for document in documents]
-        # As `quickstart` cuts it, so that its checkpoints are measured on what they have not seen
-        source = "the Python standard library"
-        corpus = build_corpus(standard_library(), source, max_bytes=QuickstartSettings.max_text_bytes)
-        return f"{source}, {corpus.split}", [document.text for document in corpus.held_out]
-    except TextError as error:
-        raise typer.BadParameter(str(error), param_hint="--text") from None
-
-
-def tokens_of(option: str, checkpoint: str, texts: list[str], window: int, vocab_size: int) -> torch.Tensor:
-    """The texts in the tokens of a checkpoint, `(n_tokens,)`, at least a window of them."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        reason = checkpoint_problem(checkpoint, error).removeprefix(f"{checkpoint}: ").removesuffix(":")
-        raise typer.BadParameter(
-            f"{checkpoint} has no tokenizer that can be loaded ({reason}): save one there with "
-            "tokenizer.save_pretrained(...)",
-            param_hint=option,
-        ) from None
-    return checked_stream(option, checkpoint, tokenizer, texts, window, vocab_size)
-
-
-def checked_stream(
-    option: str, checkpoint: str, tokenizer: Any, texts: Sequence[str], window: int, vocab_size: int
-) -> torch.Tensor:
-    """The texts as token ids that the model knows, `(n_tokens,)`, at least a window of them."""
-    from ..evaluation.routing import text_stream
-
-    stream = text_stream(tokenizer, texts)
-    if stream.numel() < window:
-        raise typer.BadParameter(
-            f"the text makes only {stream.numel():,} tokens, fewer than one window of {window}", param_hint="--text"
-        )
-    largest = int(stream.max())
-    if largest >= vocab_size:
-        raise typer.BadParameter(
-            f"{checkpoint}: its tokenizer gives token {largest}, outside the model's vocabulary of {vocab_size}: it "
-            "belongs to another model",
-            param_hint=option,
-        )
-    return stream
-
-
-def measure(
-    option: str,
-    checkpoint: str,
-    stream: torch.Tensor,
-    window: int,
-    max_tokens: int,
-    device: str | None,
-    dtype: str,
-) -> RoutingReport:
-    """Load a checkpoint and run it over its tokens. The model is let go before the next is loaded."""
-    from transformers import AutoModelForCausalLM
-
-    from ..evaluation.routing import routing_report
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint=option) from None
-    return routing_report(model, stream, window=window, max_tokens=max_tokens)
 
 
 def show(checkpoint: str, report: RoutingReport, source: str) -> None:
@@ -238,41 +89,17 @@ def show(checkpoint: str, report: RoutingReport, source: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..evaluation.routing_comparison import HEADINGS, notes, table_rows
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a file or a pipe has no width of its own
-    table = Table(
-        *("layer", "utilisation", "MaxVio", "entropy", "dead", "above half fair", "busiest experts (load / mean)"),
-        title=f"{checkpoint}: {report.n_experts} experts, {report.experts_per_token} a token",
-    )
-    for layer in report.layers:
-        loads = layer.relative_load
-        busiest = ", ".join(f"{expert} ({loads[expert]:.2g})" for expert in layer.busiest_experts[:4])
-        table.add_row(str(layer.layer), *figures(vars(layer)), busiest)
+    table = Table(*HEADINGS, title=f"{checkpoint}: {report.n_experts} experts, {report.experts_per_token} a token")
+    *layers, mean = table_rows(report)
+    for row in layers:
+        table.add_row(*row)
     table.add_section()
-    table.add_row("mean", *figures(report.statistics.mean()), "dead: of all layers")
+    table.add_row(*mean)
     console.print(table)
-    windows = f"windows of {report.window}"
-    console.print(f"{report.tokens:,} tokens of {source}, in {windows}.", highlight=False, soft_wrap=True)
-    console.print(f"Loss {report.loss:.3f} nats a token.", highlight=False, soft_wrap=True)
-    if report.mtp is not None:
-        deeper = "".join(
-            f", layer {depth + 1} {share:.1%}" for depth, share in enumerate(report.mtp.agreement) if depth
-        )
-        console.print(
-            f"MTP: second-token acceptance {report.mtp.second_token_acceptance:.1%}{deeper}; "
-            f"loss {report.mtp.mean_loss:.3f} nats a token. MTP layers' own experts are not counted.",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def figures(values: dict[str, Any]) -> tuple[str, ...]:
-    """The columns that a layer and the mean over layers share."""
-    return (
-        f"{values['utilisation']:.3f}",
-        f"{values['max_violation']:.2f}",
-        f"{values['load_entropy']:.3f}",
-        f"{values['dead_experts']:.0f}",
-        f"{values['above_half_fair']:.0%}",
-    )
+    for line in notes(report, source):
+        console.print(line, highlight=False, soft_wrap=True)

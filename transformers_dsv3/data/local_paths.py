@@ -21,6 +21,14 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or Path(name).suffix in BUILDERS
 
 
+def load_refusal(checkpoint: str, error: Exception) -> str:
+    """One line that names a checkpoint and says why loading it ended in `error`."""
+    # Of a path that does not exist, Transformers says that it is no valid name of a repository
+    if not Path(checkpoint).exists() and looks_like_path(checkpoint):
+        return f"{checkpoint}: no such folder"
+    return f"{checkpoint}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+
+
 def local_or_hub(name: str, one_of: Sequence[str] = ()) -> str:
     """The name as `from_pretrained` and `load_dataset` take it, with `~` written out.
 

@@ -17,13 +17,14 @@ from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from .checkpoint_identity import config_digest
 from .checkpoint_source import CheckpointSource
 from .decoding import cache_bytes_per_token, decoding_figures, prefill_tokens_per_second, spaced_passages
-from .evaluation_record import EvaluationRecord, RecordError, new_record, read_record
+from .evaluation_record import EvaluationRecord, new_record, read_record
 from .harness import TaskSuite, harness_model, task_entries
 from .human_eval import human_eval
-from .routing import moe_layers, routing_report
+from .machine import load_average
+from .record_fields import RecordError
+from .routing import routing_report
 from .sandbox import NAMESPACES
 from .shareable import shareable_text
-from .speed.record import load_average
 from .text_quality import bits_per_byte, compressor_bits_per_byte
 
 
@@ -283,7 +284,7 @@ class CheckpointEvaluation:
 
 def parts_of(config: Any, wanted: Sequence[str]) -> tuple[str, ...]:
     """Those of the wanted parts that a model of this configuration has: routing needs experts of this package."""
-    routed = isinstance(config, DeepseekV3Config) and moe_layers(config)
+    routed = isinstance(config, DeepseekV3Config) and config.moe_layers
     return tuple(part for part in wanted if part != "routing" or routed)
 
 

@@ -5,24 +5,21 @@ name, dtype, shape and bytes, and the configuration. Sharding, the order of tens
 Transformers that wrote them do not change it; one changed weight does.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.dataclasses import strict, validated_field
 from tqdm.auto import tqdm
 
-from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint, resolve_checkpoint
-from .speed.record import usable_cores
+from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, StoredTensor
+from .checkpoint_folder import CheckpointFolder
+from .machine import usable_cores
 
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # What writers of a configuration put in that changes no output: where it came from, who wrote it, whose code loads it.
 # An adapter's base model is a checkpoint of its own, with its own digest.
@@ -34,7 +31,13 @@ _SETS = frozenset({"target_modules", "exclude_modules", "target_parameters", "mo
 _CHUNK_BYTES = 1 << 22
 
 
-@dataclass(frozen=True)
+def _check_sha256(value: str) -> None:
+    if len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise ValueError("not 64 hexadecimal digits")
+
+
+@strict
+@dataclass
 class CheckpointIdentity:
     """A checkpoint by name and contents.
 
@@ -47,19 +50,18 @@ class CheckpointIdentity:
     """
 
     name: str
-    sha256: str
-    config_sha256: str
+    sha256: str = validated_field(_check_sha256)
+    config_sha256: str = validated_field(_check_sha256)
     revision: str | None = None
-    base: CheckpointIdentity | None = None
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter, as Transformers decides it."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
+    base: "CheckpointIdentity | None" = None
 
 
 def checkpoint_identity(
-    folder: str | Path, *, name: str | None = None, revision: str | None = None, base: CheckpointIdentity | None = None
+    folder: str | Path | CheckpointFolder,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    base: CheckpointIdentity | None = None,
 ) -> CheckpointIdentity:
     """Name and digests of a folder.
 
@@ -69,11 +71,12 @@ def checkpoint_identity(
     Raises:
         CheckpointError: see `checkpoint_digest`.
     """
-    name = Path(folder).resolve().name if name is None else name
+    folder = _described(folder)
+    name = folder.path.resolve().name if name is None else name
     return CheckpointIdentity(name, checkpoint_digest(folder), config_digest(folder), revision, base)
 
 
-def checkpoint_digest(folder: str | Path) -> str:
+def checkpoint_digest(folder: str | Path | CheckpointFolder) -> str:
     """sha256, in hex, over the contents of a checkpoint or a PEFT adapter: configuration and safetensors files.
 
     Of several safetensors files, those count that Transformers loads. Reads every weight once.
@@ -81,11 +84,11 @@ def checkpoint_digest(folder: str | Path) -> str:
     Raises:
         CheckpointError: naming the folder or file, where it is no checkpoint or a file is broken.
     """
-    config = config_digest(folder)
-    tensors = read_checkpoint(*weight_files(folder))
+    folder = _described(folder)
+    digest = hashlib.sha256(config_digest(folder).encode())
+    tensors = folder.tensors
     total = sum(tensor.nbytes for tensor in tensors.values())
-    digest = hashlib.sha256(config.encode())
-    name = Path(folder).resolve().name
+    name = folder.path.resolve().name
     with (
         tqdm(total=total, desc=f"digest of {name}", unit="B", unit_scale=True, leave=False, disable=None) as bar,
         ThreadPoolExecutor(usable_cores()) as pool,
@@ -98,48 +101,23 @@ def checkpoint_digest(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def config_digest(folder: str | Path) -> str:
+def config_digest(folder: str | Path | CheckpointFolder) -> str:
     """sha256, in hex, over the fields of config.json (adapter_config.json of an adapter) that say how the model works.
 
     Raises:
         CheckpointError: naming the folder or file, where there is none or it cannot be read.
     """
-    folder = Path(folder)
-    path = folder / (ADAPTER_CONFIG if is_adapter(folder) else "config.json")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no checkpoint: it has neither config.json nor {ADAPTER_CONFIG}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        fields = {key: _ordered(key, value) for key, value in config.items() if key not in _INCIDENTAL}
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a configuration in JSON ({error})") from error
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    fields = _described(folder).fields
+    counted = {key: _ordered(key, value) for key, value in fields.items() if key not in _INCIDENTAL}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+
+
+def _described(folder: str | Path | CheckpointFolder) -> CheckpointFolder:
+    return folder if isinstance(folder, CheckpointFolder) else CheckpointFolder(folder)
 
 
 def _ordered(key: str, value: Any) -> Any:
     return sorted(value) if key in _SETS and isinstance(value, list) else value
-
-
-def weight_files(folder: str | Path) -> tuple[Iterable[str], str | None]:
-    """The safetensors files of a checkpoint or an adapter that Transformers loads, and their index.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    folder = Path(folder)
-    if is_adapter(folder):
-        return [str(folder / ADAPTER_WEIGHTS)], None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    files = resolve_checkpoint(str(folder), explicit_filename=config.get("transformers_weights"))
-    if files is None:
-        raise CheckpointError(
-            f"{folder} is no checkpoint: it has neither model.safetensors nor model.safetensors.index.json"
-        )
-    return files.files, files.index
 
 
 def _tensor_digest(tensor: StoredTensor) -> str:

@@ -11,25 +11,24 @@
 }
 """
 
-from __future__ import annotations
-
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import AutoTokenizer
 
 from ..models.dsv3.checkpoint_checks_dsv3 import SCALE
-from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint
+from ..models.dsv3.checkpoint_files_dsv3 import StoredTensor
 from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from ..models.dsv3.mtp_dsv3 import COPIES
-from .checkpoint_identity import ADAPTER_CONFIG, CheckpointIdentity, checkpoint_identity, is_adapter, weight_files
-from .evaluation_record import check_fields, check_kind, identity_from_dict, plain, read_values
+from .checkpoint_folder import CONFIG, CheckpointFolder
+from .checkpoint_identity import CheckpointIdentity, checkpoint_identity
+from .record_fields import check_kind, plain, read_fields, read_values
 from .shareable import shareable
 
 
@@ -39,19 +38,10 @@ RECORD, VERSION = "transformers-dsv3 checkpoint", 1
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # In the files beside the parameters: scales of FP8 blocks, and what balancing sets without a gradient
 _NO_PARAMETERS = (SCALE, ".e_score_correction_bias")
-_NONE = type(None)
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "checkpoint": (dict,),
-    "files": (int,),
-    "bytes": (int,),
-    "stored_as": (dict,),
-    "parameters": (dict, _NONE),
-    "tokenizer": (dict, _NONE),
-    "base": (dict, _NONE),
-}
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class ParameterCounts:
     """Parameters of a checkpoint, from the shapes of its tensors.
 
@@ -66,7 +56,24 @@ class ParameterCounts:
     mtp: int
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
+class _Tokenizer:
+    class_name: str = field(metadata={"name": "class"})
+    entries: int
+    chat_template: bool
+
+
+@strict
+@dataclass
+class _Base:
+    name: str
+    config: dict
+    parameters: ParameterCounts | None
+
+
+@strict
+@dataclass
 class CheckpointRecord:
     """See the top of this file, which lists the fields as they stand in JSON."""
 
@@ -75,36 +82,35 @@ class CheckpointRecord:
     bytes: int
     stored_as: dict[str, int]
     parameters: ParameterCounts | None
-    tokenizer: dict[str, Any] | None
-    base: dict[str, Any] | None
+    tokenizer: dict[str, Any] | None = field(metadata={"schema": _Tokenizer | None})
+    base: dict[str, Any] | None = field(metadata={"schema": _Base | None})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without folders of this machine."""
         return plain(shareable({"record": RECORD, "version": VERSION, **asdict(self)}))
 
 
-def describe_checkpoint(folder: str | Path) -> CheckpointRecord:
+def describe_checkpoint(folder: str | Path | CheckpointFolder) -> CheckpointRecord:
     """The record of a folder's checkpoint or adapter. Reads every weight, for the digest.
 
     Raises:
         CheckpointError: it is none, or a file is broken.
     """
-    folder = Path(folder)
-    adapter = is_adapter(folder)
-    config = None if adapter else _config(folder)
-    tensors = read_checkpoint(*weight_files(folder))
+    if not isinstance(folder, CheckpointFolder):
+        folder = CheckpointFolder(folder)
+    config = None if folder.is_adapter else folder.model_config()
     stored_as = Counter[str]()
-    for tensor in tensors.values():
+    for tensor in folder.tensors.values():
         stored_as[tensor.dtype_name] += math.prod(tensor.shape)
-    paths = {tensor.path for tensor in tensors.values()}
+    paths = {tensor.path for tensor in folder.tensors.values()}
     return CheckpointRecord(
         checkpoint=checkpoint_identity(folder),
         files=len(paths),
         bytes=sum(Path(path).stat().st_size for path in paths),
         stored_as=dict(sorted(stored_as.items())),
-        parameters=None if config is None else parameter_counts(tensors, config),
-        tokenizer=_tokenizer(folder),
-        base=_base(folder) if adapter else None,
+        parameters=None if config is None else parameter_counts(folder.tensors, config),
+        tokenizer=_tokenizer(folder.path),
+        base=_base(folder) if folder.is_adapter else None,
     )
 
 
@@ -124,8 +130,7 @@ def parameter_counts(tensors: Mapping[str, StoredTensor], config: DeepseekV3Conf
             continue
         main += values
         routed += values if ".mlp.experts." in name else 0
-    share = config.num_experts_per_tok / config.n_routed_experts
-    return ParameterCounts(main, main - routed + round(routed * share), mtp)
+    return ParameterCounts(main, main - routed + round(routed * config.active_expert_share), mtp)
 
 
 def read_checkpoint_record(path: str | Path) -> CheckpointRecord:
@@ -136,40 +141,7 @@ def read_checkpoint_record(path: str | Path) -> CheckpointRecord:
     """
     source, values = str(path), read_values(path)
     check_kind(source, values, RECORD, VERSION, "a checkpoint")
-    check_fields(source, values, _FIELDS)
-    check_fields(source, values["stored_as"], dict.fromkeys(values["stored_as"], (int,)), "stored_as.")
-    tokenizer = values["tokenizer"]
-    if tokenizer is not None:
-        check_fields(source, tokenizer, {"class": (str,), "entries": (int,), "chat_template": (bool,)}, "tokenizer.")
-    base = values["base"]
-    if base is not None:
-        check_fields(source, base, {"name": (str,), "config": (dict,), "parameters": (dict, _NONE)}, "base.")
-        base = {**base, "parameters": _counts(source, base["parameters"], "base.parameters.")}
-        base["parameters"] = None if base["parameters"] is None else asdict(base["parameters"])
-    return CheckpointRecord(
-        checkpoint=identity_from_dict(source, "checkpoint", values["checkpoint"]),
-        files=values["files"],
-        bytes=values["bytes"],
-        stored_as=values["stored_as"],
-        parameters=_counts(source, values["parameters"], "parameters."),
-        tokenizer=tokenizer,
-        base=base,
-    )
-
-
-def _counts(source: str, values: dict[str, Any] | None, within: str) -> ParameterCounts | None:
-    if values is None:
-        return None
-    names = ("main", "active", "mtp")
-    check_fields(source, values, dict.fromkeys(names, (int,)), within)
-    return ParameterCounts(**{name: values[name] for name in names})
-
-
-def _config(folder: Path) -> DeepseekV3Config:
-    try:
-        return DeepseekV3Config.from_pretrained(folder)
-    except (OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: the configuration is refused: {error}") from error
+    return read_fields(CheckpointRecord, values, source)
 
 
 def _tokenizer(folder: Path) -> dict[str, Any] | None:
@@ -187,19 +159,19 @@ def _tokenizer(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _base(folder: Path) -> dict[str, Any] | None:
+def _base(adapter: CheckpointFolder) -> dict[str, Any] | None:
     """Configuration and size of an adapter's model where that is a folder here, else None."""
-    fields = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    named = fields.get("base_model_name_or_path")
-    base = Path(named or "").expanduser()
-    if not named or not (base / "config.json").is_file():
+    named = adapter.fields.get("base_model_name_or_path")
+    path = Path(named or "").expanduser()
+    if not named or not (path / CONFIG).is_file():
         return None
     try:
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-        counts = parameter_counts(read_checkpoint(*weight_files(base)), _config(base))
+        base = CheckpointFolder(path)
+        counts = parameter_counts(base.tensors, base.model_config())
     except ValueError:  # a broken one is its own card's business
         return None
-    return {"name": base.resolve().name, "config": config, "parameters": None if counts is None else asdict(counts)}
+    parameters = None if counts is None else asdict(counts)
+    return {"name": path.resolve().name, "config": base.fields, "parameters": parameters}
 
 
 def _field(values: Any, name: str) -> Any:

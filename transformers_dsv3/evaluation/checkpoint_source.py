@@ -5,7 +5,6 @@ What is wrong with a configuration or a tokenizer so shows before gigabytes are 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import transformers_dsv3  # noqa: F401  registers the plugin's classes with the Auto classes
 
 from ..data.local_paths import local_or_hub
-from .checkpoint_identity import ADAPTER_CONFIG, CheckpointIdentity, checkpoint_identity, config_digest, is_adapter
+from .checkpoint_folder import ADAPTER_CONFIG, CheckpointFolder
+from .checkpoint_identity import CheckpointIdentity, checkpoint_identity
 
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -104,19 +104,18 @@ def find_checkpoint(name: str, revision: str | None = None, base_model: str | No
         # No weights of subfolders: some repositories keep the same ones there in another form
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL_FILES, ignore_patterns=["*/*"]))
         commit = folder.name
-    config_digest(folder)  # says what is missing
-    if not is_adapter(folder):
+    described = CheckpointFolder(folder)
+    if not described.is_adapter:
         if base_model is not None:
             raise ValueError(f"{name} is a whole checkpoint, not an adapter with a base model")
         return CheckpointSource(name, folder, commit)
     if base_model is not None:
         return CheckpointSource(name, folder, commit, find_checkpoint(base_model))
-    fields = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    named = fields.get("base_model_name_or_path")
+    named = described.fields.get("base_model_name_or_path")
     if not named:
         raise ValueError(f"{name}/{ADAPTER_CONFIG} names no base model: give --base-model")
     try:
-        return CheckpointSource(name, folder, commit, find_checkpoint(named, fields.get("revision")))
+        return CheckpointSource(name, folder, commit, find_checkpoint(named, described.fields.get("revision")))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"base model of {name}: {reason}; --base-model says where it is now") from error

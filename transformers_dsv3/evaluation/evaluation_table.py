@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .evaluation_record import EvaluationRecord
+from .machine import BUSY
 from .routing import RoutingReport
-from .speed.record import BUSY
 
 
 def figures_of(record: EvaluationRecord) -> list[tuple[str, str, str]]:

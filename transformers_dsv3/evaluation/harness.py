@@ -26,7 +26,7 @@ class TaskError(ValueError):
     """A task cannot be run; the message names it and says what to do."""
 
 
-def harness_problem() -> str | None:
+def harness_refusal() -> str | None:
     """Why the harness cannot be used here, in one line; None where it can."""
     if importlib.util.find_spec("lm_eval") is None:
         return 'lm-evaluation-harness is not installed: pip install "transformers-dsv3[evaluate]", or lm-eval'

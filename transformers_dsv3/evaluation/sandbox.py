@@ -124,7 +124,7 @@ def run_program(program: str, limits: Limits | None = None, isolation: str = NAM
     return _outcome(verdict, word)
 
 
-def sandbox_problem(isolation: str = NAMESPACES) -> str | None:
+def sandbox_refusal(isolation: str = NAMESPACES) -> str | None:
     """Why programs cannot be run in that isolation here, in one line; None where they can. Tried."""
     if sys.platform == "win32":
         return "Windows has no limits on processes that could be used"

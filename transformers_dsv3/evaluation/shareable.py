@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
-# The Hub's access tokens, and its older ones for organisations
-TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
+# How the Hub's access tokens begin: those of users, of organisations, of applications that act for a user, and the
+# signed ones of its jobs. The last two have dots and dashes in them, which shorter names have too.
+TOKEN_PREFIXES = ("hf_", "api_org_", "hf_oauth_", "hf_jwt_")
+_TOKEN = re.compile(rf"(?:{'|'.join(TOKEN_PREFIXES)})(?:[A-Za-z0-9._-]{{29,}}[A-Za-z0-9_-]|[A-Za-z0-9]{{20,}})")
 SECRET_OPTION = re.compile(r"^--?[\w-]*(?:token|secret|password|api[-_]?key)$", re.IGNORECASE)
 # An absolute path, or one below a home folder, up to its last part. A slash in a word or a web address begins none.
 ABSOLUTE_PATH = re.compile(
@@ -18,9 +20,14 @@ ABSOLUTE_PATH = re.compile(
 )
 
 
+def holds_token(content: bytes) -> bool:
+    """Whether a file's content has an access token of the Hub in it."""
+    return _TOKEN.search(content.decode("latin-1")) is not None
+
+
 def shareable_text(text: str) -> str:
     """The text with access tokens blotted out and of each absolute path the last part only."""
-    return ABSOLUTE_PATH.sub("", TOKEN.sub("hf_***", text))
+    return ABSOLUTE_PATH.sub("", _TOKEN.sub("hf_***", text))
 
 
 def shareable(value: Any) -> Any:

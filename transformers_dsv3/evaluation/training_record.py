@@ -19,22 +19,22 @@
 Numbers are finite or null. There is no path of the machine and no secret in it: it is published with the model.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import TrainerState, TrainingArguments
 
+from ..files import write_json
 from ..training.checkpoints import latest_checkpoint
-from .checkpoint_identity import checkpoint_digest, checkpoint_identity
-from .evaluation_record import RecordError, check_fields, check_kind, circumstances, plain, read_values
+from .checkpoint_identity import CheckpointIdentity, checkpoint_digest, checkpoint_identity
+from .machine import circumstances
+from .record_fields import RecordError, check_kind, plain, read_fields, read_values
 from .shareable import shareable, shareable_command
 
 
@@ -67,35 +67,61 @@ ARGUMENTS = (
 LOGGED = ("router/utilisation", "mtp/acceptance", "rewards/accuracies", "rewards/margins", "mean_token_accuracy")
 # A curve of more points is thinned out
 MOST_POINTS = 250
-_NONE = type(None)
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "method": (str,),
-    "checkpoint": (dict,),
-    "base": (dict, _NONE),
-    "commands": (list,),
-    "date": (str,),
-    "data": (dict,),
-    "steps": (int,),
-    "tokens": (int, _NONE),
-    "parameters": (dict, _NONE),
-    "processes": (int,),
-    "seconds": (int, float, _NONE),
-    "arguments": (dict,),
-    "settings": (dict,),
-    "results": (list,),
-    "history": (dict,),
-    "commit": (str, _NONE),
-    "versions": (dict,),
-    "hardware": (dict,),
-}
-_IDENTITY_FIELDS: dict[str, tuple[type, ...]] = {"name": (str,), "sha256": (str,), "config_sha256": (str,)}
-_RESULT_FIELDS: dict[str, tuple[type, ...]] = {
-    "metric": (str,),
-    "data": (str,),
-    "before": (int, float, _NONE),
-    "after": (int, float, _NONE),
-    "beside": (dict,),
-}
+
+
+@strict
+@dataclass
+class _Origin:
+    name: str
+
+
+@strict
+@dataclass
+class _Parameters:
+    trained: int
+    total: int
+
+
+@strict
+@dataclass
+class _Result:
+    metric: str
+    data: str
+    before: int | float | None
+    after: int | float | None
+    beside: dict
+
+
+@strict
+@dataclass
+class _Curve:
+    steps: list
+    values: list
+
+
+@strict
+@dataclass
+class _TrainingRecord:
+    """What every record has; see the top of this file."""
+
+    method: str
+    checkpoint: CheckpointIdentity
+    base: _Origin | None
+    commands: list[str]
+    date: str
+    data: dict
+    steps: int
+    tokens: int | None
+    parameters: _Parameters | None
+    processes: int
+    seconds: int | float | None
+    arguments: dict
+    settings: dict
+    results: list[_Result]
+    history: dict[str, _Curve]
+    commit: str | None
+    versions: dict
+    hardware: dict
 
 
 def save_training_record(
@@ -167,7 +193,7 @@ def save_training_record(
         **circumstances(str(arguments.device)),
     }
     record = plain(shareable(record))
-    _write(folder / TRAINING_RECORD, record)
+    write_json(folder / TRAINING_RECORD, record, indent=1, rows=True)
     return record
 
 
@@ -219,20 +245,7 @@ def read_training_record(path: str | Path) -> dict[str, Any]:
     """
     source, values = str(path), read_values(path)
     check_kind(source, values, RECORD, VERSION, "a training run")
-    check_fields(source, values, _FIELDS)
-    check_fields(source, values["checkpoint"], _IDENTITY_FIELDS, "checkpoint.")
-    for number, command in enumerate(values["commands"]):
-        check_fields(source, {"entry": command}, {"entry": (str,)}, f"commands.{number}.")
-    if values["base"] is not None:
-        check_fields(source, values["base"], {"name": (str,)}, "base.")
-    if values["parameters"] is not None:
-        check_fields(source, values["parameters"], {"trained": (int,), "total": (int,)}, "parameters.")
-    for number, entry in enumerate(values["results"]):
-        check_fields(source, {"entry": entry}, {"entry": (dict,)}, f"results.{number}.")
-        check_fields(source, entry, _RESULT_FIELDS, f"results.{number}.")
-    for name, curve in values["history"].items():
-        check_fields(source, {name: curve}, {name: (dict,)}, "history.")
-        check_fields(source, curve, {"steps": (list,), "values": (list,)}, f"history.{name}.")
+    read_fields(_TrainingRecord, values, source)
     return values
 
 
@@ -253,12 +266,3 @@ def _record_or_none(path: Path) -> dict[str, Any] | None:
         return read_training_record(path)
     except RecordError:
         return None
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """As `write_json` does, with a row of numbers on one line."""
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    text = re.sub(r"\[[-+.eE\d\s,]*\]", lambda match: f"[{' '.join(match[0][1:-1].split())}]", text)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)

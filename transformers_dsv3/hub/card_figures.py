@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.routing import RoutingReport
-from ..evaluation.routing_plot import DPI, heat_map
-from ..evaluation.speed.report import plot_problem
+from ..evaluation.routing_plot import DPI, heat_map, plot_refusal
 from .card_sources import CardSources
 
 
@@ -52,7 +51,7 @@ class CardFigure:
 
     def content(self, beside: Path | None) -> bytes | None:
         """The picture's file, drawn now or as it lies in `beside` already; None where neither can be had."""
-        if plot_problem() is None:
+        if plot_refusal() is None:
             from matplotlib import style
 
             with style.context("default"):  # the same whatever a user's own style is

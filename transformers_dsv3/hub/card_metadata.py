@@ -12,7 +12,6 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..evaluation.evaluation_record import EvaluationRecord
 from ..evaluation.evaluation_table import outer_tasks
-from ..evaluation.routing import moe_layers
 from .card_sources import CardSources
 from .card_usage import auto_class
 from .model_folder import REPO_ID
@@ -94,7 +93,7 @@ def metadata(sources: CardSources, name: str, options: dict[str, Any]) -> ModelC
 
 def _tags(sources: CardSources) -> Iterator[str]:
     yield from ("deepseek_v3", "transformers-dsv3")
-    if sources.config is not None and moe_layers(sources.config):
+    if sources.config is not None and sources.config.moe_layers:
         yield "mixture-of-experts"
     if sources.config is not None and sources.config.num_nextn_predict_layers and sources.adapter is None:
         yield "multi-token-prediction"

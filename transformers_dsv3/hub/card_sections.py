@@ -11,8 +11,7 @@ from typing import Any
 from ..evaluation.checkpoint_record import ParameterCounts
 from ..evaluation.evaluation_record import PARTS, EvaluationRecord
 from ..evaluation.evaluation_table import figures_of
-from ..evaluation.routing import moe_layers
-from ..evaluation.speed.record import BUSY
+from ..evaluation.machine import BUSY
 from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from .card_figures import FOLDER, CardFigure
 from .card_sources import CardSources
@@ -174,7 +173,7 @@ def _stored_as(sources: CardSources) -> str:
 def _architecture_rows(sources: CardSources, config: DeepseekV3Config) -> Iterator[tuple[str, str]]:
     yield "architecture", code(sources.architecture)
     yield from _parameter_rows(sources.parameters, config)
-    moe = len(moe_layers(config))
+    moe = len(config.moe_layers)
     dense = config.num_hidden_layers - moe
     mtp = config.num_nextn_predict_layers or 0
     layers = f"{config.num_hidden_layers:,}: {dense:,} dense, {count(moe, 'mixture', 'mixtures')} of experts"
@@ -210,9 +209,7 @@ def _parameter_rows(counts: ParameterCounts | None, config: DeepseekV3Config) ->
         return
     mtp = f", and {counts.mtp:,} in its MTP layers" if counts.mtp else ""
     yield "parameters", f"{counts.main:,}{mtp}"
-    chosen = (
-        f": {config.num_experts_per_tok} of {config.n_routed_experts} routed experts" if moe_layers(config) else ""
-    )
+    chosen = f": {config.num_experts_per_tok} of {config.n_routed_experts} routed experts" if config.moe_layers else ""
     yield "active a token", f"{counts.active:,}{chosen}"
 
 

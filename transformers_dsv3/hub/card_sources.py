@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.checkpoint_identity import config_digest, is_adapter
+from ..evaluation.checkpoint_folder import CheckpointFolder, model_config
+from ..evaluation.checkpoint_identity import config_digest
 from ..evaluation.checkpoint_record import (
     CHECKPOINT_RECORD,
     CheckpointRecord,
@@ -21,12 +22,13 @@ from ..evaluation.checkpoint_record import (
     read_checkpoint_record,
 )
 from ..evaluation.evaluation_record import RECORD as EVALUATION
-from ..evaluation.evaluation_record import EvaluationRecord, RecordError, read_record
+from ..evaluation.evaluation_record import EvaluationRecord, read_record
+from ..evaluation.record_fields import RecordError
 from ..evaluation.shareable import shareable
 from ..evaluation.training_record import TRAINING_RECORD, read_training_record
-from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, resolve_checkpoint
+from ..files import json_bytes
+from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError
 from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
-from .model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,12 @@ def read_sources(folder: str | Path, results: str | Path | Iterable[str | Path] 
         CheckpointError: the folder is none of these, or a file of it is broken.
         RecordError: naming the file, for what is no record, is not complete, or is of another model.
     """
-    folder = Path(folder).expanduser()
-    config_sha256 = config_digest(folder)
-    adapter = _read_json(folder / ADAPTER_CONFIG) if is_adapter(folder) else None
+    described = CheckpointFolder(Path(folder).expanduser())
+    folder, adapter = described.path, described.fields if described.is_adapter else None
+    config_sha256 = config_digest(described)
     if adapter is None:
-        _check_model_type(str(folder / CONFIG), _read_json(folder / CONFIG))
-    weights = _has_weights(folder)
+        _check_model_type(str(described.config_path), described.fields)
+    weights = described.weights is not None
     if not weights and not (folder / CHECKPOINT_RECORD).is_file():
         raise CheckpointError(
             f"{folder} has neither safetensors weights nor {CHECKPOINT_RECORD}, which stands for them in the folder "
@@ -105,9 +107,10 @@ def read_sources(folder: str | Path, results: str | Path | Iterable[str | Path] 
     for path, identity in records.items():
         if identity["config_sha256"] != config_sha256:
             raise RecordError(_of_another(path, identity, "config_sha256", folder, config_sha256))
-    _check_bases(folder, training, evaluations)
+    if adapter is not None:
+        _check_bases(folder, training, evaluations)
 
-    checkpoint = describe_checkpoint(folder) if weights else read_checkpoint_record(folder / CHECKPOINT_RECORD)
+    checkpoint = describe_checkpoint(described) if weights else read_checkpoint_record(folder / CHECKPOINT_RECORD)
     if checkpoint.checkpoint.config_sha256 != config_sha256:
         raise RecordError(
             _of_another(
@@ -119,7 +122,7 @@ def read_sources(folder: str | Path, results: str | Path | Iterable[str | Path] 
             raise RecordError(_of_another(path, identity, "sha256", folder, checkpoint.checkpoint.sha256))
     checkpoint = CheckpointRecord(**{**vars(checkpoint), **_shareable_parts(checkpoint)})
     names = _file_names([path for path, _ in evaluations])
-    fields = (checkpoint.base or {"config": {}})["config"] if adapter is not None else _read_json(folder / CONFIG)
+    fields = (checkpoint.base or {"config": {}})["config"] if adapter is not None else described.fields
     return CardSources(
         checkpoint=checkpoint,
         config=_model_config(str(folder), fields),
@@ -129,20 +132,8 @@ def read_sources(folder: str | Path, results: str | Path | Iterable[str | Path] 
         evaluations={
             name: EvaluationRecord.from_dict(record.to_dict(), name) for name, (_, record) in zip(names, evaluations)
         },
-        records=_record_files(folder, checkpoint, dict(zip(names, (path for path, _ in evaluations)))),
+        records=_record_files(described, checkpoint, dict(zip(names, (path for path, _ in evaluations)))),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """`config_digest` has read it, and knows that it is an object."""
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _has_weights(folder: Path) -> bool:
-    if is_adapter(folder):
-        return (folder / ADAPTER_WEIGHTS).is_file()
-    config = _read_json(folder / CONFIG)
-    return resolve_checkpoint(str(folder), explicit_filename=config.get("transformers_weights")) is not None
 
 
 def _check_model_type(path: str, config: dict[str, Any]) -> None:
@@ -155,10 +146,7 @@ def _model_config(source: str, fields: dict[str, Any]) -> DeepseekV3Config | Non
     if not fields:
         return None
     _check_model_type(source, fields)
-    try:
-        return DeepseekV3Config.from_dict(fields)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{source}: the configuration is refused: {error}") from error
+    return model_config(source, fields)
 
 
 def _read_results(folder: Path, results: list[str | Path]) -> list[tuple[Path, EvaluationRecord]]:
@@ -203,7 +191,7 @@ def _check_bases(
     folder: Path, training: dict[str, Any] | None, evaluations: list[tuple[Path, EvaluationRecord]]
 ) -> None:
     """An adapter's figures are of the model that it was put on."""
-    trained_on = None if training is None or not is_adapter(folder) else (training["base"] or {}).get("sha256")
+    trained_on = None if training is None else (training["base"] or {}).get("sha256")
     for path, record in evaluations:
         base = record.checkpoint.base
         if trained_on is not None and base is not None and base.sha256 != trained_on:
@@ -237,13 +225,13 @@ def _file_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def _record_files(folder: Path, checkpoint: CheckpointRecord, evaluations: dict[str, Path]) -> dict[str, bytes]:
-    config = ADAPTER_CONFIG if is_adapter(folder) else CONFIG
-    own = [folder / name for name in (config, TRAINING_RECORD) if (folder / name).is_file()]
+def _record_files(
+    folder: CheckpointFolder, checkpoint: CheckpointRecord, evaluations: dict[str, Path]
+) -> dict[str, bytes]:
+    own = [path for path in (folder.config_path, folder.path / TRAINING_RECORD) if path.is_file()]
     files = {path.name: path for path in own} | evaluations
     contents = {name: _shareable_bytes(path) for name, path in files.items()}
-    record = json.dumps(checkpoint.to_dict(), indent=1, ensure_ascii=False) + "\n"
-    return {**contents, CHECKPOINT_RECORD: record.encode()}
+    return {**contents, CHECKPOINT_RECORD: json_bytes(checkpoint.to_dict(), indent=1)}
 
 
 def _shareable_bytes(path: Path) -> bytes:
@@ -251,4 +239,4 @@ def _shareable_bytes(path: Path) -> bytes:
     data = path.read_bytes()
     values = json.loads(data)
     clean = shareable(values)
-    return data if clean == values else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
+    return data if clean == values else json_bytes(clean)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from ..evaluation.routing import moe_layers
 from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from .card_sources import CardSources
 from .markdown import block, count, document, plain
@@ -174,7 +173,7 @@ def _limits(sources: CardSources) -> Iterator[str]:
         )
     if config is not None and config.num_nextn_predict_layers and sources.adapter is None:
         yield "Its MTP layers need the `transformers-dsv3` package; other programs leave them out."
-    if config is not None and moe_layers(config) and not any(r.routing for r in sources.evaluations.values()):
+    if config is not None and config.moe_layers and not any(r.routing for r in sources.evaluations.values()):
         yield "How evenly its experts are used was not evaluated."
     if not any(record.tasks or record.human_eval for record in sources.evaluations.values()):
         yield "No task was evaluated, neither of lm-evaluation-harness nor HumanEval."

@@ -16,17 +16,18 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..evaluation.checkpoint_folder import ADAPTER_CONFIG, CONFIG
 from ..evaluation.shareable import shareable_text
 from ..evaluation.training_record import TRAINING_RECORD
+from ..files import write_refusal, write_whole
 from ..training.run_folder import is_template
-from ..training.whole_files import unwritable, write_whole
 from .card_figures import FOLDER, CardFigure, card_figures, drawn_from
 from .card_metadata import check_options, metadata
 from .card_sections import evaluation_section, introduction, model_section, training_section
 from .card_sources import CardSources, read_sources
 from .card_usage import license_section, limits_section, usage_section
 from .markdown import plain
-from .model_folder import ADAPTER_CONFIG, CARD, CONFIG
+from .model_folder import CARD
 
 
 _SEAL = re.compile(r"<!-- transformers-dsv3 card (\{.*\}) ([0-9a-f]{16}) -->")
@@ -159,8 +160,8 @@ def write_card(
     """
     folder = Path(folder).expanduser()
     target = folder if output is None else Path(output).expanduser()
-    if (problem := target_problem(folder, target, force)) is not None:
-        raise CardError(problem)
+    if (refusal := target_refusal(folder, target, force)) is not None:
+        raise CardError(refusal)
     if target != folder and not (folder / CARD).is_file():
         options = card_options(target / CARD, options)
     card = model_card(folder, results, **options)
@@ -168,7 +169,7 @@ def write_card(
     return card, target / CARD
 
 
-def target_problem(folder: Path, target: Path, force: bool) -> str | None:
+def target_refusal(folder: Path, target: Path, force: bool) -> str | None:
     """Why no card of `folder` is to be written into `target`, in a line; None where one is."""
     there = target / CARD
     if not folder.is_dir():
@@ -182,8 +183,8 @@ def target_problem(folder: Path, target: Path, force: bool) -> str | None:
     existing = target
     while not existing.exists():
         existing = existing.parent
-    if (problem := unwritable(existing)) is not None:
-        return problem
+    if (refusal := write_refusal(existing)) is not None:
+        return refusal
     if target.resolve() == folder.resolve() or not target.is_dir():
         return None
     if _has_weights(target):

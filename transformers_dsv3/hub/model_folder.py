@@ -17,14 +17,15 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
 
+from ..evaluation.checkpoint_folder import ADAPTER_CONFIG, CONFIG, CheckpointFolder
+from ..evaluation.shareable import holds_token
 from ..models import dsv3
 from ..models.dsv3.checkpoint_checks_dsv3 import mtp_layers_present
 from ..models.dsv3.checkpoint_dsv3 import fit_problems
-from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, read_checkpoint, read_header, resolve_checkpoint
+from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError
 
 
-CONFIG, CARD = "config.json", "README.md"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CARD = "README.md"
 # Formats in which a file can run code when it is read
 PICKLED = tuple(f"*.{suffix}" for suffix in "bin pt pth pkl pickle ckpt joblib npy npz h5 msgpack".split())
 # What training frameworks and this package's scripts keep to go on; their arguments can name folders of the machine
@@ -54,8 +55,6 @@ _PUBLISHED = (
 )
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Access tokens of the Hub as they are given out: to users, to organisations, for single sign-on
-_ACCESS_TOKEN = re.compile(rb"(?:hf|hf_oauth|hf_jwt|api_org)_[A-Za-z0-9._-]{30,}")
 
 
 @dataclass
@@ -109,20 +108,16 @@ def read_model_folder(path: str | Path, token: str | None = None) -> ModelFolder
         CheckpointError: the folder is no checkpoint, or a broken one. The message names files and tensors.
     """
     path = Path(path).expanduser()
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder")
-    is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file()
-    if not is_adapter and not (path / CONFIG).is_file():
-        raise CheckpointError(
-            f"{path} is no checkpoint: it has neither {CONFIG} nor {ADAPTER_CONFIG}. "
-            "Save the model there with `save_pretrained`"
-        )
-    folder = ModelFolder(path, {}, {}, is_adapter)
+    # An adapter beside a model goes with it
+    described = CheckpointFolder(path, adapter=False if (path / CONFIG).is_file() else None)
+    folder = ModelFolder(path, {}, {}, described.is_adapter)
     _sort_files(folder)
-    for name in [CONFIG, ADAPTER_CONFIG, *folder.files]:
-        if name in folder.files and name.endswith(".json"):
+    for name in folder.files:
+        if name.endswith(".json"):
             _check_json(path / name)
-    weights = _check_weights(folder)
+    weights = _check_weights(folder, described)
+    if ADAPTER_CONFIG in folder.files and not described.is_adapter:
+        weights |= _check_weights(folder, CheckpointFolder(path, adapter=True))
     for name in [name for name in folder.files if name.endswith(".safetensors") and name not in weights]:
         folder.left_out[name] = "weights that belong to no index or config here"
         del folder.files[name]
@@ -135,7 +130,7 @@ def read_model_folder(path: str | Path, token: str | None = None) -> ModelFolder
     _check_secrets(folder, token)
     if CARD not in folder.files:
         folder.remarks.append(f"there is no model card ({CARD}): `transformers-dsv3 card {path}` writes one")
-    if not is_adapter and not any(name in folder.files for name in _TOKENIZER):
+    if not folder.is_adapter and not any(name in folder.files for name in _TOKENIZER):
         folder.remarks.append("there is no tokenizer: `pipeline` and chat will not work with this repository alone")
     return folder
 
@@ -166,28 +161,18 @@ def _check_json(path: Path) -> None:
         raise CheckpointError(f"{path} is no whole JSON file: {error}") from None
 
 
-def _check_weights(folder: ModelFolder) -> set[str]:
+def _check_weights(folder: ModelFolder, described: CheckpointFolder) -> set[str]:
     """Names of the files that hold the weights. Raises `CheckpointError` where they are broken or do not fit."""
-    names = set()
-    if ADAPTER_CONFIG in folder.files:
-        if ADAPTER_WEIGHTS not in folder.files:
-            raise CheckpointError(f"{folder.path} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
-        read_header(str(folder.path / ADAPTER_WEIGHTS))
-        names.add(ADAPTER_WEIGHTS)
-    if folder.is_adapter:
-        return names
-    fields = json.loads((folder.path / CONFIG).read_bytes())
-    found = resolve_checkpoint(str(folder.path), explicit_filename=fields.get("transformers_weights"))
-    if found is None:
+    if described.weights is None and not described.is_adapter:
         raise CheckpointError(f"{folder.path} has {CONFIG} but no model.safetensors, nor an index of shards")
-    stored = read_checkpoint(found.files, found.index)
-    if fields.get("model_type") == "deepseek_v3":
-        _check_fit(folder, fields, stored)
-    return names | {Path(file).relative_to(folder.path).as_posix() for file in found.files}
+    names = {Path(tensor.path).relative_to(folder.path).as_posix() for tensor in described.tensors.values()}
+    if not described.is_adapter and described.fields.get("model_type") == "deepseek_v3":
+        _check_fit(folder, described)
+    return names
 
 
-def _check_fit(folder: ModelFolder, fields: dict[str, Any], stored: dict[str, Any]) -> None:
-    config = dsv3.DeepseekV3Config.from_pretrained(folder.path)
+def _check_fit(folder: ModelFolder, described: CheckpointFolder) -> None:
+    fields, stored, config = described.fields, described.tensors, described.model_config()
     announced = config.num_nextn_predict_layers or 0
     present = mtp_layers_present(list(stored), config.num_hidden_layers, announced)
     if present < announced:
@@ -214,7 +199,7 @@ def _check_secrets(folder: ModelFolder, token: str | None) -> None:
         if name.endswith(".safetensors") or name.startswith("figures/"):
             continue
         content = (folder.path / name).read_bytes()
-        if _ACCESS_TOKEN.search(content) or (token and token.encode() in content):
+        if holds_token(content) or (token and token.encode() in content):
             raise CheckpointError(f"{folder.path / name} holds an access token of the Hub. Take it out, and revoke it")
 
 

@@ -17,9 +17,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers.utils import logging
 
+from ..evaluation.checkpoint_folder import ADAPTER_CONFIG, CONFIG
 from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, listing, read_checkpoint, resolve_checkpoint
 from .hub_errors import HTTPError, HubError, reason
-from .model_folder import ADAPTER_CONFIG, CONFIG, PICKLED
+from .model_folder import PICKLED
 from .patience import bounded_silence, may_pass
 
 

@@ -28,9 +28,10 @@ from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from ..evaluation.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
 from .code_file import AUTO_MAP, CODE, CODE_FILE
 from .hub_errors import HTTPError, HubError, reason
-from .model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, CONFIG, ModelFolder, read_model_folder, set_base_model
+from .model_folder import CARD, ModelFolder, read_model_folder, set_base_model
 from .patience import bounded_silence
 
 

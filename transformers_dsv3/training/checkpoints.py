@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -63,10 +62,3 @@ def move_in(partial: Path, folder: Path) -> None:
     for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
         path.replace(folder / path.name)
     partial.rmdir()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

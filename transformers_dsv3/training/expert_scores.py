@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import write_json
 from ..models.dsv3.modeling_dsv3 import DeepseekV3Model
 from ..models.dsv3.moe_dsv3 import DeepseekV3MoE
-from .checkpoints import write_json
 from .metrics import base_model_of
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from .checkpoints import write_json
+from ..files import write_json
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -155,7 +155,7 @@ def multiplied_parameters(model: nn.Module) -> int:
     base = base_model_of(model)
     if base is None:
         raise ValueError(f"{type(model).__name__} holds no DeepSeek-V3 model of transformers_dsv3.")
-    share = base.config.num_experts_per_tok / base.config.n_routed_experts
+    share = base.config.active_expert_share
     trained = [layer for layer in base.mtp_layers if layer.is_trained]
     layers = [*base.layers, *trained]
     count = sum(

@@ -174,7 +174,7 @@ def train_and_save(output: Path, run: Run, corpus: Corpus, settings: QuickstartS
         tokens=steps * settings.batch_size * settings.block_length,
         seconds=seconds,
         parameters=model.num_parameters(),
-        active_parameters=active_parameters(model),
+        active_parameters=model.config.active_parameters + model.config.active_mtp_parameters,
         arguments=arguments,
         state=state,
     )
@@ -230,12 +230,3 @@ def save_checkpoint(output: Path, model: PreTrainedModel, tokenizer: PreTrainedT
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     move_in(partial, output)
-
-
-def active_parameters(model: PreTrainedModel) -> int:
-    """Parameters that one token passes through: of the routed experts only the chosen share counts."""
-    share = model.config.num_experts_per_tok / model.config.n_routed_experts
-    return sum(
-        int(parameter.numel() * share) if ".mlp.experts." in name else parameter.numel()
-        for name, parameter in model.named_parameters()
-    )

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json, write_refusal
 from . import checkpoints
-from .checkpoints import checkpoint_step, write_json
-from .whole_files import unwritable
+from .checkpoints import checkpoint_step
 
 
 RESULTS_NAME = "quickstart_results.json"
@@ -125,8 +125,8 @@ def check_output(output: Path) -> None:
             raise QuickstartError(
                 "--output", f"{output} holds something else ({', '.join(others[:3])}): choose a new folder"
             )
-    if (problem := unwritable(existing)) is not None:
-        raise QuickstartError("--output", problem)
+    if (refusal := write_refusal(existing)) is not None:
+        raise QuickstartError("--output", refusal)
 
 
 def plan_run(

@@ -19,7 +19,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from .checkpoints import checkpoint_step, checkpoint_to_resume, latest_checkpoint, move_in, write_json
+from ..files import partial_path, write_json
+from .checkpoints import checkpoint_step, checkpoint_to_resume, latest_checkpoint, move_in
 
 
 class RunFolderError(ValueError):
@@ -84,7 +85,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path} is a file, not a folder")
         if not self.record_path.exists():
             # Killed while it wrote its record, a run leaves the record's first part and nothing else.
-            partial = self.record_path.name + ".partial"
+            partial = partial_path(self.record_path).name
             others = sorted(path.name for path in self.path.glob("*") if path.name != partial)
             if others:
                 raise RunFolderError(

@@ -81,6 +81,8 @@ class DeepseekV3Config(native.DeepseekV3Config):
         # the model instead, and a checkpoint saved from them carries no code.
         if "auto_map" in kwargs:
             kwargs["auto_map"] = {}
+        for name in _COMPUTED:
+            kwargs.pop(name, None)  # a key of somebody else's file, which would be set as an attribute
         _check_rope_keys(self.rope_parameters, kwargs)
         # Null in some checkpoints, for models without shared experts or without groups
         for field, absent in (("n_shared_experts", 0), ("n_group", 1), ("topk_group", self.n_group or 1)):
@@ -155,6 +157,54 @@ class DeepseekV3Config(native.DeepseekV3Config):
                 f"({self.topk_group}) selected groups of {experts_per_group}",
             )
 
+    @property
+    def moe_layers(self) -> list[int]:
+        """Numbers of the layers that are mixtures of experts, MTP layers left out."""
+        return [layer for layer in range(self.num_hidden_layers) if self._is_moe(layer)]
+
+    @property
+    def active_expert_share(self) -> float:
+        """Of a layer's routed experts, the share that one token passes through."""
+        return self.num_experts_per_tok / self.n_routed_experts
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters of `DeepseekV3ForCausalLM` that one token passes through, MTP layers left out."""
+        copies = 1 if self.tie_word_embeddings else 2  # of the embedding, for the output head
+        layers = sum(self._active_in_layer(layer) for layer in range(self.num_hidden_layers))
+        return layers + self.hidden_size * (copies * self.vocab_size + 1)
+
+    @property
+    def active_mtp_parameters(self) -> int:
+        """Parameters of the MTP layers that one token passes through, embedding and output head left out."""
+        first = self.num_hidden_layers
+        layers = sum(self._active_in_layer(first + k) for k in range(self.num_nextn_predict_layers or 0))
+        # The projection and the norms of its two inputs and of its output
+        return layers + (self.num_nextn_predict_layers or 0) * self.hidden_size * (2 * self.hidden_size + 3)
+
+    def _is_moe(self, layer: int) -> bool:
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    def _active_in_layer(self, layer: int) -> int:
+        """Parameters of a decoder layer that one token passes through: of the routed experts, the chosen ones."""
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        queries = heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        latent = self.kv_lora_rank + self.qk_rope_head_dim
+        count = hidden * latent + self.kv_lora_rank * (1 + heads * (self.qk_nope_head_dim + self.v_head_dim))
+        count += heads * self.v_head_dim * hidden
+        if self.q_lora_rank is None:
+            count += hidden * queries
+        else:
+            count += self.q_lora_rank * (hidden + 1 + queries)
+        if self.attention_bias:
+            count += (self.q_lora_rank or 0) + latent + hidden
+        if self._is_moe(layer):
+            experts = self.num_experts_per_tok + self.n_shared_experts
+            count += hidden * (3 * self.moe_intermediate_size * experts + self.n_routed_experts)
+        else:
+            count += 3 * hidden * self.intermediate_size
+        return count + 2 * hidden  # the norms before attention and network
+
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         # Settings of a run: in a file they would make the next one, of another kind perhaps, train with them too
@@ -175,6 +225,10 @@ class DeepseekV3Config(native.DeepseekV3Config):
             if rope["rope_type"] != "default":
                 output["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         return json.dumps(output, indent=2, sort_keys=True) + "\n"
+
+
+# Properties of the class, which are computed from the fields and never stored
+_COMPUTED = ("moe_layers", "active_expert_share", "active_parameters", "active_mtp_parameters")
 
 
 def _check_rope_keys(rope_parameters: dict[str, Any] | None, old_keys: dict[str, Any]) -> None:

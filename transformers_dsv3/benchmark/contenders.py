@@ -12,8 +12,8 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_deepseek_v3
 
-from ...compression.int8_weights import quantize_int8
-from ...models.dsv3 import DeepseekV3ForCausalLM
+from ..compression.int8_weights import quantize_int8
+from ..models.dsv3 import DeepseekV3ForCausalLM
 from .devices import Device
 from .rounds import Turn
 from .workloads import Inputs, Workload, decode, make_optimizer, prefill, training_step

@@ -133,7 +133,7 @@ def floor_seconds(work: Work, bandwidth: float, linear_rate: float, attention_ra
 def expected_experts(config: Any, workload: Workload) -> float:
     """Distinct experts of a layer that a unit of work chooses, if all are equally likely and tokens independent."""
     tokens = workload.batch * (1 if workload.decodes else workload.tokens)
-    missed = (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
+    missed = (1 - config.active_expert_share) ** tokens
     return config.n_routed_experts * (1 - missed)
 
 

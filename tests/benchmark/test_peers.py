@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from transformers_dsv3.evaluation.speed import peer_files, peers
-from transformers_dsv3.evaluation.speed.peers import Peer, PeerError, find_converter
-from transformers_dsv3.evaluation.speed.rounds import Turn
-from transformers_dsv3.evaluation.speed.settings import BenchError, BenchSettings
-from transformers_dsv3.evaluation.speed.workloads import Inputs, Workload
+from transformers_dsv3.benchmark import peer_files, peers
+from transformers_dsv3.benchmark.peers import Peer, PeerError, find_converter
+from transformers_dsv3.benchmark.rounds import Turn
+from transformers_dsv3.benchmark.settings import BenchError, BenchSettings
+from transformers_dsv3.benchmark.workloads import Inputs, Workload
 
 
 WORKER = """

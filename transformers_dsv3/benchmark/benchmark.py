@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ...models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
-from ...training.quickstart_run import write_json
-from . import record
+from ..evaluation import machine
+from ..files import write_json
+from ..models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from .ceilings import Ceilings
 from .contenders import (
     NATIVE,
@@ -138,7 +138,7 @@ class Benchmark:
         check_disk(settings, 2 * parameters)
         self.results: dict[str, Any] = {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": record.machine(),
+            "machine": machine.machine_facts(),
             "settings": {
                 **{
                     key: value
@@ -166,7 +166,7 @@ class Benchmark:
             self.results["machine"]["device"] = self.device.record()
         if set(settings.what) - set(settings.model_what):
             self.results["kernels"] = []
-        warning = record.busy_warning(self.results["machine"]["load_average"], self.results["machine"]["cores"])
+        warning = machine.busy_warning(self.results["machine"]["load_average"], self.results["machine"]["cores"])
         if warning:
             self.results["warnings"].append(warning)
 
@@ -206,7 +206,7 @@ class Benchmark:
         finally:
             torch.set_num_threads(threads_before)
             self.results["seconds"] = time.perf_counter() - started
-            self.results["machine"]["load_average_after"] = record.load_average()
+            self.results["machine"]["load_average_after"] = machine.load_average()
             if self.device.is_gpu:
                 self.results["machine"]["device"]["state_after"] = nvidia_smi(STATE)
             self._write()

@@ -156,15 +156,6 @@ def machine_name(machine: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {machine.get('threads')} threads"
 
 
-def plot_problem() -> str | None:
-    """Why no plot can be drawn here; None where it can."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return "needs matplotlib, which is not installed: pip install 'transformers-dsv3[plot]'"
-    return None
-
-
 def plot(results: dict[str, Any], path: Path) -> None:
     """Draws one panel a workload: a bar for each contender's median, whiskers to the quartiles, the floor dashed."""
     import matplotlib

@@ -2,9 +2,9 @@
 
 import pytest
 
-from transformers_dsv3.evaluation.speed.benchmark import ratios
-from transformers_dsv3.evaluation.speed.report import times
-from transformers_dsv3.evaluation.speed.rounds import Turn, interleave, order_of, ratio, spread
+from transformers_dsv3.benchmark.benchmark import ratios
+from transformers_dsv3.benchmark.report import times
+from transformers_dsv3.benchmark.rounds import Turn, interleave, order_of, ratio, spread
 
 
 def run(names, turn, rounds):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
+from ..models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from .devices import Device
 from .settings import BenchError, BenchSettings
 

@@ -6,9 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from transformers_dsv3 import Dsv3ForCausalLM
-from transformers_dsv3.evaluation.speed import ceilings
-from transformers_dsv3.evaluation.speed.contenders import ModelContender, agreement, plain_generation, share_weights
-from transformers_dsv3.evaluation.speed.floors import (
+from transformers_dsv3.benchmark import ceilings
+from transformers_dsv3.benchmark.contenders import ModelContender, agreement, plain_generation, share_weights
+from transformers_dsv3.benchmark.floors import (
     ExpertsUsed,
     Work,
     count_weights,
@@ -16,10 +16,10 @@ from transformers_dsv3.evaluation.speed.floors import (
     floor_seconds,
     work_of,
 )
-from transformers_dsv3.evaluation.speed.prefill_profile import kind_of, time_by_kind
-from transformers_dsv3.evaluation.speed.presets import PRESETS, parameter_count, preset_config
-from transformers_dsv3.evaluation.speed.settings import BenchError, BenchSettings
-from transformers_dsv3.evaluation.speed.workloads import (
+from transformers_dsv3.benchmark.prefill_profile import kind_of, time_by_kind
+from transformers_dsv3.benchmark.presets import PRESETS, parameter_count, preset_config
+from transformers_dsv3.benchmark.settings import BenchError, BenchSettings
+from transformers_dsv3.benchmark.workloads import (
     Clock,
     Workload,
     continue_text,

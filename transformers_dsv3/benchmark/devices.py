@@ -6,7 +6,6 @@ times are those between events that the device itself stamps.
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import record
+from ..evaluation import machine
 from .settings import BenchError
 
 
@@ -73,7 +72,7 @@ class Device:
     def free_memory(self) -> int:
         """Bytes that models can still take; without limit where the system does not tell."""
         if not self.is_gpu:
-            return record.free_memory()
+            return machine.free_memory()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
@@ -83,7 +82,7 @@ class Device:
             torch.cuda.empty_cache()
 
     def record(self) -> dict[str, Any]:
-        """Name, memory, driver and state of a GPU; empty for the CPU, which `record.machine` describes."""
+        """Name, memory, driver and state of a GPU; empty for the CPU, which `machine_facts` describes."""
         if not self.is_gpu:
             return {}
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -95,7 +94,7 @@ class Device:
             "multiprocessors": found.multi_processor_count,
             "l2_bytes": getattr(found, "L2_cache_size", None),
             "runtime": f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}",
-            "triton": package_version("triton"),
+            "triton": machine.package_version("triton"),
             **nvidia_smi(("driver_version",)),
             "state": nvidia_smi(STATE),
         }
@@ -114,14 +113,6 @@ def find_device(name: str) -> Device:
         reason = "it sees no GPU" if built else "it is a build for CPUs"
         raise BenchError("--device", f"torch {torch.__version__} has no GPU to use here: {reason}")
     return Device(name)
-
-
-def package_version(name: str) -> str | None:
-    """The version of an installed package; None where it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def nvidia_smi(fields: Sequence[str]) -> dict[str, str]:

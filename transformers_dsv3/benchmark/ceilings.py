@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ...kernels.cpu import library as cpu_library
-from ...kernels.cpu.linear import linear
-from ...kernels.matmul_cpu import matmul, uses_onednn
+from ..kernels.cpu import library as cpu_library
+from ..kernels.cpu.linear import linear
+from ..kernels.matmul_cpu import matmul, uses_onednn
 from .devices import Device
 
 

@@ -1,6 +1,6 @@
 """Peak memory of training steps, measured in a process that does nothing else.
 
-`python -m transformers_dsv3.evaluation.speed.training_memory` reads what to measure as JSON from its input; the
+`python -m transformers_dsv3.benchmark.training_memory` reads what to measure as JSON from its input; the
 benchmark starts it once for each contender, since a peak cannot be told apart from that of what ran before.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ...models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
+from ..evaluation.machine import resident_bytes
+from ..models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from .contenders import NATIVE, ModelContender, share_weights
 from .presets import random_model
-from .record import resident_bytes
 from .rounds import reason_of
 from .workloads import Inputs, Workload, make_inputs
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from transformers_dsv3.evaluation.speed import ceilings, devices
-from transformers_dsv3.evaluation.speed.contenders import ModelContender, plain_generation
-from transformers_dsv3.evaluation.speed.devices import Device, find_device, nvidia_smi
-from transformers_dsv3.evaluation.speed.kernel_workloads import exact_experts, make_experts, routing
-from transformers_dsv3.evaluation.speed.settings import BenchError, BenchSettings
-from transformers_dsv3.evaluation.speed.workloads import SETTLING_STEPS, Workload, decode, make_inputs
+from transformers_dsv3.benchmark import ceilings, devices
+from transformers_dsv3.benchmark.contenders import ModelContender, plain_generation
+from transformers_dsv3.benchmark.devices import Device, find_device, nvidia_smi
+from transformers_dsv3.benchmark.kernel_workloads import exact_experts, make_experts, routing
+from transformers_dsv3.benchmark.settings import BenchError, BenchSettings
+from transformers_dsv3.benchmark.workloads import SETTLING_STEPS, Workload, decode, make_inputs
 
 
 class SlowQueue:

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
-from ...kernels import dispatch, experts_liger, mla_triton, selection, triton_support
-from ...kernels.cpu import attention as mla_cpu
-from ...models.dsv3.attention_dsv3 import absorbed_attention, softmax_scale
-from ...models.dsv3.configuration_dsv3 import DeepseekV3Config
-from ...models.dsv3.moe_dsv3 import DeepseekV3Experts
+from ..kernels import dispatch, experts_liger, mla_triton, selection, triton_support
+from ..kernels.cpu import attention as mla_cpu
+from ..models.dsv3.attention_dsv3 import absorbed_attention, softmax_scale
+from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
+from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
 from .devices import Device
 from .rounds import Turn, interleave, ratio, reason_of, spread
 from .settings import DTYPES, BenchSettings
@@ -213,7 +213,7 @@ def experts_part(experts: DeepseekV3Experts, tokens: int, seed: int, with_gradie
             continue
         if with_gradients and name in WITHOUT_GRADIENTS:
             continue
-        reason = interpreted(name) or backend.module_refusal(experts)
+        reason = interpreter_refusal(name) or backend.module_refusal(experts)
         if reason is not None:
             part.failed[name] = reason
             continue
@@ -287,7 +287,7 @@ def attention_part(config: DeepseekV3Config, batch: int, context: int, dtype: to
     for name, (refusal, attention) in absorbed_backends().items():
         with selection.use(attention=name), torch.no_grad():
             arguments = (latent, k_rope, weight, None)
-            reason = interpreted(name)
+            reason = interpreter_refusal(name)
             if reason is None and refusal is not None:
                 reason = refusal(queries[0][0], *arguments)
             if reason is not None:
@@ -309,7 +309,7 @@ def attention_part(config: DeepseekV3Config, batch: int, context: int, dtype: to
     return part
 
 
-def interpreted(name: str) -> str | None:
+def interpreter_refusal(name: str) -> str | None:
     """The reason why a backend's time would mean nothing: Triton's interpreter is for tests."""
     if name in IN_TRITON and triton_support.interpreted():
         return "is interpreted, as TRITON_INTERPRET asks"
