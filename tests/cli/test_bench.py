@@ -10,11 +10,11 @@ import torch
 from typer.testing import CliRunner
 
 import transformers_dsv3
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.evaluation.speed import benchmark, ceilings, kernel_workloads, record
 from transformers_dsv3.evaluation.speed.contenders import ModelContender
 from transformers_dsv3.evaluation.speed.presets import PRESETS, Preset
 from transformers_dsv3.evaluation.speed.settings import BenchError, BenchSettings
+from transformers_dsv3_cli.main import app
 
 
 @pytest.fixture(autouse=True)

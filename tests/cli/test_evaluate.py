@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from transformers_dsv3.cli import evaluate as cli_module
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.evaluation import checkpoint_evaluation, harness, sandbox
 from transformers_dsv3.evaluation.checkpoint_identity import checkpoint_digest
 from transformers_dsv3.evaluation.evaluation_record import read_record
 from transformers_dsv3.evaluation.routing import RoutingReport, routing_report, text_stream
+from transformers_dsv3_cli import evaluate as cli_module
+from transformers_dsv3_cli.main import app
 
 
 pytest.importorskip("lm_eval")

@@ -1,3 +1,5 @@
+import functools
+import inspect
 import json
 import re
 import socket
@@ -106,11 +108,26 @@ def test_serve_help_lists_the_servers_own_options():
     assert "--port" in result.stdout and "Examples:" in result.stdout
 
 
+@needs_server
+def test_help_behind_a_checkpoint_is_the_servers():
+    """Of the installed Transformers, which a light --help cannot ask; what that one names has to be there."""
+    from transformers.cli.serve import Serve
+
+    command = [sys.executable, "-m", "transformers_dsv3.cli", "serve"]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=60, check=True)
+    light, full = run([*command, "--help"]).stdout, run([*command, "./model", "--help"]).stdout
+    options = {f"--{name.replace('_', '-')}" for name in inspect.signature(Serve).parameters}
+    named = set(re.findall(r"--[a-z-]+", light)) - {"--help"}
+    assert len(named) >= 6 and named <= options
+    assert {"--model-timeout", "--default-seed", *named} <= set(re.findall(r"--[a-z-]+", full))
+    assert "Examples:" in full
+
+
 def test_missing_server_packages_are_named(monkeypatch):
     from transformers.utils import import_utils
     from typer.testing import CliRunner
 
-    from transformers_dsv3.cli.main import app
+    from transformers_dsv3_cli.main import app
 
     monkeypatch.setattr(import_utils, "is_serve_available", lambda: False)
     result = CliRunner().invoke(app, ["serve", "model"])

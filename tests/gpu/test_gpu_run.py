@@ -13,8 +13,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.evaluation.speed import ceilings
+from transformers_dsv3_cli.main import app
 
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from .loading import checkpoint_problem, device_problem
 if TYPE_CHECKING:
     import torch
 
-    from ..evaluation.routing import RoutingReport
+    from transformers_dsv3.evaluation.routing import RoutingReport
 
 
 def routing(
@@ -83,7 +83,7 @@ def routing(
     if problem is not None:
         raise typer.BadParameter(problem, param_hint="--device")
     if plot is not None:
-        from ..evaluation.speed.report import plot_problem
+        from transformers_dsv3.evaluation.speed.report import plot_problem
 
         if (problem := plot_problem()) is not None:
             raise typer.BadParameter(problem, param_hint="--plot")
@@ -100,14 +100,14 @@ def routing(
     ]
     for name, report in reports:
         show(name, report, source)
-    from ..training.whole_files import write_whole
+    from transformers_dsv3.training.whole_files import write_whole
 
     if json is not None:
         record = {"text": source, "dtype": dtype, "device": device or "cpu"}
         checkpoints = [{"checkpoint": name, **report.to_dict()} for name, report in reports]
         write_whole(json, (json_format.dumps({**record, "checkpoints": checkpoints}, indent=1) + "\n").encode())
     if plot is not None:
-        from ..evaluation.routing_plot import heat_map
+        from transformers_dsv3.evaluation.routing_plot import heat_map
 
         titles = [Path(name).name or name for name, _ in reports]
         if len(set(titles)) < len(titles):
@@ -118,7 +118,7 @@ def routing(
 
 def file_problem(path: Path) -> str | None:
     """Why `path` cannot be written, in one line; None where it can."""
-    from ..training.whole_files import unwritable
+    from transformers_dsv3.training.whole_files import unwritable
 
     folder = path.absolute().parent
     if path.is_dir():
@@ -133,8 +133,7 @@ def load_config(option: str, checkpoint: str, window: int) -> Any:
     from transformers import AutoConfig
 
     import transformers_dsv3  # noqa: F401  registers the plugin's classes
-
-    from ..evaluation.routing import moe_layers
+    from transformers_dsv3.evaluation.routing import moe_layers
 
     try:
         config = AutoConfig.from_pretrained(checkpoint)
@@ -160,8 +159,8 @@ def load_config(option: str, checkpoint: str, window: int) -> Any:
 
 def read_texts(paths: Sequence[Path] | None) -> tuple[str, list[str]]:
     """Where the text comes from, in words, and the texts."""
-    from ..data.text_files import TextError, build_corpus, read_documents, standard_library
-    from ..training.quickstart_run import QuickstartSettings
+    from transformers_dsv3.data.text_files import TextError, build_corpus, read_documents, standard_library
+    from transformers_dsv3.training.quickstart_run import QuickstartSettings
 
     try:
         if paths:
@@ -195,7 +194,7 @@ def checked_stream(
     option: str, checkpoint: str, tokenizer: Any, texts: Sequence[str], window: int, vocab_size: int
 ) -> torch.Tensor:
     """The texts as token ids that the model knows, `(n_tokens,)`, at least a window of them."""
-    from ..evaluation.routing import text_stream
+    from transformers_dsv3.evaluation.routing import text_stream
 
     stream = text_stream(tokenizer, texts)
     if stream.numel() < window:
@@ -224,7 +223,7 @@ def measure(
     """Load a checkpoint and run it over its tokens. The model is let go before the next is loaded."""
     from transformers import AutoModelForCausalLM
 
-    from ..evaluation.routing import routing_report
+    from transformers_dsv3.evaluation.routing import routing_report
 
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device)

@@ -24,7 +24,7 @@ def device_problem(device: str) -> str | None:
 
 def checkpoint_problem(checkpoint: str, error: Exception) -> str:
     """One line that names the checkpoint and says why loading it ended in `error`."""
-    from ..data.local_paths import looks_like_path
+    from transformers_dsv3.data.local_paths import looks_like_path
 
     # Of a path that does not exist, Transformers says that it is no valid name of a repository.
     if not Path(checkpoint).exists() and looks_like_path(checkpoint):

@@ -118,7 +118,14 @@ def bench(
       transformers-dsv3 bench moonlight --device cuda --what experts,attention
       transformers-dsv3 bench bench-2b --against vllm=~/vllm/bin/python,llama.cpp=~/llama/bin/python
     """
-    from ..evaluation.speed.settings import BenchError, BenchSettings, interpreters, names, numbers, shapes
+    from transformers_dsv3.evaluation.speed.settings import (
+        BenchError,
+        BenchSettings,
+        interpreters,
+        names,
+        numbers,
+        shapes,
+    )
 
     try:
         cached = numbers("--batch-context", batch_context)
@@ -163,13 +170,13 @@ def run_bench(settings: Any) -> None:
     """
     from rich.console import Console
 
-    from ..evaluation.speed.report import plot, plot_problem
-    from ..evaluation.speed.settings import BenchError
+    from transformers_dsv3.evaluation.speed.report import plot, plot_problem
+    from transformers_dsv3.evaluation.speed.settings import BenchError
 
     if settings.plot_path is not None and (problem := plot_problem()) is not None:
         raise BenchError("--plot", problem)
 
-    from ..evaluation.speed.benchmark import Benchmark
+    from transformers_dsv3.evaluation.speed.benchmark import Benchmark
 
     console = Console(stderr=True)
     interrupted = False
@@ -242,7 +249,7 @@ def show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..evaluation.speed.report import HEADINGS, KERNEL_HEADINGS, kernel_rows, notes, table_rows
+    from transformers_dsv3.evaluation.speed.report import HEADINGS, KERNEL_HEADINGS, kernel_rows, notes, table_rows
 
     console = Console()
     if not console.is_terminal:

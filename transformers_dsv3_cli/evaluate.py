@@ -14,10 +14,14 @@ from .routing import checked_stream, file_problem, read_texts
 
 
 if TYPE_CHECKING:
-    from ..evaluation.checkpoint_evaluation import EvaluationSettings, EvaluationText, HumanEvalSettings
-    from ..evaluation.checkpoint_source import CheckpointSource
-    from ..evaluation.evaluation_record import EvaluationRecord
-    from ..evaluation.harness import TaskSuite
+    from transformers_dsv3.evaluation.checkpoint_evaluation import (
+        EvaluationSettings,
+        EvaluationText,
+        HumanEvalSettings,
+    )
+    from transformers_dsv3.evaluation.checkpoint_source import CheckpointSource
+    from transformers_dsv3.evaluation.evaluation_record import EvaluationRecord
+    from transformers_dsv3.evaluation.harness import TaskSuite
 
 
 WHAT = ("text", "routing", "speed")
@@ -123,7 +127,7 @@ def evaluate(
       transformers-dsv3 evaluate ./my-model --tasks my_task --include-path ./my_tasks --what none
       transformers-dsv3 evaluate ./my-model --human-eval --execute-generated-code --what none
     """
-    from ..evaluation.speed.settings import names
+    from transformers_dsv3.evaluation.speed.settings import names
 
     chosen, task_names = names(what), names(tasks)
     if chosen == ("none",):
@@ -137,14 +141,14 @@ def evaluate(
         human_eval, execute_generated_code, weak_sandbox, human_eval_samples, human_eval_temperature
     )
     if task_names:
-        from ..evaluation.harness import harness_problem
+        from transformers_dsv3.evaluation.harness import harness_problem
 
         if (problem := harness_problem()) is not None:
             raise typer.BadParameter(problem, param_hint="--tasks")
 
-    from ..evaluation.checkpoint_evaluation import CheckpointEvaluation, EvaluationSettings, parts_of
-    from ..evaluation.evaluation_record import RecordError
-    from ..evaluation.harness import TaskError
+    from transformers_dsv3.evaluation.checkpoint_evaluation import CheckpointEvaluation, EvaluationSettings, parts_of
+    from transformers_dsv3.evaluation.evaluation_record import RecordError
+    from transformers_dsv3.evaluation.harness import TaskError
 
     source, config, tokenizer = find(checkpoint, revision, base_model)
     parts = parts_of(config, chosen)
@@ -260,9 +264,9 @@ def human_eval_settings(
             "runs Python that the model writes on this machine, in a sandbox: add --execute-generated-code to agree",
             param_hint="--human-eval",
         )
-    from ..evaluation.checkpoint_evaluation import HumanEvalSettings
-    from ..evaluation.human_eval import human_eval_problem
-    from ..evaluation.sandbox import AUDIT_HOOK, NAMESPACES, sandbox_problem
+    from transformers_dsv3.evaluation.checkpoint_evaluation import HumanEvalSettings
+    from transformers_dsv3.evaluation.human_eval import human_eval_problem
+    from transformers_dsv3.evaluation.sandbox import AUDIT_HOOK, NAMESPACES, sandbox_problem
 
     if (problem := human_eval_problem()) is not None:
         raise typer.BadParameter(problem, param_hint="--human-eval")
@@ -283,7 +287,7 @@ def human_eval_settings(
 
 def find(checkpoint: str, revision: str | None, base_model: str | None) -> tuple[CheckpointSource, Any, Any]:
     """The checkpoint's files, its configuration and its tokenizer; weights on the Hub stay there for now."""
-    from ..evaluation.checkpoint_source import find_checkpoint
+    from transformers_dsv3.evaluation.checkpoint_source import find_checkpoint
 
     with naming_the_hub(checkpoint):
         try:
@@ -307,7 +311,7 @@ def find(checkpoint: str, revision: str | None, base_model: str | None) -> tuple
 @contextmanager
 def naming_the_hub(checkpoint: str) -> Iterator[None]:
     """What a download fails of, in one line."""
-    from ..hub.hub_errors import HTTPError, reason
+    from transformers_dsv3.hub.hub_errors import HTTPError, reason
 
     try:
         yield
@@ -335,7 +339,7 @@ def task_suite(names: tuple[str, ...], include_path: list[Path] | None) -> TaskS
     """The tasks with their data, None for none."""
     if not names:
         return None
-    from ..evaluation.harness import TaskError, TaskSuite
+    from transformers_dsv3.evaluation.harness import TaskError, TaskSuite
 
     try:
         return TaskSuite(names, include_path or ())
@@ -347,7 +351,7 @@ def evaluation_text(
     checkpoint: str, paths: list[Path] | None, tokenizer: Any, settings: EvaluationSettings, vocab_size: int
 ) -> EvaluationText:
     """The text in the checkpoint's tokens, under a name that tells nothing of this machine's folders."""
-    from ..evaluation.checkpoint_evaluation import EvaluationText
+    from transformers_dsv3.evaluation.checkpoint_evaluation import EvaluationText
 
     source, texts = read_texts(paths)
     if paths:
@@ -358,7 +362,7 @@ def evaluation_text(
 
 def command_line(context: typer.Context) -> str:
     """What was typed, as others would type it: without this machine's folders."""
-    from ..evaluation.shareable import shareable_command
+    from transformers_dsv3.evaluation.shareable import shareable_command
 
     words: list[str] = []
     for parameter in context.command.params:
@@ -383,7 +387,7 @@ def show(record: EvaluationRecord, path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..evaluation.evaluation_table import figures_of
+    from transformers_dsv3.evaluation.evaluation_table import figures_of
 
     console = Console()
     if not console.is_terminal:

@@ -11,7 +11,7 @@ import typer
 
 
 if TYPE_CHECKING:
-    from ..training.quickstart_run import QuickstartSettings
+    from transformers_dsv3.training.quickstart_run import QuickstartSettings
 
 
 def quickstart(
@@ -41,8 +41,8 @@ def quickstart(
       transformers-dsv3 quickstart --output ./my-notes-model --text ~/notes
       transformers-dsv3 quickstart --steps 3000
     """
-    from ..data.text_files import TextError
-    from ..training.quickstart_run import QuickstartError, QuickstartSettings
+    from transformers_dsv3.data.text_files import TextError
+    from transformers_dsv3.training.quickstart_run import QuickstartError, QuickstartSettings
 
     if steps is not None and steps < 1:
         raise typer.BadParameter(f"{steps} is not at least 1", param_hint="--steps")
@@ -72,8 +72,8 @@ def run_quickstart(
     Raises:
         TextError, QuickstartError: before any training, and before anything is written.
     """
-    from ..data.text_files import build_corpus, read_documents, standard_library
-    from ..training.quickstart_run import (
+    from transformers_dsv3.data.text_files import build_corpus, read_documents, standard_library
+    from transformers_dsv3.training.quickstart_run import (
         RESULTS_NAME,
         checkpoint_step,
         latest_checkpoint,
@@ -117,9 +117,9 @@ def run_quickstart(
     else:
         typer.echo(f"Training a new model for {run.target_step:,} steps.")
 
-    from ..evaluation.quickstart_report import PYTHON_PROMPTS, measure_checkpoint, prompts_from
-    from ..evaluation.training_record import result, save_training_record
-    from ..training.quickstart import BALANCE_LOSS_WEIGHT, train_and_save
+    from transformers_dsv3.evaluation.quickstart_report import PYTHON_PROMPTS, measure_checkpoint, prompts_from
+    from transformers_dsv3.evaluation.training_record import result, save_training_record
+    from transformers_dsv3.training.quickstart import BALANCE_LOSS_WEIGHT, train_and_save
 
     outcome = train_and_save(output, run, corpus, settings)
     prompts = PYTHON_PROMPTS if text is None else prompts_from(corpus)
