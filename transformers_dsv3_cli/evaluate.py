@@ -9,19 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .loading import checkpoint_problem, device_problem
-from .routing import checked_stream, file_problem, read_texts
+from .refusals import as_bad_parameters
+from .routing import file_problem
 
 
 if TYPE_CHECKING:
-    from transformers_dsv3.evaluation.checkpoint_evaluation import (
-        EvaluationSettings,
-        EvaluationText,
-        HumanEvalSettings,
-    )
     from transformers_dsv3.evaluation.checkpoint_source import CheckpointSource
     from transformers_dsv3.evaluation.evaluation_record import EvaluationRecord
-    from transformers_dsv3.evaluation.harness import TaskSuite
 
 
 WHAT = ("text", "routing", "speed")
@@ -127,6 +121,14 @@ def evaluate(
       transformers-dsv3 evaluate ./my-model --tasks my_task --include-path ./my_tasks --what none
       transformers-dsv3 evaluate ./my-model --human-eval --execute-generated-code --what none
     """
+    from transformers_dsv3.evaluation.evaluation_request import (
+        checked_window,
+        evaluation_text,
+        human_eval_settings,
+        task_suite,
+    )
+    from transformers_dsv3.evaluation.loading import checkpoint_problem, device_problem
+    from transformers_dsv3.evaluation.sandbox import AUDIT_HOOK
     from transformers_dsv3.evaluation.speed.settings import names
 
     chosen, task_names = names(what), names(tasks)
@@ -137,9 +139,12 @@ def evaluate(
         raise typer.BadParameter(problem, param_hint="--json")
     if device is not None and (problem := device_problem(device)) is not None:
         raise typer.BadParameter(problem, param_hint="--device")
-    solving = human_eval_settings(
-        human_eval, execute_generated_code, weak_sandbox, human_eval_samples, human_eval_temperature
-    )
+    with as_bad_parameters():
+        solving = human_eval_settings(
+            human_eval, execute_generated_code, weak_sandbox, human_eval_samples, human_eval_temperature
+        )
+    if solving is not None and solving.isolation == AUDIT_HOOK:
+        typer.echo("Weak sandbox: code of the model is held back by a hook in Python alone.", err=True)
     if task_names:
         from transformers_dsv3.evaluation.harness import harness_problem
 
@@ -156,20 +161,21 @@ def evaluate(
         raise typer.BadParameter(f"{checkpoint} has no mixture-of-experts layer of this package", param_hint="--what")
     if chat_template and not tokenizer.chat_template:
         raise typer.BadParameter(f"the tokenizer of {checkpoint} has none", param_hint="--chat-template")
-    settings = EvaluationSettings(
-        what=parts,
-        window=checked_window(checkpoint, config, window),
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        chat_template=chat_template,
-        human_eval=solving,
-    )
-    suite = task_suite(task_names, include_path)
-    held_out = None if not parts else evaluation_text(checkpoint, text, tokenizer, settings, config.vocab_size)
+    with as_bad_parameters():
+        settings = EvaluationSettings(
+            what=parts,
+            window=checked_window(checkpoint, config, window),
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            chat_template=chat_template,
+            human_eval=solving,
+        )
+        suite = task_suite(task_names, include_path)
+        held_out = None if not parts else evaluation_text(checkpoint, text, tokenizer, settings, config.vocab_size)
     try:
         evaluation = CheckpointEvaluation(
             source,
@@ -253,41 +259,10 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def human_eval_settings(
-    wanted: bool, agreed: bool, weak: bool, samples: int, temperature: float
-) -> HumanEvalSettings | None:
-    """How HumanEval is run, None where it is not; refuses without consent or a sandbox."""
-    if not wanted:
-        return None
-    if not agreed:
-        raise typer.BadParameter(
-            "runs Python that the model writes on this machine, in a sandbox: add --execute-generated-code to agree",
-            param_hint="--human-eval",
-        )
-    from transformers_dsv3.evaluation.checkpoint_evaluation import HumanEvalSettings
-    from transformers_dsv3.evaluation.human_eval import human_eval_problem
-    from transformers_dsv3.evaluation.sandbox import AUDIT_HOOK, NAMESPACES, sandbox_problem
-
-    if (problem := human_eval_problem()) is not None:
-        raise typer.BadParameter(problem, param_hint="--human-eval")
-    isolation = NAMESPACES
-    if (problem := sandbox_problem()) is not None:
-        if not weak:
-            raise typer.BadParameter(
-                f"no sandbox can be made on this system ({problem}): run it where user namespaces are allowed, or be "
-                "content with --weak-sandbox",
-                param_hint="--execute-generated-code",
-            )
-        isolation = AUDIT_HOOK
-        if (problem := sandbox_problem(isolation)) is not None:
-            raise typer.BadParameter(problem, param_hint="--weak-sandbox")
-        typer.echo("Weak sandbox: code of the model is held back by a hook in Python alone.", err=True)
-    return HumanEvalSettings(samples=samples, temperature=temperature, isolation=isolation)
-
-
 def find(checkpoint: str, revision: str | None, base_model: str | None) -> tuple[CheckpointSource, Any, Any]:
     """The checkpoint's files, its configuration and its tokenizer; weights on the Hub stay there for now."""
     from transformers_dsv3.evaluation.checkpoint_source import find_checkpoint
+    from transformers_dsv3.evaluation.loading import checkpoint_problem
 
     with naming_the_hub(checkpoint):
         try:
@@ -319,45 +294,6 @@ def naming_the_hub(checkpoint: str) -> Iterator[None]:
         raise typer.BadParameter(
             f"{checkpoint} is no folder here, and from the Hub: {reason(error)}", param_hint="CHECKPOINT"
         ) from None
-
-
-def checked_window(checkpoint: str, config: Any, window: int | None) -> int:
-    """Tokens of context that the model has."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        raise typer.BadParameter(
-            f"{checkpoint}: its configuration has no max_position_embeddings", param_hint="CHECKPOINT"
-        )
-    if window is not None and window > positions:
-        raise typer.BadParameter(
-            f"{window} is more than the {positions} positions of {checkpoint}", param_hint="--window"
-        )
-    return min(256, positions) if window is None else window
-
-
-def task_suite(names: tuple[str, ...], include_path: list[Path] | None) -> TaskSuite | None:
-    """The tasks with their data, None for none."""
-    if not names:
-        return None
-    from transformers_dsv3.evaluation.harness import TaskError, TaskSuite
-
-    try:
-        return TaskSuite(names, include_path or ())
-    except TaskError as error:
-        raise typer.BadParameter(str(error), param_hint="--tasks") from None
-
-
-def evaluation_text(
-    checkpoint: str, paths: list[Path] | None, tokenizer: Any, settings: EvaluationSettings, vocab_size: int
-) -> EvaluationText:
-    """The text in the checkpoint's tokens, under a name that tells nothing of this machine's folders."""
-    from transformers_dsv3.evaluation.checkpoint_evaluation import EvaluationText
-
-    source, texts = read_texts(paths)
-    if paths:
-        source = ", ".join(path.resolve().name for path in paths)
-    stream = checked_stream("CHECKPOINT", checkpoint, tokenizer, texts, settings.window, vocab_size)
-    return EvaluationText(source, tuple(texts), stream)
 
 
 def command_line(context: typer.Context) -> str:

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from .loading import checkpoint_problem, device_problem
-
 
 def explain(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder, or a repository id on the Hub.")],
@@ -24,6 +22,8 @@ def explain(
       transformers-dsv3 explain moonshotai/Moonlight-16B-A3B --device cuda --dtype bfloat16
       TRANSFORMERS_DSV3_BACKENDS=attention=flash_attention_3_mla transformers-dsv3 explain ./model --device cuda
     """
+    from transformers_dsv3.evaluation.loading import checkpoint_problem, device_problem
+
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16, float16", param_hint="--dtype")
     problem = None if device is None else device_problem(device)

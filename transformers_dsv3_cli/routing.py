@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .loading import checkpoint_problem, device_problem
+from .refusals import as_bad_parameters
 
 
 if TYPE_CHECKING:
-    import torch
-
     from transformers_dsv3.evaluation.routing import RoutingReport
 
 
@@ -68,6 +65,10 @@ def routing(
       transformers-dsv3 routing ./balanced --beside ./unbalanced --text ~/held-out --plot both.png --json both.json
       transformers-dsv3 routing moonshotai/Moonlight-16B-A3B --device cuda --dtype bfloat16 --window 4096
     """
+    from transformers_dsv3.evaluation.loading import device_problem
+    from transformers_dsv3.evaluation.routing_request import load_config, measure, read_texts, tokens_of
+    from transformers_dsv3.training.whole_files import write_whole
+
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16, float16", param_hint="--dtype")
     if window < 2:
@@ -89,19 +90,19 @@ def routing(
             raise typer.BadParameter(problem, param_hint="--plot")
 
     named = {"CHECKPOINT": checkpoint, **({"--beside": beside} if beside is not None else {})}
-    configs = {option: load_config(option, name, window) for option, name in named.items()}
-    source, texts = read_texts(text)
-    streams = {
-        option: tokens_of(option, name, texts, window, configs[option].vocab_size) for option, name in named.items()
-    }
-    reports = [
-        (name, measure(option, name, streams[option], window, max_tokens, device, dtype))
-        for option, name in named.items()
-    ]
+    with as_bad_parameters():
+        configs = {option: load_config(option, name, window) for option, name in named.items()}
+        source, texts = read_texts(text)
+        streams = {
+            option: tokens_of(option, name, texts, window, configs[option].vocab_size)
+            for option, name in named.items()
+        }
+        reports = [
+            (name, measure(option, name, streams[option], window, max_tokens, device, dtype))
+            for option, name in named.items()
+        ]
     for name, report in reports:
         show(name, report, source)
-    from transformers_dsv3.training.whole_files import write_whole
-
     if json is not None:
         record = {"text": source, "dtype": dtype, "device": device or "cpu"}
         checkpoints = [{"checkpoint": name, **report.to_dict()} for name, report in reports]
@@ -126,110 +127,6 @@ def file_problem(path: Path) -> str | None:
     if not folder.is_dir():
         return f"there is no folder {folder}"
     return unwritable(folder)
-
-
-def load_config(option: str, checkpoint: str, window: int) -> Any:
-    """The config of a checkpoint whose routing can be measured; a refusal names the option."""
-    from transformers import AutoConfig
-
-    import transformers_dsv3  # noqa: F401  registers the plugin's classes
-    from transformers_dsv3.evaluation.routing import moe_layers
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint=option) from None
-    if config.model_type != "deepseek_v3":
-        raise typer.BadParameter(
-            f"{checkpoint} is a {config.model_type!r} checkpoint, not 'deepseek_v3'", param_hint=option
-        )
-    if not moe_layers(config):
-        raise typer.BadParameter(
-            f"{checkpoint} has no mixture-of-experts layer: first_k_dense_replace={config.first_k_dense_replace} of "
-            f"{config.num_hidden_layers} layers are dense",
-            param_hint=option,
-        )
-    if window > config.max_position_embeddings:
-        raise typer.BadParameter(
-            f"{window} is more than the {config.max_position_embeddings} positions of {checkpoint}",
-            param_hint="--window",
-        )
-    return config
-
-
-def read_texts(paths: Sequence[Path] | None) -> tuple[str, list[str]]:
-    """Where the text comes from, in words, and the texts."""
-    from transformers_dsv3.data.text_files import TextError, build_corpus, read_documents, standard_library
-    from transformers_dsv3.training.quickstart_run import QuickstartSettings
-
-    try:
-        if paths:
-            documents = [document for path in paths for document in read_documents(path)[0]]
-            return ", ".join(map(str, paths)), [document.text for document in documents]
-        # As `quickstart` cuts it, so that its checkpoints are measured on what they have not seen
-        source = "the Python standard library"
-        corpus = build_corpus(standard_library(), source, max_bytes=QuickstartSettings.max_text_bytes)
-        return f"{source}, {corpus.split}", [document.text for document in corpus.held_out]
-    except TextError as error:
-        raise typer.BadParameter(str(error), param_hint="--text") from None
-
-
-def tokens_of(option: str, checkpoint: str, texts: list[str], window: int, vocab_size: int) -> torch.Tensor:
-    """The texts in the tokens of a checkpoint, `(n_tokens,)`, at least a window of them."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        reason = checkpoint_problem(checkpoint, error).removeprefix(f"{checkpoint}: ").removesuffix(":")
-        raise typer.BadParameter(
-            f"{checkpoint} has no tokenizer that can be loaded ({reason}): save one there with "
-            "tokenizer.save_pretrained(...)",
-            param_hint=option,
-        ) from None
-    return checked_stream(option, checkpoint, tokenizer, texts, window, vocab_size)
-
-
-def checked_stream(
-    option: str, checkpoint: str, tokenizer: Any, texts: Sequence[str], window: int, vocab_size: int
-) -> torch.Tensor:
-    """The texts as token ids that the model knows, `(n_tokens,)`, at least a window of them."""
-    from transformers_dsv3.evaluation.routing import text_stream
-
-    stream = text_stream(tokenizer, texts)
-    if stream.numel() < window:
-        raise typer.BadParameter(
-            f"the text makes only {stream.numel():,} tokens, fewer than one window of {window}", param_hint="--text"
-        )
-    largest = int(stream.max())
-    if largest >= vocab_size:
-        raise typer.BadParameter(
-            f"{checkpoint}: its tokenizer gives token {largest}, outside the model's vocabulary of {vocab_size}: it "
-            "belongs to another model",
-            param_hint=option,
-        )
-    return stream
-
-
-def measure(
-    option: str,
-    checkpoint: str,
-    stream: torch.Tensor,
-    window: int,
-    max_tokens: int,
-    device: str | None,
-    dtype: str,
-) -> RoutingReport:
-    """Load a checkpoint and run it over its tokens. The model is let go before the next is loaded."""
-    from transformers import AutoModelForCausalLM
-
-    from transformers_dsv3.evaluation.routing import routing_report
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint=option) from None
-    return routing_report(model, stream, window=window, max_tokens=max_tokens)
 
 
 def show(checkpoint: str, report: RoutingReport, source: str) -> None:

@@ -19,8 +19,7 @@ from transformers.cli.serving.utils import Modality, split_model_id
 from transformers.utils import logging
 
 import transformers_dsv3
-
-from .loading import checkpoint_problem, device_problem
+from transformers_dsv3.evaluation.loading import checkpoint_problem, device_problem
 
 
 logger = logging.get_logger(__name__)

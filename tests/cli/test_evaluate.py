@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from transformers_dsv3.evaluation import checkpoint_evaluation, harness, sandbox
 from transformers_dsv3.evaluation.checkpoint_identity import checkpoint_digest
 from transformers_dsv3.evaluation.evaluation_record import read_record
+from transformers_dsv3.evaluation.evaluation_request import human_eval_settings
 from transformers_dsv3.evaluation.routing import RoutingReport, routing_report, text_stream
 from transformers_dsv3_cli import evaluate as cli_module
 from transformers_dsv3_cli.main import app
@@ -376,7 +377,7 @@ def test_without_a_sandbox(checkpoint, text, no_loading, monkeypatch):
     arguments = [checkpoint, "--human-eval", "--execute-generated-code", "--what", "none"]
     message = refused(*arguments)
     assert "no sandbox can be made on this system (not allowed)" in message and "--weak-sandbox" in message
-    settings = cli_module.human_eval_settings(True, True, True, 1, 0.8)
+    settings = human_eval_settings(True, True, True, 1, 0.8)
     assert settings.isolation == sandbox.AUDIT_HOOK
 
 

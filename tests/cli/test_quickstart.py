@@ -17,10 +17,11 @@ import transformers_dsv3
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3.data.text_files import TextError
 from transformers_dsv3.evaluation.checkpoint_identity import checkpoint_digest
+from transformers_dsv3.evaluation.quickstart import names_of, run_quickstart
 from transformers_dsv3.evaluation.training_record import read_training_record
 from transformers_dsv3.training.quickstart_run import QuickstartError, QuickstartSettings
 from transformers_dsv3_cli.main import app
-from transformers_dsv3_cli.quickstart import names_of, run_quickstart, show
+from transformers_dsv3_cli.quickstart import show
 
 
 TINY = QuickstartSettings(

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from transformers_dsv3.data.text_files import build_corpus, standard_library
 from transformers_dsv3.evaluation.routing import RoutingReport, routing_report, text_stream
+from transformers_dsv3.evaluation.routing_request import read_texts
 from transformers_dsv3_cli.main import app
-from transformers_dsv3_cli.routing import read_texts
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the verbs that load a checkpoint say of one that cannot be loaded, or of a device that is not there."""
+"""What is said of a checkpoint that cannot be loaded or measured as asked, or of a device that is not there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from pathlib import Path
 
 # What Transformers takes for `device_map` besides the name of a device
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+class RefusedOption(ValueError):
+    """What was asked for cannot be done. `option` is the command-line option, or the argument, that asks for it."""
+
+    def __init__(self, option: str, message: str):
+        super().__init__(message)
+        self.option = option
 
 
 def device_problem(device: str) -> str | None:
@@ -24,7 +32,7 @@ def device_problem(device: str) -> str | None:
 
 def checkpoint_problem(checkpoint: str, error: Exception) -> str:
     """One line that names the checkpoint and says why loading it ended in `error`."""
-    from transformers_dsv3.data.local_paths import looks_like_path
+    from ..data.local_paths import looks_like_path
 
     # Of a path that does not exist, Transformers says that it is no valid name of a repository.
     if not Path(checkpoint).exists() and looks_like_path(checkpoint):
