@@ -19,8 +19,8 @@ import pytest
 import typer.main
 from packaging.requirements import Requirement
 
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.kernels.selection import CHOICES, VARIABLE
+from transformers_dsv3_cli.main import app
 
 
 ROOT = Path(__file__).parents[1]

@@ -3,7 +3,6 @@
 from importlib import import_module
 from typing import Any
 
-from .kernels.explain import explain
 from .models.dsv3 import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -54,12 +53,13 @@ __all__ = [
 ]
 
 
-# Only who trains or shares needs them, and the modules behind them
+# Only who trains, shares or asks needs them, and the modules behind them
 _LATE = {
     "ESFTCallback": ".training.esft",
     "ExpertSelection": ".training.esft",
     "LoadBalancingCallback": ".training.load_balancing",
     "MtpObjectiveCallback": ".training.mtp_objective",
+    "explain": ".kernels.explain",
     "lora_config": ".training.lora",
     "model_card": ".hub.model_card",
     "pull_from_hub": ".hub.pull",

@@ -1,5 +1,8 @@
 """Puts the plugin's classes behind Transformers' Auto classes for `deepseek_v3`, and takes them away again."""
 
+import sys
+
+import torch
 import transformers
 from transformers import (
     AutoConfig,
@@ -27,6 +30,7 @@ from .models.dsv3 import (
     KimiK2Config,
 )
 from .models.dsv3.checkpoint_conversion_dsv3 import deepseek_v3_conversion_mapping
+from .models.dsv3.configuration_dsv3 import before_first_config
 
 
 MODEL_TYPE = "deepseek_v3"
@@ -51,6 +55,10 @@ def register(names: bool = False) -> None:
             that look a class up by the name in `config.architectures`, as TRL does with a model given by its path.
             `transformers-dsv3 run` asks for it; an import does not, since the names are Transformers' own, and there
             is no registry of them.
+
+    PEFT looks the plugin's tuners up in a table of its own, whose import takes longer than all of this. They are put
+    there when the first config of the plugin is made, which every model of it needs; at once where PEFT is imported
+    already, or with `names`, since the program to be run may adapt native's models.
     """
     for model_class in AUTO_CLASSES.values():
         name = model_class.__name__
@@ -68,9 +76,18 @@ def register(names: bool = False) -> None:
     register_fp8()
     experts_auto.register()
     if is_peft_available():
+        if names or "peft" in sys.modules:
+            _register_tuners()
+        else:
+            before_first_config.add(_register_tuners)
+
+
+def _register_tuners() -> None:
+    # The config may be made where tensors are to have no storage; those that PEFT makes when it is imported are real
+    with torch.device("cpu"):
         from .training import peft_tuners
 
-        peft_tuners.register()
+    peft_tuners.register()
 
 
 def unregister() -> None:
@@ -79,9 +96,8 @@ def unregister() -> None:
         setattr(transformers, model_class.__name__, getattr(modeling_deepseek_v3, model_class.__name__))
     AutoConfig.register(MODEL_TYPE, configuration_deepseek_v3.DeepseekV3Config, exist_ok=True)
     register_checkpoint_conversion_mapping(MODEL_TYPE, NATIVE_CONVERSION, overwrite=True)
-    if is_peft_available():
-        from .training import peft_tuners
-
+    before_first_config.discard(_register_tuners)
+    if (peft_tuners := sys.modules.get(f"{__package__}.training.peft_tuners")) is not None:
         peft_tuners.unregister()
 
 

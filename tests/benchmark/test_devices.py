@@ -11,8 +11,9 @@ from transformers_dsv3.benchmark import ceilings, devices
 from transformers_dsv3.benchmark.contenders import ModelContender, plain_generation
 from transformers_dsv3.benchmark.devices import Device, find_device, nvidia_smi
 from transformers_dsv3.benchmark.kernel_workloads import exact_experts, make_experts, routing
-from transformers_dsv3.benchmark.settings import BenchError, BenchSettings
+from transformers_dsv3.benchmark.settings import BenchSettings
 from transformers_dsv3.benchmark.workloads import SETTLING_STEPS, Workload, decode, make_inputs
+from transformers_dsv3.option_error import OptionError
 
 
 class SlowQueue:
@@ -73,7 +74,7 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert find_device("auto").kind == kind
     assert find_device("cpu") == Device("cpu")
-    with pytest.raises(BenchError, match="no GPU to use here") as error:
+    with pytest.raises(OptionError, match="no GPU to use here") as error:
         find_device("cuda")
     assert error.value.option == "--device"
 

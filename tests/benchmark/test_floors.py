@@ -18,7 +18,7 @@ from transformers_dsv3.benchmark.floors import (
 )
 from transformers_dsv3.benchmark.prefill_profile import kind_of, time_by_kind
 from transformers_dsv3.benchmark.presets import PRESETS, parameter_count, preset_config
-from transformers_dsv3.benchmark.settings import BenchError, BenchSettings
+from transformers_dsv3.benchmark.settings import BenchSettings
 from transformers_dsv3.benchmark.workloads import (
     Clock,
     Workload,
@@ -29,6 +29,7 @@ from transformers_dsv3.benchmark.workloads import (
     prefill,
     workloads,
 )
+from transformers_dsv3.option_error import OptionError
 
 
 def bytes_named(model, *parts):
@@ -232,9 +233,9 @@ def test_a_preset_is_cut_to_memory_and_says_so():
     assert 2 < config.num_hidden_layers < 27
     assert cut == f"{config.num_hidden_layers} of 27 layers, what memory takes"
     assert 2 * parameter_count(config) <= 0.7 * 20 * 2**30
-    with pytest.raises(BenchError, match="2 layers of moonlight need"):
+    with pytest.raises(OptionError, match="2 layers of moonlight need"):
         preset_config(BenchSettings(source="moonlight"), 2**30)
-    with pytest.raises(BenchError, match="27 layers") as error:
+    with pytest.raises(OptionError, match="27 layers") as error:
         preset_config(BenchSettings(source="moonlight", layers=27), 20 * 2**30)
     assert error.value.option == "--layers"
 

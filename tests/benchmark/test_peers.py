@@ -11,8 +11,9 @@ import pytest
 from transformers_dsv3.benchmark import peer_files, peers
 from transformers_dsv3.benchmark.peers import Peer, PeerError, find_converter
 from transformers_dsv3.benchmark.rounds import Turn
-from transformers_dsv3.benchmark.settings import BenchError, BenchSettings
+from transformers_dsv3.benchmark.settings import BenchSettings
 from transformers_dsv3.benchmark.workloads import Inputs, Workload
+from transformers_dsv3.option_error import OptionError
 
 
 WORKER = """
@@ -108,7 +109,7 @@ def interpreter(folder, name):
 def test_the_converter_is_found_beside_the_interpreter_or_named(tmp_path):
     python = interpreter(tmp_path, "llama")
     settings = BenchSettings(peers=(("llama.cpp", python),))
-    with pytest.raises(BenchError, match="there is no converter at") as error:
+    with pytest.raises(OptionError, match="there is no converter at") as error:
         find_converter(settings)
     assert error.value.option == "--converter"
     beside = tmp_path / "llama" / "llama.cpp" / "convert_hf_to_gguf.py"
@@ -143,7 +144,7 @@ def test_peers_without_their_programs_are_left_out_with_a_reason(make_model, tmp
 def test_files_that_do_not_fit_the_disk_are_refused(tmp_path):
     settings = BenchSettings(peers=(("vllm", sys.executable),), keep=tmp_path / "new")
     peer_files.check_disk(settings, 1000)
-    with pytest.raises(BenchError, match="GiB of files") as error:
+    with pytest.raises(OptionError, match="GiB of files") as error:
         peer_files.check_disk(settings, 2**60)
     assert error.value.option == "--keep"
     peer_files.check_disk(BenchSettings(), 2**60)

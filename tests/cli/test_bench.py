@@ -13,9 +13,10 @@ import transformers_dsv3
 from transformers_dsv3.benchmark import benchmark, ceilings, kernel_workloads
 from transformers_dsv3.benchmark.contenders import ModelContender
 from transformers_dsv3.benchmark.presets import PRESETS, Preset
-from transformers_dsv3.benchmark.settings import BenchError, BenchSettings
-from transformers_dsv3.cli.main import app
+from transformers_dsv3.benchmark.settings import BenchSettings
 from transformers_dsv3.evaluation import machine
+from transformers_dsv3.option_error import OptionError
+from transformers_dsv3_cli.main import app
 
 
 @pytest.fixture(autouse=True)
@@ -326,7 +327,7 @@ def test_a_backend_that_fails_is_told_with_its_reason(checkpoint, tmp_path, monk
 
 
 def test_variants_that_do_not_exist_are_refused(checkpoint):
-    with pytest.raises(BenchError, match="none of plain") as error:
+    with pytest.raises(OptionError, match="none of plain") as error:
         benchmark.Benchmark(BenchSettings(source=checkpoint, contexts=(4,), weights=("int3",)), None)
     assert error.value.option == "--weights"
     assert transformers_dsv3.is_registered()

@@ -7,9 +7,9 @@ import pytest
 from card_material import evaluation, train
 from typer.testing import CliRunner
 
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.evaluation.checkpoint_identity import checkpoint_digest
 from transformers_dsv3.hub.model_card import unsealed
+from transformers_dsv3_cli.main import app
 
 
 @pytest.fixture

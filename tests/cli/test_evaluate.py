@@ -11,12 +11,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from transformers_dsv3 import files
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.evaluation import checkpoint_evaluation, evaluation_options, harness, sandbox
 from transformers_dsv3.evaluation.checkpoint_identity import checkpoint_digest
 from transformers_dsv3.evaluation.evaluation_record import read_record
 from transformers_dsv3.evaluation.routing import RoutingReport, routing_report, text_stream
+from transformers_dsv3_cli.main import app
 
 
 pytest.importorskip("lm_eval")
@@ -383,5 +382,7 @@ def test_without_a_sandbox(checkpoint, text, no_loading, monkeypatch):
 
 
 def test_a_folder_without_write_access(checkpoint, no_loading, monkeypatch):
-    monkeypatch.setattr(files, "file_refusal", lambda path: "nothing can be written in x: Permission denied")
+    monkeypatch.setattr(
+        evaluation_options, "file_refusal", lambda path: "nothing can be written in x: Permission denied"
+    )
     assert "nothing can be written in x: Permission denied" in refused(checkpoint)

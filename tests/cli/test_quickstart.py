@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import transformers_dsv3
-from transformers_dsv3.cli.main import app
-from transformers_dsv3.cli.quickstart import names_of, run_quickstart, show
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3.data.text_files import TextError
 from transformers_dsv3.evaluation.checkpoint_identity import checkpoint_digest
+from transformers_dsv3.evaluation.quickstart import names_of, run_quickstart
 from transformers_dsv3.evaluation.training_record import read_training_record
-from transformers_dsv3.training.quickstart_run import QuickstartError, QuickstartSettings
+from transformers_dsv3.option_error import OptionError
+from transformers_dsv3.training.quickstart_run import QuickstartSettings
+from transformers_dsv3_cli.main import app
+from transformers_dsv3_cli.quickstart import show
 
 
 TINY = QuickstartSettings(
@@ -220,11 +222,11 @@ def test_other_text_seed_or_sizes_are_refused_before_anything_changes(finished, 
     output, _ = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     (tmp_path / "other.txt").write_text("other words, again and again\n" * 1000)
-    with pytest.raises(QuickstartError, match="was trained on other text"):
+    with pytest.raises(OptionError, match="was trained on other text"):
         start(output, tmp_path / "other.txt")
-    with pytest.raises(QuickstartError, match="was started with --seed 0"):
+    with pytest.raises(OptionError, match="was started with --seed 0"):
         start(output, notes, seed=3)
-    with pytest.raises(QuickstartError, match="other sizes"):
+    with pytest.raises(OptionError, match="other sizes"):
         start(output, notes, settings=replace(TINY, block_length=16))
     with pytest.raises(TextError, match="at least 5,000 are needed"):
         (tmp_path / "short.txt").write_text("too little")

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.data.text_files import build_corpus, standard_library
 from transformers_dsv3.evaluation.held_out_text import read_texts
 from transformers_dsv3.evaluation.routing import RoutingReport, routing_report, text_stream
+from transformers_dsv3_cli.main import app
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from transformers_dsv3.cli.main import app
+from transformers_dsv3_cli.main import app
 
 
 SCRIPT = """

@@ -1,3 +1,5 @@
+import functools
+import inspect
 import json
 import re
 import socket
@@ -100,17 +102,35 @@ def test_a_completion_comes_from_the_plugins_class(server, checkpoint):
 @needs_server
 def test_serve_help_lists_the_servers_own_options():
     result = subprocess.run(
-        [sys.executable, "-m", "transformers_dsv3.cli", "serve", "--help"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "transformers_dsv3.cli", "serve", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert result.returncode == 0
     assert "--port" in result.stdout and "Examples:" in result.stdout
+
+
+@needs_server
+def test_help_behind_a_checkpoint_is_the_servers():
+    """Of the installed Transformers, which a light --help cannot ask; what that one names has to be there."""
+    from transformers.cli.serve import Serve
+
+    command = [sys.executable, "-m", "transformers_dsv3.cli", "serve"]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=600, check=True)
+    light, full = run([*command, "--help"]).stdout, run([*command, "./model", "--help"]).stdout
+    options = {f"--{name.replace('_', '-')}" for name in inspect.signature(Serve).parameters}
+    named = set(re.findall(r"--[a-z-]+", light)) - {"--help"}
+    assert len(named) >= 6 and named <= options
+    assert {"--model-timeout", "--default-seed", *named} <= set(re.findall(r"--[a-z-]+", full))
+    assert "Examples:" in full
 
 
 def test_missing_server_packages_are_named(monkeypatch):
     from transformers.utils import import_utils
     from typer.testing import CliRunner
 
-    from transformers_dsv3.cli.main import app
+    from transformers_dsv3_cli.main import app
 
     monkeypatch.setattr(import_utils, "is_serve_available", lambda: False)
     result = CliRunner().invoke(app, ["serve", "model"])
@@ -130,7 +150,7 @@ def test_missing_server_packages_are_named(monkeypatch):
 def test_what_cannot_be_served_is_named_in_one_line(arguments, message, tmp_path):
     (tmp_path / "EMPTY").mkdir()
     arguments = [sys.executable, "-m", "transformers_dsv3.cli", "serve", *arguments]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith(message)

@@ -16,14 +16,14 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from typer.testing import CliRunner
 
 from transformers_dsv3 import Dsv3ForCausalLM
-from transformers_dsv3.cli.main import app
-from transformers_dsv3.cli.quickstart import run_quickstart
 from transformers_dsv3.evaluation import harness
 from transformers_dsv3.evaluation.evaluation_record import read_record
 from transformers_dsv3.evaluation.harness import TaskError, TaskSuite, harness_model, harness_refusal, task_entries
 from transformers_dsv3.evaluation.held_out_text import read_texts
+from transformers_dsv3.evaluation.quickstart import run_quickstart
 from transformers_dsv3.evaluation.quickstart_report import native_model
 from transformers_dsv3.training.quickstart_run import QuickstartSettings
+from transformers_dsv3_cli.main import app
 
 
 lm_eval = pytest.importorskip("lm_eval")

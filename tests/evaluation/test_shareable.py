@@ -37,7 +37,7 @@ def test_values():
     ("arguments", "expected"),
     [
         (["/usr/bin/transformers-dsv3", "quickstart", "--seed", "3"], "transformers-dsv3 quickstart --seed 3"),
-        (["/a/transformers_dsv3/cli/__main__.py", "card", "./x"], "transformers-dsv3 card ./x"),
+        (["/a/transformers_dsv3/cli.py", "card", "./x"], "transformers-dsv3 card ./x"),
         (["examples/dpo.py", "--model", "/home/ada/x"], "python examples/dpo.py --model x"),
         (
             ["/src/repo/examples/dpo.py", "--output_dir=/home/ada/my models"],

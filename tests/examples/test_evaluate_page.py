@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.evaluation.evaluation_record import read_record
 from transformers_dsv3.evaluation.sandbox import sandbox_refusal
+from transformers_dsv3_cli.main import app
 
 
 pytest.importorskip("lm_eval")

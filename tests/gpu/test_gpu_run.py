@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from transformers_dsv3.benchmark import ceilings
-from transformers_dsv3.cli.main import app
+from transformers_dsv3_cli.main import app
 
 
 HERE = Path(__file__).parent

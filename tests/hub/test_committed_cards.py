@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard
 from typer.main import get_command
 
 from transformers_dsv3 import model_card
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.evaluation.shareable import shareable
 from transformers_dsv3.hub.card_figures import card_figures, drawn_from
 from transformers_dsv3.hub.card_sources import read_sources
 from transformers_dsv3.hub.model_card import unsealed, write_card
 from transformers_dsv3.training.script_arguments import ScriptArgumentParser
+from transformers_dsv3_cli.main import app
 
 
 ROOT = Path(__file__).parents[2]

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.evaluation.checkpoint_identity import checkpoint_digest
 from transformers_dsv3.evaluation.evaluation_record import read_record
 from transformers_dsv3.hub.push import push_to_hub
+from transformers_dsv3_cli.main import app
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.hub.hub_errors import HubError
 from transformers_dsv3.hub.pull import pull_from_hub
 from transformers_dsv3.hub.push import push_to_hub
+from transformers_dsv3_cli.main import app
 
 
 COMMAND = ("-m", "transformers_dsv3.cli")

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load
 from typer.testing import CliRunner
 
-from transformers_dsv3.cli.main import app
 from transformers_dsv3.hub.hub_errors import HubError
 from transformers_dsv3.hub.model_folder import CheckpointError, read_model_folder
 from transformers_dsv3.hub.push import push_to_hub
+from transformers_dsv3_cli.main import app
 
 
 SHARD = "model-00002-of-00008.safetensors"

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from transformers_dsv3.cli.main import app
+from transformers_dsv3_cli.main import app
 
 
 PAGE = (Path(__file__).parents[2] / "examples" / "share.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from transformers_dsv3.benchmark import ceilings
 from transformers_dsv3.benchmark.presets import PRESETS, Preset
-from transformers_dsv3.cli.main import app
+from transformers_dsv3_cli.main import app
 
 
 pytestmark = pytest.mark.interop

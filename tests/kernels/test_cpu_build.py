@@ -129,7 +129,8 @@ def test_wheels_from_source_distributions(setup_py, tmp_path, with_compiler):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     ignored = shutil.ignore_patterns("*.so", "__pycache__", setup_py.FAILURE)
-    shutil.copytree(ROOT / "transformers_dsv3", source / "transformers_dsv3", ignore=ignored)
+    for name in ("transformers_dsv3", "transformers_dsv3_cli"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)],
         env=os.environ if with_compiler else {**os.environ, "CC": "false"},
@@ -141,4 +142,5 @@ def test_wheels_from_source_distributions(setup_py, tmp_path, with_compiler):
     names = zipfile.ZipFile(wheel).namelist()
     compiled = [name.split("/")[-1] for name in names if "/_cpu" in name]
     assert compiled == ["_cpu.so" if with_compiler else setup_py.FAILURE]
-    assert "transformers_dsv3/py.typed" in names and not any("csrc" in name for name in names)
+    assert {"transformers_dsv3/py.typed", "transformers_dsv3_cli/main.py"} <= set(names)
+    assert not any("csrc" in name for name in names)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from transformers_dsv3.files import write_json
+from transformers_dsv3.option_error import OptionError
 from transformers_dsv3.training.quickstart_run import (
     RESULTS_NAME,
-    QuickstartError,
     QuickstartSettings,
     check_output,
     finished_steps,
@@ -53,7 +53,7 @@ def test_an_interrupted_run_is_finished(tmp_path):
     run = plan(tmp_path)
     assert (run.start_step, run.target_step, run.seed) == (0, 10, 5)
     assert plan(tmp_path, steps=6).target_step == 6
-    with pytest.raises(QuickstartError, match="interrupted at step 4 of 10, past the 3 asked for"):
+    with pytest.raises(OptionError, match="interrupted at step 4 of 10, past the 3 asked for"):
         plan(tmp_path, steps=3)
 
 
@@ -78,23 +78,23 @@ def test_a_finished_run_is_trained_further(tmp_path):
 )
 def test_other_text_seed_or_sizes_are_refused(tmp_path, changes, option, message):
     record_run(tmp_path, plan(tmp_path))
-    with pytest.raises(QuickstartError, match=message) as caught:
+    with pytest.raises(OptionError, match=message) as caught:
         plan(tmp_path, **changes)
     assert caught.value.option == option
 
 
 def test_foreign_folders_and_files_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(QuickstartError, match="is a file"):
+    with pytest.raises(OptionError, match="is a file"):
         check_output(tmp_path / "file")
-    with pytest.raises(QuickstartError, match=r"holds something else \(file\)"):
+    with pytest.raises(OptionError, match=r"holds something else \(file\)"):
         check_output(tmp_path)
     for below in ("file/sub", "file/sub/subsub"):
-        with pytest.raises(QuickstartError, match="file is a file, not a folder") as caught:
+        with pytest.raises(OptionError, match="file is a file, not a folder") as caught:
             check_output(tmp_path / below)
         assert caught.value.option == "--output"
     if Path("/proc").is_dir():  # where nobody can write, whatever permissions say
-        with pytest.raises(QuickstartError, match="nothing can be written in /proc"):
+        with pytest.raises(OptionError, match="nothing can be written in /proc"):
             check_output(Path("/proc/quickstart"))
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty")
@@ -102,14 +102,14 @@ def test_foreign_folders_and_files_are_refused(tmp_path):
     check_output(tmp_path / "killed")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "training").write_text("x")
-    with pytest.raises(QuickstartError, match=r"holds something else \(training\)"):
+    with pytest.raises(OptionError, match=r"holds something else \(training\)"):
         check_output(tmp_path / "other")
 
 
 def test_a_damaged_record_is_named(tmp_path):
     record_run(tmp_path, plan(tmp_path))
     (training_folder(tmp_path) / "run.json").write_text("{")
-    with pytest.raises(QuickstartError, match="run.json is damaged"):
+    with pytest.raises(OptionError, match="run.json is damaged"):
         plan(tmp_path)
 
 

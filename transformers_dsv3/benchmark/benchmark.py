@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from ..evaluation import machine
 from ..files import write_json
 from ..models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
+from ..option_error import OptionError
 from .ceilings import Ceilings
 from .contenders import (
     NATIVE,
@@ -37,7 +38,7 @@ from .peers import find_converter
 from .prefill_profile import time_by_kind
 from .presets import PRESETS, parameter_count, preset_config, random_model
 from .rounds import Turn, interleave, ratio, reason_of, spread
-from .settings import DTYPES, BenchError, BenchSettings
+from .settings import DTYPES, BenchSettings
 from .training_memory import measure_apart, measure_on_gpu
 from .workloads import Inputs, Workload, continue_text, make_inputs, workloads
 
@@ -79,35 +80,35 @@ def load_config(settings: BenchSettings, copies: float, device: Device) -> tuple
     """The configuration that will be measured, and how it was cut, before any weight exists.
 
     Raises:
-        BenchError: for a source that is neither a preset nor a `deepseek_v3` checkpoint, or does not fit.
+        OptionError: for a source that is neither a preset nor a `deepseek_v3` checkpoint, or does not fit.
     """
     if settings.source in PRESETS:
         return preset_config(settings, device.free_memory() if settings.model_what else 2**62, copies)
     if settings.layers is not None:
-        raise BenchError("--layers", "cuts presets only; a checkpoint has the layers that it has")
+        raise OptionError("--layers", "cuts presets only; a checkpoint has the layers that it has")
     known = f"neither a preset ({', '.join(PRESETS)}) nor a checkpoint"
     local = Path(settings.source).exists()
     if not local and (settings.source.startswith((".", "/", "~")) or settings.source.count("/") != 1):
-        raise BenchError(
+        raise OptionError(
             "CHECKPOINT_OR_PRESET",
             f"{settings.source!r} is {known}: there is no such folder, and a repository on the Hub is OWNER/NAME",
         )
     try:
         config = AutoConfig.from_pretrained(settings.source)
     except (OSError, ValueError) as error:
-        raise BenchError("CHECKPOINT_OR_PRESET", f"{settings.source!r} is {known}: {reason_of(error)}") from None
+        raise OptionError("CHECKPOINT_OR_PRESET", f"{settings.source!r} is {known}: {reason_of(error)}") from None
     if config.model_type != "deepseek_v3":
-        raise BenchError(
+        raise OptionError(
             "CHECKPOINT_OR_PRESET", f"{settings.source} is a {config.model_type!r} checkpoint, not 'deepseek_v3'"
         )
     if settings.longest > config.max_position_embeddings:
-        raise BenchError(
+        raise OptionError(
             "--contexts or --prefill",
             f"{settings.longest} positions are needed at the longest measurement, and "
             f"max_position_embeddings of {settings.source} is {config.max_position_embeddings}",
         )
     if "mtp" in settings.what and not config.num_nextn_predict_layers:
-        raise BenchError("--what", f"mtp needs MTP layers, and {settings.source} has none")
+        raise OptionError("--what", f"mtp needs MTP layers, and {settings.source} has none")
     return config, None
 
 
@@ -115,21 +116,21 @@ class Benchmark:
     """One run. `results` is what is known so far, in the form of the JSON file.
 
     Raises:
-        BenchError: from the constructor, for what cannot be measured; nothing has been computed then.
+        OptionError: from the constructor, for what cannot be measured; nothing has been computed then.
     """
 
     def __init__(self, settings: BenchSettings, watcher: Watcher):
         for variant in settings.weights:
             if variant not in VARIANTS:
-                raise BenchError("--weights", f"{variant!r} is none of {', '.join(VARIANTS)}")
+                raise OptionError("--weights", f"{variant!r} is none of {', '.join(VARIANTS)}")
         self.settings = settings
         self.watcher = watcher
         self.device = find_device(settings.device)
         if settings.peers and self.device.is_gpu:
-            raise BenchError("--against", "other programs are measured on the CPU only: add --device cpu")
+            raise OptionError("--against", "other programs are measured on the CPU only: add --device cpu")
         self._check_contenders()
         if settings.peers and "bf16" not in settings.dtypes:
-            raise BenchError("--against", "other programs are measured in bf16, which --dtype leaves out")
+            raise OptionError("--against", "other programs are measured in bf16, which --dtype leaves out")
         self.converter = find_converter(settings)
         copies = 1 + sum(COPIES[name] for name, _ in settings.peers)
         copies += sum(VARIANTS[name].copies for name in settings.weights)
@@ -175,9 +176,9 @@ class Benchmark:
         known = [*ours, *map(static_name, ours), NATIVE, static_name(NATIVE), MTP]
         for name in self.settings.contenders:
             if name not in known:
-                raise BenchError("--contenders", f"{name!r} is none of {', '.join(known)}")
+                raise OptionError("--contenders", f"{name!r} is none of {', '.join(known)}")
         if MTP in self.settings.contenders and "mtp" not in self.settings.what:
-            raise BenchError("--contenders", f"{MTP!r} takes part in mtp only, which --what leaves out")
+            raise OptionError("--contenders", f"{MTP!r} takes part in mtp only, which --what leaves out")
 
     def _takes_part(self, name: str, static: bool = False) -> bool:
         """Whether a contender is wanted: one that is named, or without names all but static caches on a CPU."""
@@ -240,7 +241,7 @@ class Benchmark:
         try:
             return DeepseekV3ForCausalLM.from_pretrained(self.settings.source, dtype=dtype, **placed).eval()
         except (OSError, ValueError) as error:
-            raise BenchError("CHECKPOINT_OR_PRESET", f"{self.settings.source}: {reason_of(error)}") from None
+            raise OptionError("CHECKPOINT_OR_PRESET", f"{self.settings.source}: {reason_of(error)}") from None
 
     def _contenders(self, model: DeepseekV3ForCausalLM, dtype_name: str, dtype: torch.dtype) -> list[ModelContender]:
         found: list[ModelContender] = []

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..evaluation import machine
-from .settings import BenchError
+from ..option_error import OptionError
 
 
 Result = TypeVar("Result")
@@ -104,14 +104,14 @@ def find_device(name: str) -> Device:
     """The device of `--device`: `auto` is a GPU where torch sees one, and the CPU elsewhere.
 
     Raises:
-        BenchError: for a GPU where there is none.
+        OptionError: for a GPU where there is none.
     """
     if name == "auto":
         return Device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         reason = "it sees no GPU" if built else "it is a build for CPUs"
-        raise BenchError("--device", f"torch {torch.__version__} has no GPU to use here: {reason}")
+        raise OptionError("--device", f"torch {torch.__version__} has no GPU to use here: {reason}")
     return Device(name)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ..option_error import OptionError
 from . import peers
-from .settings import BenchError, BenchSettings
+from .settings import BenchSettings
 
 
 VLLM = "vLLM bf16"
@@ -30,7 +31,7 @@ def check_disk(settings: BenchSettings, weight_bytes: int) -> None:
         weight_bytes: of the model in bf16.
 
     Raises:
-        BenchError: naming `--keep`.
+        OptionError: naming `--keep`.
     """
     if not settings.peers:
         return
@@ -40,7 +41,7 @@ def check_disk(settings: BenchSettings, weight_bytes: int) -> None:
     needed = weight_bytes * (1 + sum(COPIES_ON_DISK[name] for name, _ in settings.peers))
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise BenchError(
+        raise OptionError(
             "--keep", f"peers read about {needed / 2**30:.0f} GiB of files, and {folder} has {free / 2**30:.0f} GiB"
         )
 

@@ -16,8 +16,9 @@ from typing import IO, Any
 import torch
 from transformers import PreTrainedModel
 
+from ..option_error import OptionError
 from .rounds import Turn
-from .settings import BenchError, BenchSettings
+from .settings import BenchSettings
 from .workloads import Inputs, Workload
 
 
@@ -144,7 +145,7 @@ def find_converter(settings: BenchSettings) -> Path | None:
     """llama.cpp's converter: the one that is named, or `llama.cpp/` beside the interpreter's `bin`; None without peer.
 
     Raises:
-        BenchError: where llama.cpp is asked for and no converter is found.
+        OptionError: where llama.cpp is asked for and no converter is found.
     """
     interpreter = dict(settings.peers).get("llama.cpp")
     if interpreter is None:
@@ -154,7 +155,7 @@ def find_converter(settings: BenchSettings) -> Path | None:
     # Not resolved: the interpreter of a virtual environment is a link to another one
     beside = Path(interpreter).absolute().parent.parent / CONVERTER
     if not beside.is_file():
-        raise BenchError(
+        raise OptionError(
             "--converter", f"llama.cpp is read through GGUF, and there is no converter at {beside}: name it"
         )
     return beside

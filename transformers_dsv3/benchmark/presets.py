@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
+from ..option_error import OptionError
 from .devices import Device
-from .settings import BenchError, BenchSettings
+from .settings import BenchSettings
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def preset_config(
         The configuration, and how it was cut in words (None where it was not).
 
     Raises:
-        BenchError: where not even two layers fit.
+        OptionError: where not even two layers fit.
     """
     preset = PRESETS[settings.source]
     mtp = int(preset.always_mtp or "mtp" in settings.what)
@@ -131,7 +132,7 @@ def preset_config(
         while layers > 2 and needed(layers) > budget:
             layers -= 1
     if needed(layers) > budget:
-        raise BenchError(
+        raise OptionError(
             "--layers" if settings.layers is not None else "CHECKPOINT_OR_PRESET",
             f"{layers} layers of {settings.source} need {needed(layers) / 2**30:.1f} GiB for {_times(copies)}weights, "
             f"and {SHARE_OF_MEMORY:.0%} of the memory that is free here is {budget / 2**30:.1f} GiB",

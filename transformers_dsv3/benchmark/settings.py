@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..option_error import OptionError
+
 
 MODEL_WHAT = ("decode", "prefill", "batched", "mtp", "train")
 KERNEL_WHAT = ("experts", "attention")
@@ -13,14 +15,6 @@ WHAT = (*MODEL_WHAT, *KERNEL_WHAT)
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 PEERS = ("vllm", "llama.cpp")
-
-
-class BenchError(ValueError):
-    """A setting that cannot be measured. `option` is the command-line option that holds it."""
-
-    def __init__(self, option: str, message: str):
-        super().__init__(message)
-        self.option = option
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class BenchSettings:
         ):
             for name in chosen:
                 if name not in known:
-                    raise BenchError(option, f"{name!r} is none of {', '.join(known)}")
+                    raise OptionError(option, f"{name!r} is none of {', '.join(known)}")
         for option, values, lowest in (
             ("--contexts", self.contexts, 1),
             ("--prefill", self.prefill, 2),
@@ -95,7 +89,7 @@ class BenchSettings:
         ):
             for value in values:
                 if value < lowest:
-                    raise BenchError(option, f"{value} is not at least {lowest}")
+                    raise OptionError(option, f"{value} is not at least {lowest}")
         lists: list[tuple[str, Sequence[object]]] = [
             ("--what", self.what),
             ("--dtype", self.dtypes),
@@ -109,9 +103,9 @@ class BenchSettings:
         ]
         for option, given in lists:
             if not given and option != "--contenders":
-                raise BenchError(option, "names nothing")
+                raise OptionError(option, "names nothing")
             if len(set(given)) != len(given):
-                raise BenchError(option, f"names {_repeated(given)} twice")
+                raise OptionError(option, f"names {_repeated(given)} twice")
         limits: list[tuple[str, int | None, int]] = [
             ("--batch-context", self.batch_context, 1),
             ("--rounds", self.rounds, 1),
@@ -123,27 +117,27 @@ class BenchSettings:
         ]
         for option, given_value, least in limits:
             if given_value is not None and given_value < least:
-                raise BenchError(option, f"{given_value} is not at least {least}")
+                raise OptionError(option, f"{given_value} is not at least {least}")
         if not 0 <= self.seed < 2**32:
-            raise BenchError("--seed", f"{self.seed} does not lie between 0 and 2**32 - 1")
+            raise OptionError("--seed", f"{self.seed} does not lie between 0 and 2**32 - 1")
         for option, path in (("--json", self.json_path), ("--plot", self.plot_path)):
             if path is not None and path.is_dir():
-                raise BenchError(option, f"{path} is a folder, not a file")
+                raise OptionError(option, f"{path} is a folder, not a file")
             if path is not None and not path.absolute().parent.is_dir():
-                raise BenchError(option, f"there is no folder {path.absolute().parent}")
+                raise OptionError(option, f"there is no folder {path.absolute().parent}")
         if self.plot_path is not None and self.plot_path.suffix.lower() != ".png":
-            raise BenchError("--plot", f"{self.plot_path} does not end in .png")
+            raise OptionError("--plot", f"{self.plot_path} does not end in .png")
         if self.keep is not None and self.keep.exists() and not self.keep.is_dir():
-            raise BenchError("--keep", f"{self.keep} is a file, not a folder")
+            raise OptionError("--keep", f"{self.keep} is a file, not a folder")
         for name, interpreter in self.peers:
             if name not in PEERS:
-                raise BenchError("--against", f"{name!r} is none of {', '.join(PEERS)}")
+                raise OptionError("--against", f"{name!r} is none of {', '.join(PEERS)}")
             if not Path(interpreter).is_file():
-                raise BenchError("--against", f"{name}: there is no interpreter {interpreter}")
+                raise OptionError("--against", f"{name}: there is no interpreter {interpreter}")
         if len({name for name, _ in self.peers}) != len(self.peers):
-            raise BenchError("--against", "names a program twice")
+            raise OptionError("--against", "names a program twice")
         if self.converter is not None and not self.converter.is_file():
-            raise BenchError("--converter", f"there is no file {self.converter}")
+            raise OptionError("--converter", f"there is no file {self.converter}")
 
     @property
     def model_what(self) -> tuple[str, ...]:
@@ -182,7 +176,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
     for part in names(text):
         digits, factor = (part[:-1], 1024) if part.lower().endswith("k") else (part, 1)
         if not digits.isascii() or not digits.isdigit():
-            raise BenchError(option, f"{part!r} is no number")
+            raise OptionError(option, f"{part!r} is no number")
         result.append(int(digits) * factor)
     return tuple(result)
 
@@ -193,7 +187,7 @@ def shapes(option: str, text: str) -> tuple[tuple[int, int], ...]:
     for part in names(text):
         rows, _, tokens = part.lower().partition("x")
         if not rows or not tokens:
-            raise BenchError(option, f"{part!r} is not ROWSxTOKENS")
+            raise OptionError(option, f"{part!r} is not ROWSxTOKENS")
         pairs.append((numbers(option, rows)[0], numbers(option, tokens)[0]))
     return tuple(pairs)
 
@@ -204,6 +198,6 @@ def interpreters(text: str) -> tuple[tuple[str, str], ...]:
     for part in names(text):
         name, equals, interpreter = part.partition("=")
         if not equals or not interpreter:
-            raise BenchError("--against", f"{part!r} is not NAME=PYTHON, with the interpreter that has the program")
+            raise OptionError("--against", f"{part!r} is not NAME=PYTHON, with the interpreter that has the program")
         pairs.append((name.strip(), str(Path(interpreter.strip()).expanduser())))
     return tuple(pairs)

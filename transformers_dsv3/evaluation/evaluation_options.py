@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import file_refusal
+from ..option_error import OptionError
 from .checkpoint_evaluation import EvaluationSettings, EvaluationText, HumanEvalSettings
+from .harness import TaskError, TaskSuite, harness_refusal
 from .held_out_text import checked_stream, read_texts
 from .human_eval import human_eval_refusal
-from .option_error import OptionError, check_dtype
+from .loading import check_device, check_dtype
 from .sandbox import AUDIT_HOOK, NAMESPACES, sandbox_refusal
 
 
@@ -57,6 +60,9 @@ def check_options(
     for folder in values["include_path"] or ():
         if not folder.is_dir() or not any(folder.rglob("*.yaml")):
             raise OptionError("--include-path", f"{folder} is no folder with task files (.yaml)")
+    if (refusal := file_refusal(values["json"])) is not None:
+        raise OptionError("--json", refusal)
+    check_device(values["device"])
 
 
 def human_eval_settings(agreed: bool, weak: bool, samples: int, temperature: float) -> HumanEvalSettings:
@@ -88,6 +94,22 @@ def human_eval_settings(agreed: bool, weak: bool, samples: int, temperature: flo
         if (refusal := sandbox_refusal(isolation)) is not None:
             raise OptionError("--weak-sandbox", refusal)
     return HumanEvalSettings(samples=samples, temperature=temperature, isolation=isolation)
+
+
+def check_harness(tasks: Sequence[str]) -> None:
+    """Refuse tasks where the harness is not there. Raises `OptionError`."""
+    if tasks and (refusal := harness_refusal()) is not None:
+        raise OptionError("--tasks", refusal)
+
+
+def task_suite(tasks: Sequence[str], include_path: Sequence[Path] | None) -> TaskSuite | None:
+    """The tasks with their data, None for none. Raises `OptionError`."""
+    if not tasks:
+        return None
+    try:
+        return TaskSuite(tasks, include_path or ())
+    except TaskError as error:
+        raise OptionError("--tasks", str(error)) from error
 
 
 def checked_window(checkpoint: str, config: Any, window: int | None) -> int:

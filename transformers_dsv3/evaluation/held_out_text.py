@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..data.text_files import TextError, build_corpus, read_documents, standard_library
+from ..option_error import OptionError
 from ..training.quickstart_run import QuickstartSettings
-from .option_error import OptionError
 from .routing import text_stream
 
 

@@ -13,8 +13,9 @@ import transformers_dsv3  # noqa: F401  registers the plugin's classes with the 
 
 from ..data.local_paths import load_refusal
 from ..files import file_refusal, write_json, write_whole
+from ..option_error import OptionError
 from .held_out_text import checked_stream, read_texts
-from .option_error import OptionError, check_dtype
+from .loading import check_device, check_dtype
 from .routing import RoutingReport, routing_report
 from .routing_plot import heat_map, plot_refusal
 
@@ -22,7 +23,9 @@ from .routing_plot import heat_map, plot_refusal
 HEADINGS = ("layer", "utilisation", "MaxVio", "entropy", "dead", "above half fair", "busiest experts (load / mean)")
 
 
-def check_options(window: int, max_tokens: int, dtype: str, plot: Path | None, json: Path | None) -> None:
+def check_options(
+    window: int, max_tokens: int, device: str | None, dtype: str, plot: Path | None, json: Path | None
+) -> None:
     """Refuse what cannot be measured or written, before anything is loaded. Raises `OptionError`."""
     check_dtype(dtype)
     if window < 2:
@@ -34,6 +37,7 @@ def check_options(window: int, max_tokens: int, dtype: str, plot: Path | None, j
     for option, path in (("--plot", plot), ("--json", json)):
         if path is not None and (refusal := file_refusal(path)) is not None:
             raise OptionError(option, refusal)
+    check_device(device)
     if plot is not None and (refusal := plot_refusal()) is not None:
         raise OptionError("--plot", refusal)
 

@@ -49,7 +49,7 @@ def shareable_command(arguments: Sequence[str]) -> str:
     program, *rest = arguments
     path = Path(program)
     if path.suffix == ".py":
-        is_own = path.parts[-3:] == ("transformers_dsv3", "cli", "__main__.py")
+        is_own = path.parts[-2:] == ("transformers_dsv3", "cli.py")
         script = f"{path.absolute().parent.name}/{path.name}"
         words = ["transformers-dsv3"] if is_own else ["python", script]
     else:

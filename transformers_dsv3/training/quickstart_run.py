@@ -17,19 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json, write_refusal
+from ..option_error import OptionError
 from . import checkpoints
 from .checkpoints import checkpoint_step
 
 
 RESULTS_NAME = "quickstart_results.json"
-
-
-class QuickstartError(ValueError):
-    """The command cannot run as asked. `option` is the command line option at fault."""
-
-    def __init__(self, option: str, message: str):
-        super().__init__(message)
-        self.option = option
 
 
 @dataclass(frozen=True)
@@ -117,16 +110,16 @@ def check_output(output: Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         so = "" if existing == output else f": {output} cannot be made"
-        raise QuickstartError("--output", f"{existing} is a file, not a folder{so}")
+        raise OptionError("--output", f"{existing} is a file, not a folder{so}")
     if output.is_dir() and not (training_folder(output) / "run.json").exists():
         # A quickstart killed before its first record leaves `training` and nothing else.
         others = sorted(path.name for path in output.iterdir() if path.name != "training" or not path.is_dir())
         if others:
-            raise QuickstartError(
+            raise OptionError(
                 "--output", f"{output} holds something else ({', '.join(others[:3])}): choose a new folder"
             )
     if (refusal := write_refusal(existing)) is not None:
-        raise QuickstartError("--output", refusal)
+        raise OptionError("--output", refusal)
 
 
 def plan_run(
@@ -143,7 +136,7 @@ def plan_run(
     `steps` and `seed` are None where the user did not give them.
 
     Raises:
-        QuickstartError: the folder was trained on other text, with other sizes, or from another seed.
+        OptionError: the folder was trained on other text, with other sizes, or from another seed.
     """
     check_output(output)
     record = training_folder(output) / "run.json"
@@ -159,20 +152,20 @@ def plan_run(
     try:
         run = Run(**json.loads(record.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, TypeError) as error:
-        raise QuickstartError("--output", f"{record} is damaged ({error}): choose a new folder") from None
+        raise OptionError("--output", f"{record} is damaged ({error}): choose a new folder") from None
     if run.text_fingerprint != text_fingerprint:
-        raise QuickstartError(
+        raise OptionError(
             "--text",
             f"{output} was trained on other text ({run.text_source}; its files are not the same now): "
             "give the same text to continue, or a new --output to start again",
         )
     if seed is not None and seed != run.seed:
-        raise QuickstartError(
+        raise OptionError(
             "--seed",
             f"{output} was started with --seed {run.seed}: leave --seed out to continue, or give a new --output",
         )
     if _comparable(run.settings) != _comparable(asdict(settings)):
-        raise QuickstartError(
+        raise OptionError(
             "--output", f"{output} was trained with other sizes, by another version: choose a new folder"
         )
     if finished_steps(output) >= run.target_step:
@@ -181,13 +174,13 @@ def plan_run(
     target = run.target_step if steps is None else run.start_step + steps
     checkpoint = latest_checkpoint(output)
     if checkpoint is not None and target < checkpoint_step(checkpoint) == run.target_step:
-        raise QuickstartError(
+        raise OptionError(
             "--steps",
             f"{output} is trained up to step {run.target_step} but was stopped before it was measured: leave --steps "
             "out to finish it",
         )
     if checkpoint is not None and checkpoint_step(checkpoint) > target:
-        raise QuickstartError(
+        raise OptionError(
             "--steps",
             f"{output} was interrupted at step {checkpoint_step(checkpoint)} of {run.target_step}, past the {target} "
             "asked for: leave --steps out to finish it",

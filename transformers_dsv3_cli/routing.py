@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .loading import device_problem
+from .refusals import as_bad_parameters
 
 
 if TYPE_CHECKING:
-    from ..evaluation.routing import RoutingReport
+    from transformers_dsv3.evaluation.routing import RoutingReport
 
 
 def routing(
@@ -64,17 +64,12 @@ def routing(
       transformers-dsv3 routing ./balanced --beside ./unbalanced --text ~/held-out --plot both.png --json both.json
       transformers-dsv3 routing moonshotai/Moonlight-16B-A3B --device cuda --dtype bfloat16 --window 4096
     """
-    from ..evaluation.option_error import OptionError
-    from ..evaluation.routing_comparison import check_options, compare_routing
+    from transformers_dsv3.evaluation.routing_comparison import check_options, compare_routing
 
-    try:
-        check_options(window, max_tokens, dtype, plot, json)
-        if device is not None and (refusal := device_problem(device)) is not None:
-            raise OptionError("--device", refusal)
+    with as_bad_parameters():
+        check_options(window, max_tokens, device, dtype, plot, json)
         named = {"CHECKPOINT": checkpoint, **({"--beside": beside} if beside is not None else {})}
         comparison = compare_routing(named, text, window=window, max_tokens=max_tokens, device=device, dtype=dtype)
-    except OptionError as error:
-        raise typer.BadParameter(str(error), param_hint=error.option) from None
     for name, report in comparison.reports:
         show(name, report, comparison.source)
     if json is not None:
@@ -89,7 +84,7 @@ def show(checkpoint: str, report: RoutingReport, source: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..evaluation.routing_comparison import HEADINGS, notes, table_rows
+    from transformers_dsv3.evaluation.routing_comparison import HEADINGS, notes, table_rows
 
     console = Console()
     if not console.is_terminal:

@@ -74,9 +74,9 @@ def card(
       transformers-dsv3 card ./my-adapter --name me/my-adapter --base-model me/my-model
       transformers-dsv3 card ./dsv3-quickstart --results ./results --output ./model_cards/dsv3-quickstart
     """
-    from ..evaluation.record_fields import RecordError
-    from ..hub.model_card import CardError, write_card
-    from ..hub.model_folder import CheckpointError
+    from transformers_dsv3.evaluation.record_fields import RecordError
+    from transformers_dsv3.hub.model_card import CardError, write_card
+    from transformers_dsv3.hub.model_folder import CheckpointError
 
     languages = [code.strip() for code in language.split(",") if code.strip()]
     try:

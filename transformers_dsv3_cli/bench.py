@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .refusals import as_bad_parameters
+
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,12 +120,13 @@ def bench(
       transformers-dsv3 bench moonlight --device cuda --what experts,attention
       transformers-dsv3 bench bench-2b --against vllm=~/vllm/bin/python,llama.cpp=~/llama/bin/python
     """
-    from ..benchmark.settings import BenchError, BenchSettings, interpreters, names, numbers, shapes
+    from transformers_dsv3.benchmark.settings import BenchSettings, interpreters, names, numbers, shapes
+    from transformers_dsv3.option_error import OptionError
 
-    try:
+    with as_bad_parameters():
         cached = numbers("--batch-context", batch_context)
         if len(cached) != 1:
-            raise BenchError("--batch-context", f"{batch_context!r} is not one number")
+            raise OptionError("--batch-context", f"{batch_context!r} is not one number")
         settings = BenchSettings(
             source=source,
             what=names(what),
@@ -151,26 +154,24 @@ def bench(
             plot_path=plot,
         )
         run_bench(settings)
-    except BenchError as error:
-        raise typer.BadParameter(str(error), param_hint=error.option) from None
 
 
 def run_bench(settings: Any) -> None:
     """Run, print the table, draw the plot. An interruption prints what there is.
 
     Raises:
-        BenchError: for settings that cannot be measured, before anything is computed.
+        OptionError: for settings that cannot be measured, before anything is computed.
     """
     from rich.console import Console
 
-    from ..benchmark.report import plot
-    from ..benchmark.settings import BenchError
-    from ..evaluation.routing_plot import plot_refusal as plot_problem
+    from transformers_dsv3.benchmark.report import plot
+    from transformers_dsv3.evaluation.routing_plot import plot_refusal
+    from transformers_dsv3.option_error import OptionError
 
-    if settings.plot_path is not None and (problem := plot_problem()) is not None:
-        raise BenchError("--plot", problem)
+    if settings.plot_path is not None and (refusal := plot_refusal()) is not None:
+        raise OptionError("--plot", refusal)
 
-    from ..benchmark.benchmark import Benchmark
+    from transformers_dsv3.benchmark.benchmark import Benchmark
 
     console = Console(stderr=True)
     interrupted = False
@@ -243,7 +244,7 @@ def show(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..benchmark.report import HEADINGS, KERNEL_HEADINGS, kernel_rows, notes, table_rows
+    from transformers_dsv3.benchmark.report import HEADINGS, KERNEL_HEADINGS, kernel_rows, notes, table_rows
 
     console = Console()
     if not console.is_terminal:

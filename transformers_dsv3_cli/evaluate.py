@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .loading import checkpoint_problem, device_problem
+from .refusals import as_bad_parameters
 
 
 if TYPE_CHECKING:
-    from ..evaluation.checkpoint_source import CheckpointSource
-    from ..evaluation.evaluation_record import EvaluationRecord
+    from transformers_dsv3.evaluation.checkpoint_source import CheckpointSource
+    from transformers_dsv3.evaluation.evaluation_record import EvaluationRecord
 
 
 def evaluate(
@@ -117,24 +117,27 @@ def evaluate(
       transformers-dsv3 evaluate ./my-model --tasks my_task --include-path ./my_tasks --what none
       transformers-dsv3 evaluate ./my-model --human-eval --execute-generated-code --what none
     """
-    from ..benchmark.settings import names
-    from ..evaluation.checkpoint_evaluation import CheckpointEvaluation, EvaluationSettings, parts_of
-    from ..evaluation.evaluation_options import check_options, checked_window, evaluation_text, human_eval_settings
-    from ..evaluation.harness import TaskError, TaskSuite, harness_refusal
-    from ..evaluation.option_error import OptionError
-    from ..evaluation.record_fields import RecordError
-    from ..evaluation.sandbox import AUDIT_HOOK
-    from ..files import file_refusal
+    from transformers_dsv3.benchmark.settings import names
+    from transformers_dsv3.data.local_paths import load_refusal
+    from transformers_dsv3.evaluation.checkpoint_evaluation import CheckpointEvaluation, EvaluationSettings, parts_of
+    from transformers_dsv3.evaluation.evaluation_options import (
+        check_harness,
+        check_options,
+        checked_window,
+        evaluation_text,
+        human_eval_settings,
+        task_suite,
+    )
+    from transformers_dsv3.evaluation.harness import TaskError
+    from transformers_dsv3.evaluation.record_fields import RecordError
+    from transformers_dsv3.evaluation.sandbox import AUDIT_HOOK
+    from transformers_dsv3.option_error import OptionError
 
     chosen, task_names = names(what), names(tasks)
     if chosen == ("none",):
         chosen = ()
-    try:
+    with as_bad_parameters():
         check_options(context.params, lambda name: typed(context, name), chosen, task_names)
-        if (refusal := file_refusal(json)) is not None:
-            raise OptionError("--json", refusal)
-        if device is not None and (refusal := device_problem(device)) is not None:
-            raise OptionError("--device", refusal)
         solving = None
         if human_eval:
             solving = human_eval_settings(
@@ -142,9 +145,7 @@ def evaluate(
             )
             if solving.isolation == AUDIT_HOOK:
                 typer.echo("Weak sandbox: code of the model is held back by a hook in Python alone.", err=True)
-        if task_names and (refusal := harness_refusal()) is not None:
-            raise OptionError("--tasks", refusal)
-
+        check_harness(task_names)
         source, config, tokenizer = find(checkpoint, revision, base_model)
         parts = parts_of(config, chosen)
         if parts != chosen and typed(context, "what"):
@@ -163,15 +164,10 @@ def evaluate(
             chat_template=chat_template,
             human_eval=solving,
         )
-        try:
-            suite = TaskSuite(task_names, include_path or ()) if task_names else None
-        except TaskError as error:
-            raise OptionError("--tasks", str(error)) from None
+        suite = task_suite(task_names, include_path)
         held_out = None
         if parts:
             held_out = evaluation_text(checkpoint, text, tokenizer, settings.window, config.vocab_size)
-    except OptionError as error:
-        raise typer.BadParameter(str(error), param_hint=error.option) from None
     try:
         evaluation = CheckpointEvaluation(
             source,
@@ -189,14 +185,14 @@ def evaluate(
     except RecordError as error:
         raise typer.BadParameter(str(error), param_hint="--json") from None
     except (OSError, ValueError) as error:  # files that are broken
-        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint="CHECKPOINT") from None
+        raise typer.BadParameter(load_refusal(checkpoint, error), param_hint="CHECKPOINT") from None
     if evaluation.resumed:
         typer.echo(f"Going on with {json}, which has {', '.join(evaluation.resumed)}.", err=True)
     try:
         try:
             evaluation.load()
         except (OSError, ValueError) as error:
-            raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint="CHECKPOINT") from None
+            raise typer.BadParameter(load_refusal(checkpoint, error), param_hint="CHECKPOINT") from None
         record = evaluation.run(lambda part: typer.echo(f"{part} …", err=True))
     except TaskError as error:
         typer.echo(f"Error: {error}. What was measured before is in {json}.", err=True)
@@ -210,7 +206,8 @@ def evaluate(
 
 def find(checkpoint: str, revision: str | None, base_model: str | None) -> tuple[CheckpointSource, Any, Any]:
     """The checkpoint's files, its configuration and its tokenizer; weights on the Hub stay there for now."""
-    from ..evaluation.checkpoint_source import find_checkpoint
+    from transformers_dsv3.data.local_paths import load_refusal
+    from transformers_dsv3.evaluation.checkpoint_source import find_checkpoint
 
     with naming_the_hub(checkpoint):
         try:
@@ -220,12 +217,12 @@ def find(checkpoint: str, revision: str | None, base_model: str | None) -> tuple
     try:
         config = source.load_config()
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint="CHECKPOINT") from None
+        raise typer.BadParameter(load_refusal(checkpoint, error), param_hint="CHECKPOINT") from None
     try:
         return source, config, source.load_tokenizer()
     except (OSError, ValueError) as error:
         raise typer.BadParameter(
-            f"{checkpoint} has no tokenizer that can be loaded ({checkpoint_problem(checkpoint, error)}): save one "
+            f"{checkpoint} has no tokenizer that can be loaded ({load_refusal(checkpoint, error)}): save one "
             "there with tokenizer.save_pretrained(...)",
             param_hint="CHECKPOINT",
         ) from None
@@ -234,7 +231,7 @@ def find(checkpoint: str, revision: str | None, base_model: str | None) -> tuple
 @contextmanager
 def naming_the_hub(checkpoint: str) -> Iterator[None]:
     """What a download fails of, in one line."""
-    from ..hub.hub_errors import HTTPError, reason
+    from transformers_dsv3.hub.hub_errors import HTTPError, reason
 
     try:
         yield
@@ -246,7 +243,7 @@ def naming_the_hub(checkpoint: str) -> Iterator[None]:
 
 def command_line(context: typer.Context) -> str:
     """What was typed, as others would type it: without this machine's folders."""
-    from ..evaluation.shareable import shareable_command
+    from transformers_dsv3.evaluation.shareable import shareable_command
 
     words: list[str] = []
     for parameter in context.command.params:
@@ -271,7 +268,7 @@ def show(record: EvaluationRecord, path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..evaluation.evaluation_table import figures_of
+    from transformers_dsv3.evaluation.evaluation_table import figures_of
 
     console = Console()
     if not console.is_terminal:

@@ -28,8 +28,8 @@ def pull(
       transformers-dsv3 pull moonshotai/Moonlight-16B-A3B
       transformers-dsv3 pull me/my-model --revision v2 --output ./my-model
     """
-    from ..hub.hub_errors import HubError
-    from ..hub.pull import pull_from_hub
+    from transformers_dsv3.hub.hub_errors import HubError
+    from transformers_dsv3.hub.pull import pull_from_hub
 
     try:
         folder = pull_from_hub(repo_id, revision=revision, output=output)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .loading import checkpoint_problem, device_problem
+from .refusals import as_bad_parameters
 
 
 def explain(
@@ -24,11 +24,12 @@ def explain(
       transformers-dsv3 explain moonshotai/Moonlight-16B-A3B --device cuda --dtype bfloat16
       TRANSFORMERS_DSV3_BACKENDS=attention=flash_attention_3_mla transformers-dsv3 explain ./model --device cuda
     """
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16, float16", param_hint="--dtype")
-    problem = None if device is None else device_problem(device)
-    if problem is not None:
-        raise typer.BadParameter(problem, param_hint="--device")
+    from transformers_dsv3.data.local_paths import load_refusal
+    from transformers_dsv3.evaluation.loading import check_device, check_dtype
+
+    with as_bad_parameters():
+        check_dtype(dtype)
+        check_device(device)
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -37,7 +38,7 @@ def explain(
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint="CHECKPOINT") from None
+        raise typer.BadParameter(load_refusal(checkpoint, error), param_hint="CHECKPOINT") from None
     if config.model_type != "deepseek_v3":
         raise typer.BadParameter(
             f"{checkpoint} is a {config.model_type!r} checkpoint, not 'deepseek_v3'", param_hint="CHECKPOINT"
@@ -45,5 +46,5 @@ def explain(
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device)
     except OSError as error:
-        raise typer.BadParameter(checkpoint_problem(checkpoint, error), param_hint="CHECKPOINT") from None
+        raise typer.BadParameter(load_refusal(checkpoint, error), param_hint="CHECKPOINT") from None
     typer.echo(transformers_dsv3.explain(model))

@@ -49,9 +49,9 @@ def push(
     """
     from huggingface_hub import get_token
 
-    from ..hub.hub_errors import HubError
-    from ..hub.model_folder import CheckpointError, read_model_folder
-    from ..hub.push import SAFE_TO_REPEAT, prepare, push_to_hub
+    from transformers_dsv3.hub.hub_errors import HubError
+    from transformers_dsv3.hub.model_folder import CheckpointError, read_model_folder
+    from transformers_dsv3.hub.push import SAFE_TO_REPEAT, prepare, push_to_hub
 
     try:
         if dry_run:

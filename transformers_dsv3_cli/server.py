@@ -19,8 +19,9 @@ from transformers.cli.serving.utils import Modality, split_model_id
 from transformers.utils import logging
 
 import transformers_dsv3
-
-from .loading import checkpoint_problem, device_problem
+from transformers_dsv3.data.local_paths import load_refusal
+from transformers_dsv3.evaluation.loading import check_device
+from transformers_dsv3.option_error import OptionError
 
 
 logger = logging.get_logger(__name__)
@@ -77,9 +78,10 @@ class Dsv3Serve(Serve):
     """`transformers serve` with a `Dsv3ModelManager`; same arguments."""
 
     def __init__(self, force_model: str | None = None, non_blocking: bool = False, **options: Any):
-        problem = device_problem(options.get("device", "auto"))
-        if problem is not None:
-            raise _refused(f"--device: {problem}")
+        try:
+            check_device(options.get("device", "auto"))
+        except OptionError as error:
+            raise _refused(f"{error.option}: {error}") from None
         self._wired = False
         # Without a model to preload, the constructor loads nothing; non-blocking, it calls `start_server` below.
         super().__init__(force_model=None, non_blocking=True, **options)
@@ -95,8 +97,8 @@ class Dsv3Serve(Serve):
                 )
             except (OSError, ValueError) as error:
                 logger.debug("loading the model failed", exc_info=True)
-                problem = checkpoint_problem(repository.partition("@")[0], error)
-                raise _refused(f"cannot serve {problem}") from None
+                refusal = load_refusal(repository.partition("@")[0], error)
+                raise _refused(f"cannot serve {refusal}") from None
         self._wired = True
         if non_blocking:
             self.start_server()

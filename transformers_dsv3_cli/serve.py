@@ -8,13 +8,22 @@ import typer
 def serve(context: typer.Context) -> None:
     """Start Transformers' own OpenAI-compatible server with the plugin registered.
 
-    `deepseek_v3` checkpoints are served by the plugin's classes, others by Transformers' own. The arguments are
-    those of `transformers serve`. Endpoints: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models,
-    /health.
+    `deepseek_v3` checkpoints are served by the plugin's classes, others by Transformers' own. Endpoints:
+    /v1/completions, /v1/chat/completions, /v1/responses, /v1/models, /health.
+
+    The arguments are those of the installed `transformers serve`. Behind a checkpoint, --help lists them all; the
+    first that people need:
+
+    \b
+      --host, --port                     where it listens
+      --device, --dtype                  where the model is loaded, and how
+      --attn-implementation              by name, as for from_pretrained
+      --continuous-batching              paged attention, for many requests at once
 
     \b
     Examples:
       transformers-dsv3 serve ./dsv3-quickstart --port 8000
+      transformers-dsv3 serve ./dsv3-quickstart --help
       curl http://localhost:8000/v1/completions -H "Content-Type: application/json" \\
         -d '{"model": "./dsv3-quickstart", "prompt": "def main(", "max_tokens": 32}'
     """

@@ -1,0 +1,106 @@
+"""What does not need torch does not wait for it, and importing the plugin brings nothing that native does not need.
+
+Modules are compared, not times: a busy machine changes no result.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from transformers_dsv3_cli.main import app
+
+
+VERBS = [command.callback.__name__ for command in app.registered_commands]
+HEAVY = {"torch", "transformers", "transformers_dsv3"}
+NATIVE = "from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM"
+
+
+def run(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=600, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("words", [[], *([verb] for verb in VERBS)], ids=lambda words: " ".join(words) or "none")
+def test_help_waits_for_nothing_heavy(words):
+    code = (
+        "import json, sys, time\n"
+        "from transformers_dsv3_cli.main import app\n"
+        "app([*sys.argv[1:], '--help'], prog_name='transformers-dsv3', standalone_mode=False)\n"
+        "print()\n"
+        "print(json.dumps({'seconds of CPU': round(time.process_time(), 2), 'modules': sorted(sys.modules)}))"
+    )
+    text, last = run(code, *words).rstrip().rsplit("\n", 1)
+    assert f"Usage: {' '.join(['transformers-dsv3', *words])}" in text
+    answer = json.loads(last)
+    print(words, answer["seconds of CPU"], "s of CPU")
+    assert not HEAVY & set(answer["modules"])
+
+
+def test_the_verbs_are_those_of_the_command():
+    assert len(VERBS) == 10 and "quickstart" in VERBS
+
+
+def test_importing_brings_no_module_of_others_but_natives():
+    code = (
+        "import json, sys, time\n"
+        f"{NATIVE}\n"
+        "native, before = time.process_time(), set(sys.modules)\n"
+        "import transformers_dsv3\n"
+        "whole = time.process_time()\n"
+        "assert transformers_dsv3.is_registered()\n"
+        "print(json.dumps([native, whole, sorted(set(sys.modules) - before)]))"
+    )
+    native, whole, brought = json.loads(run(code))
+    print(f"{whole:.2f} s of CPU beside native's {native:.2f}: {whole / native:.3f} times")
+    assert not [name for name in brought if name.split(".")[0] != "transformers_dsv3"]
+    # What only asks, trains, measures or shares comes when it is named
+    parts = {".".join(name.split(".")[1:2]) for name in brought}
+    assert parts <= {"", "compression", "kernels", "models", "registration"}
+    assert "transformers_dsv3.kernels.explain" not in brought
+
+
+# Each in a process of its own, since PEFT is imported once; LoHa's default argument is made when PEFT is imported
+TUNERS = "print(table[peft.PeftType.LORA].__module__.split('.')[0], HadaWeight.forward.__defaults__[0].device)\n"
+PEFT = (
+    "print('peft' in sys.modules)\n"
+    "import peft\n"
+    "from peft import PEFT_TYPE_TO_TUNER_MAPPING as table\n"
+    "from peft.tuners.loha.layer import HadaWeight\n"
+) + TUNERS  # fmt: skip
+
+
+def test_pefts_tuners_come_with_the_first_config():
+    code = (
+        "import sys, torch, transformers_dsv3\n"
+        "print('peft' in sys.modules)\n"
+        "with torch.device('meta'):\n"
+        "    transformers_dsv3.DeepseekV3Config()\n"
+        f"{PEFT}"
+        f"transformers_dsv3.unregister()\n{TUNERS}"
+        f"transformers_dsv3.register()\n{TUNERS}"
+    )
+    assert run(code).splitlines() == [
+        *("False", "True", "transformers_dsv3 cpu"),
+        *("peft cpu", "transformers_dsv3 cpu"),
+    ]
+
+
+def test_pefts_tuners_come_with_the_config_of_a_pickled_model():
+    code = (
+        "import pickle, sys, transformers_dsv3\n"
+        "transformers_dsv3.unregister()\n"
+        "pickled = pickle.dumps(transformers_dsv3.DeepseekV3Config(num_hidden_layers=3))\n"
+        "transformers_dsv3.register()\n"
+        "print('peft' in sys.modules)\n"
+        "print(pickle.loads(pickled).num_hidden_layers)\n"
+        f"{PEFT}"
+    )
+    assert run(code).split() == ["False", "3", "True", "transformers_dsv3", "cpu"]
+
+
+def test_pefts_tuners_come_at_once_where_a_program_is_to_be_run():
+    code = f"import sys, transformers_dsv3\ntransformers_dsv3.register(names=True)\n{PEFT}"
+    assert run(code).split() == ["True", "transformers_dsv3", "cpu"]
