@@ -296,11 +296,11 @@ class TestLosses:
 
     def test_logits_that_are_read_late(self, make_model, monkeypatch):
         """A weighted loss of one's own from the output of a step whose loss was computed part by part."""
-        from transformers_dsv3.models.dsv3 import modeling_dsv3
+        from transformers_dsv3.models.dsv3 import objectives_dsv3
 
         gradients = []
         for limit in (2**29, 4 * 96 * 5):
-            monkeypatch.setattr(modeling_dsv3, "LOGITS_BYTES", limit)
+            monkeypatch.setattr(objectives_dsv3, "LOGITS_BYTES", limit)
             model = make_model(num_nextn_predict_layers=0).train()
             output = model(TOKENS, labels=TOKENS)
             (output.loss + output.logits.square().mean()).backward()
@@ -324,9 +324,9 @@ class TestLosses:
         ],
     )
     def test_every_way_to_read_logits(self, make_model, monkeypatch, read):
-        from transformers_dsv3.models.dsv3 import modeling_dsv3
+        from transformers_dsv3.models.dsv3 import objectives_dsv3
 
-        monkeypatch.setattr(modeling_dsv3, "LOGITS_BYTES", 4 * 96 * 5)
+        monkeypatch.setattr(objectives_dsv3, "LOGITS_BYTES", 4 * 96 * 5)
         model = make_model(num_nextn_predict_layers=0).train()
         output = model(TOKENS, labels=TOKENS, use_cache=False)
         assert list(output) == ["loss", "logits"]
