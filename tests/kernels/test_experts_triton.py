@@ -20,7 +20,7 @@ from tests.fake_gpu import Launches, fake_gpu, on_gpu
 from tests.kernels.test_experts_grouped import NAMES, choose, error, exact, inputs_for, make_experts, plain, run
 from tests.kernels.test_explain import block
 from transformers_dsv3.compression.int8_weights import Int8Experts, dequantize, quantize_int8
-from transformers_dsv3.kernels import experts_auto, experts_triton, triton_support
+from transformers_dsv3.kernels import dispatch, experts_auto, experts_triton, triton_support
 from transformers_dsv3.kernels.experts_triton import experts_refusal, module_refusal, triton_experts
 
 
@@ -372,13 +372,13 @@ def test_explain_shows_it_on_a_gpu(tiny_config, monkeypatch):
         model = transformers_dsv3.Dsv3ForCausalLM(tiny_config()).to(torch.bfloat16)
     with fake_gpu():
         found = block(transformers_dsv3.explain(on_gpu(model)), "experts (")
-    assert [name for name, (used, _) in found.items() if used] == ["auto", "triton"]
+    assert [name for name, (used, _) in found.items() if used] == ["triton", "auto"]
 
 
 @NO_GPU
 def test_auto_leaves_the_cpu_to_others(monkeypatch):
     experts, hidden, index, weights = case()
-    monkeypatch.setattr(experts_triton, "triton_experts", lambda *a: pytest.fail("interpreted"))
+    monkeypatch.setattr(dispatch.EXPERTS["triton"], "function", lambda *a: pytest.fail("interpreted"))
     experts_auto.auto_experts(experts, hidden, index, weights)
     monkeypatch.setattr(triton_support, "interpreted", lambda: False)
     assert "is for GPUs, not cpu" in module_refusal(experts)
@@ -438,8 +438,9 @@ def test_chosen_by_name_for_a_whole_model(make_model, monkeypatch):
     model = make_model().to(DEVICE)
     tokens = torch.arange(1, 8, device=DEVICE)[None]
     calls = []
-    original = experts_triton.triton_experts
-    monkeypatch.setattr(experts_triton, "triton_experts", lambda *a: calls.append(1) or original(*a))
+    refusal, original = experts_auto._BY_NAME["triton"]
+    counted = (refusal, lambda *a: calls.append(1) or original(*a))
+    monkeypatch.setitem(experts_auto._BY_NAME, "triton", counted)
     with torch.no_grad():
         model.set_experts_implementation("eager")
         expected = model(tokens).logits

@@ -24,7 +24,16 @@ def pair(make_model, native_twin):
     """Function to the plugin's model without MTP layers and native's of the same weights, new ones each time."""
     model = make_model(num_nextn_predict_layers=0, attn_implementation="sdpa")
     native = native_twin(model)
-    return lambda: (copy.deepcopy(model), copy.deepcopy(native))
+
+    def make():
+        ours, theirs = copy.deepcopy(model), copy.deepcopy(native)
+        with torch.no_grad():
+            # So that which backend serves what was decided before anything is done to the model
+            cache = ours(TOKENS).past_key_values
+            ours(TOKENS[:, :1], past_key_values=cache)
+        return ours, theirs
+
+    return make
 
 
 def module_names():

@@ -13,12 +13,14 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import transformers_dsv3
 from transformers_dsv3.models.dsv3 import checkpoint_dsv3
@@ -590,3 +592,36 @@ class TestSave:
 def test_scale_grid_is_the_ceiling():
     assert scale_grid((576, 7168), (128, 128)) == (5, 56)
     assert scale_grid((1, 1), (128, 128)) == (1, 1)
+
+
+def test_a_model_type_of_ones_own(make_model, tmp_path):
+    """Subclasses that a program registers: their experts are saved in the official layout, and read from it."""
+
+    class OwnConfig(transformers_dsv3.DeepseekV3Config):
+        model_type = "own_dsv3"
+
+    class OwnModel(transformers_dsv3.DeepseekV3ForCausalLM):
+        config_class = OwnConfig
+
+    AutoConfig.register("own_dsv3", OwnConfig)
+    AutoModelForCausalLM.register(OwnConfig, OwnModel)
+    try:
+        model = OwnModel(OwnConfig(**make_model(num_nextn_predict_layers=0).config.to_dict())).eval()
+        model.save_pretrained(tmp_path)
+        again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(again) is OwnModel and not report["missing_keys"]
+        tokens = torch.arange(2, 12)[None]
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
+    finally:
+        CONFIG_MAPPING._extra_content.pop("own_dsv3")
+        AutoModelForCausalLM._model_mapping._extra_content.pop(OwnConfig)
+
+
+def test_shards_are_no_larger_than_asked_for(make_model, tmp_path):
+    """Gates and ups of a layer's experts share one stack's memory; tensors that share any go to one file."""
+    model = make_model(num_nextn_predict_layers=0)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+    stack = model.model.layers[1].mlp.experts.gate_up_proj.nbytes
+    whole = max(model.model.embed_tokens.weight.nbytes, stack // 2, 30_000)  # what cannot be divided further
+    assert max(sizes.values()) <= whole + 4096, sizes  # and the header

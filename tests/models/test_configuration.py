@@ -206,7 +206,6 @@ def test_null_groups_and_shared_experts():
                 "hidden_size",
                 "intermediate_size",
                 "moe_intermediate_size",
-                "num_hidden_layers",
                 "num_attention_heads",
                 "kv_lora_rank",
                 "qk_rope_head_dim",
@@ -224,6 +223,7 @@ def test_null_groups_and_shared_experts():
         *(
             ({field: -1}, field, "must not be negative")
             for field in (
+                "num_hidden_layers",
                 "n_shared_experts",
                 "first_k_dense_replace",
                 "num_nextn_predict_layers",

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessor, StoppingCriteria, logits_process
 
-from transformers_dsv3.models.dsv3.generation_dsv3 import REMEMBERING_PROCESSORS
+from transformers_dsv3.models.dsv3.mtp_decoding_dsv3 import REMEMBERING_PROCESSORS
 
 
 def prompts(batch, length, vocab=96, seed=0):

@@ -88,9 +88,9 @@ def test_packed_and_padded_loss_equal_separate_rows(make_model, depths):
 
     def totals(*inputs, **kwargs):
         """Sum of the MTP losses and number of their targets."""
-        model.model.mtp_totals = None
+        model.model.training_state.mtp_totals = None
         model(*inputs, **kwargs)
-        return model.model.mtp_totals[:2]
+        return model.model.training_state.mtp_totals[:2]
 
     separate = sum(totals(row, labels=row) for row in (first, second))
     assert separate[1] == (5 + 9 if depths == 1 else 5 + 9 + 4 + 8)

@@ -342,10 +342,10 @@ class TestOtherWaysToTrain:
     def test_after_preference_training(self, make_model, tmp_path):
         model = make_model(**MODEL)
         model.add_model_tags(["trl", "dpo"])
-        assert not model.trains_next_token_prediction
+        assert not model.base_model.training_state.trains_next_token_prediction
         model.add_model_tags(["trl", "sft"])
         model.add_model_tags("my-project")
-        assert model.trains_next_token_prediction
+        assert model.base_model.training_state.trains_next_token_prediction
         model.add_model_tags(["trl", "dpo"])
         before = biases(model)
         self.trainer(make_model, tmp_path, [LoadBalancingCallback(), MtpObjectiveCallback()], model=model).train()

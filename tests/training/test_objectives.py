@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import transformers_dsv3
-from transformers_dsv3.models.dsv3 import modeling_dsv3, moe_dsv3
+from transformers_dsv3.models.dsv3 import moe_dsv3, objectives_dsv3
 from transformers_dsv3.models.dsv3.mtp_dsv3 import mtp_labels, second_token_acceptance, shift_left
 from transformers_dsv3.models.dsv3.training_pass_dsv3 import TrainingPass
 from transformers_dsv3.training.load_balancing import take_loads
@@ -142,7 +142,7 @@ def test_logits_part_by_part_give_the_same_gradients(make_model, monkeypatch):
     tokens, labels, mask, _ = batch("padded")
     seen, logits = [], []
     for limit in (2**29, 4 * 96 * 5):  # five positions at a time
-        monkeypatch.setattr(modeling_dsv3, "LOGITS_BYTES", limit)
+        monkeypatch.setattr(objectives_dsv3, "LOGITS_BYTES", limit)
         model = make_model(mtp_loss_weight=MTP).train()
         output = model(tokens, labels=labels, attention_mask=mask)
         output.loss.backward()
@@ -292,7 +292,7 @@ def test_preference_training_is_left_alone(make_model, byte_tokenizer, tmp_path)
         mtp = copy.deepcopy(model.model.mtp_layers[0].state_dict())
         bundle = {"train_dataset": data, "processing_class": byte_tokenizer}
         results.append(train(DPOTrainer, DPOConfig, model, tmp_path, bundle))
-        assert model.model.mtp_totals is None, "the MTP layers ran"
+        assert model.model.training_state.mtp_totals is None, "the MTP layers ran"
         for before, (_, after) in zip(
             bias, [(n, b) for n, b in model.named_buffers() if n.endswith("correction_bias")], strict=True
         ):
@@ -318,7 +318,7 @@ def test_a_loss_of_another_kind_carries_nothing(make_model):
         model.forward = forward
         model(input_ids=tokens, labels=labels).backward()
         seen.append(gradients(model))
-        left_out.append(int(model.model.losses_left_out or 0) + (weight == 0))
+        left_out.append(int(model.model.training_state.losses_left_out or 0) + (weight == 0))
     mtp = {name: value for name, value in seen[0].items() if ".mtp." in name}
     assert mtp and not any(value.any() for value in mtp.values())
     assert left_out == [1, 1]

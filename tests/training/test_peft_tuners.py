@@ -15,11 +15,12 @@ import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import _LoraFactorsProxy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM as NativeForCausalLM
 
 import transformers_dsv3
 from transformers_dsv3.kernels import dispatch
+from transformers_dsv3.models.dsv3.checkpoint_files_dsv3 import CheckpointError
 
 
 FIELDS = {"num_hidden_layers": 3, "q_lora_rank": 16, "v_head_dim": 16}  # powers of two, as block-wise tuners need
@@ -262,7 +263,9 @@ def saved(model, folder, **options):
         model.save_pretrained(folder, **options)
     config = json.loads((folder / "adapter_config.json").read_text())
     messages = sorted(str(w.message) for w in said if w.category is UserWarning)
-    return load_file(folder / "adapter_model.safetensors").keys(), config["target_modules"], messages
+    targets = config["target_modules"]  # a set, in whatever order it was in memory
+    targets = sorted(targets) if isinstance(targets, list) else targets
+    return load_file(folder / "adapter_model.safetensors").keys(), targets, messages
 
 
 @pytest.mark.parametrize("save_embedding_layers", ["auto", True, False])
@@ -290,6 +293,49 @@ def test_configs_keep_the_names_that_were_given(targets, pair):
     config = LoraConfig(target_modules=modules, target_parameters=parameters or None)
     get_peft_model(pair()[0], config)
     assert config.target_modules == set(modules) and config.target_parameters == parameters
+
+
+def test_layers_that_peft_repeats_are_adapted(pair):
+    """`layer_replication` makes a deeper model before names are looked for in it."""
+    names, logits = [], []
+    for model, own in zip(pair(), (True, False)):
+        model.config.num_nextn_predict_layers = 0
+        config = LoraConfig(target_modules=["o_proj", "kv_a_proj_with_mqa"], layer_replication=[[0, 3], [1, 3]])
+        with contextlib.nullcontext() if own else plain_peft():
+            wrapped = get_peft_model(model, config)
+        shake(wrapped)
+        names.append(sorted(name for name, _ in wrapped.named_parameters() if ".lora_" in name))
+        with torch.no_grad():
+            logits.append(wrapped.eval()(TOKENS, use_cache=False).logits)
+    assert names[0] == names[1] and any("layers.4." in name for name in names[0])
+    same(*logits)
+
+
+def test_a_second_adapter_beside_the_first(pair, tmp_path):
+    """Transformers' own `load_adapter` lists what earlier adapters have as missing."""
+    model = pair()[0]
+    for name in ("one", "two"):
+        source = pair()[0]
+        source.add_adapter(LoraConfig(target_modules=["o_proj"], r=2))
+        shake(source)
+        source.save_pretrained(tmp_path / name)
+        model.load_adapter(tmp_path / name, adapter_name=name)
+    assert model.active_adapters() == ["two"]
+    model.set_adapter(["one", "two"])
+    model.eval()(TOKENS)
+    weights = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    del weights[sorted(weights)[0]]
+    save_file(weights, tmp_path / "two" / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks weights of"):
+        model.load_adapter(tmp_path / "two", adapter_name="three")
+
+
+def test_tuners_have_the_names_of_pefts(pair):
+    """By which programs look for them."""
+    wrapped = get_peft_model(pair()[0], LoraConfig(target_modules=["o_proj"]))
+    assert type(wrapped.base_model).__name__ == "LoraModel"
+    pickled = pickle.loads(pickle.dumps(wrapped))
+    assert type(pickled.base_model) is type(wrapped.base_model)
 
 
 def grown(model):

@@ -72,9 +72,9 @@ def test_balancing_without_arguments(tmp_path, measured):
 LONG = """
 import resource, sys, torch
 import transformers_dsv3
-from transformers_dsv3.models.dsv3 import modeling_dsv3
+from transformers_dsv3.models.dsv3 import objectives_dsv3
 torch.manual_seed(0)
-modeling_dsv3.LOGITS_BYTES = int(sys.argv[1])
+objectives_dsv3.LOGITS_BYTES = int(sys.argv[1])
 config = transformers_dsv3.Dsv3Config(
     vocab_size=64000, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
     num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,

@@ -182,7 +182,7 @@ class LoadBalancingCallback(MetricsCallback):
                 f"{args.n_gpu} GPUs in one process (DataParallel) would count on copies of the routers that are "
                 "thrown away: start one process for each, with `accelerate launch` or `torchrun`."
             )
-        base.load_balancing_is_settled = True
+        base.training_state.load_balancing_is_settled = True
         if self.seq_aux_loss_weight is not None:
             self.set_for_training(model, "seq_aux_loss_weight", self.seq_aux_loss_weight)
 
@@ -194,7 +194,7 @@ class LoadBalancingCallback(MetricsCallback):
         self.holds_bias = None
         if not any(gate.weight.requires_grad for gate in routers(model)):
             self.holds_bias = "the routers are frozen"
-        elif not getattr(model, "trains_next_token_prediction", True):
+        elif not require_base_model(model, type(self).__name__).training_state.trains_next_token_prediction:
             self.holds_bias = "the training is for preferences"
         if self.holds_bias:
             logger.warning_once(f"LoadBalancingCallback reports the experts' load only: {self.holds_bias}.")

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import DefaultFlowCallback
 
 from ..kernels.matmul_cpu import matmul
-from ..models.dsv3.modeling_dsv3 import DeepseekV3Model, DeepseekV3PreTrainedModel
+from ..models.dsv3.modeling_dsv3 import DeepseekV3Model
 
 
 def base_model_of(model: nn.Module) -> DeepseekV3Model | None:
@@ -47,7 +47,7 @@ class MetricsCallback(TrainerCallback):
         """Puts a value into the config; what stood there comes back when training ends."""
         base = base_model_of(model)
         assert base is not None
-        base.config_before_training.setdefault(name, getattr(base.config, name))
+        base.training_state.config_before_training.setdefault(name, getattr(base.config, name))
         setattr(base.config, name, value)
 
     def on_init_end(
@@ -57,9 +57,9 @@ class MetricsCallback(TrainerCallback):
         if model is None:
             return  # `model_init` has not made it yet
         if not any(cls.__module__.startswith("trl.") for cls in type(args).__mro__):
-            for module in model.modules():
-                if isinstance(module, DeepseekV3PreTrainedModel):
-                    module.trains_next_token_prediction = True  # whatever another trainer did with it before
+            base = base_model_of(model)
+            if base is not None:  # else refused below
+                base.training_state.trains_next_token_prediction = True  # whatever another trainer did before
         self.prepare(model, args)
 
     def on_train_end(
@@ -67,9 +67,9 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         base = base_model_of(kwargs["model"])
         assert base is not None
-        for name, value in base.config_before_training.items():
+        for name, value in base.training_state.config_before_training.items():
             setattr(base.config, name, value)
-        base.config_before_training = {}
+        base.training_state.config_before_training = {}
 
     def metrics(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         """The figures since they were last asked for. Called on every rank."""

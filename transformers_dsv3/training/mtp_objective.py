@@ -82,11 +82,11 @@ class MtpObjectiveCallback(MetricsCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        if not getattr(model, "trains_next_token_prediction", True):
+        base = base_model_of(model)
+        if base is not None and not base.training_state.trains_next_token_prediction:
             raise ValueError("MTP is an objective of language modelling: leave MtpObjectiveCallback out here.")
         super().on_train_begin(args, state, control, **kwargs)
-        base = base_model_of(model)
-        assert base is not None
+        assert base is not None  # others were refused
         optimizer = kwargs.get("optimizer")
         if optimizer is not None:
             trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -96,8 +96,7 @@ class MtpObjectiveCallback(MetricsCallback):
                     "to the trainer when it is made, in `callbacks`; with `model_init`, let it make models with "
                     "`mtp_loss_weight` set."
                 )
-        base.mtp_totals = None
-        base.losses_left_out = None
+        base.training_state.mtp_totals = base.training_state.losses_left_out = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,17 +106,16 @@ class MtpObjectiveCallback(MetricsCallback):
     def metrics(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         base = base_model_of(model)
         assert base is not None
-        left_out = 0 if base.losses_left_out is None else int(base.losses_left_out)
-        if left_out:
-            base.losses_left_out = None
+        training_state = base.training_state
+        if training_state.losses_left_out is not None and int(training_state.losses_left_out):
+            training_state.losses_left_out = None
             logger.warning_once(
                 "The trainer's loss is not next-token prediction with equal weights: MTP is not trained. Leave "
                 "MtpObjectiveCallback out."
             )
             return {"mtp/loss_weight": 0.0}
         figures = {"mtp/loss_weight": self.weight_at(max(state.global_step - 1, 0), state.max_steps)}
-        totals = base.mtp_totals
-        base.mtp_totals = None
+        totals, training_state.mtp_totals = training_state.mtp_totals, None
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             totals = torch.zeros(4, device=base.norm.weight.device) if totals is None else totals
             dist.all_reduce(totals)

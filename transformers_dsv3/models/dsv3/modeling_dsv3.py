@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -29,25 +28,23 @@ from .generation_dsv3 import Dsv3GenerationMixin
 from .inputs_dsv3 import begins_anew, check_inputs, check_labels, new_token_mask
 from .linear_dsv3 import linear
 from .moe_dsv3 import DeepseekV3TopkRouter
-from .mtp_dsv3 import Dsv3MtpLayer, same_sequence, second_token_acceptance, shift_left
+from .mtp_dsv3 import Dsv3MtpLayer
 from .norm_dsv3 import DeepseekV3RMSNorm
-from .outputs_dsv3 import Dsv3CausalLMOutputWithPast, Dsv3LazyCausalLMOutputWithPast, LazyLogits
-from .training_pass_dsv3 import (
-    CarriedLoss,
-    KnownLoss,
-    RouterPass,
-    TrainingPass,
-    find_token_weight,
-    mark,
-    running,
-    summed_cross_entropy,
+from .objectives_dsv3 import (
+    TrainingState,
+    await_loss,
+    carry_mtp_loss,
+    freeze_idle_mtp_layers,
+    language_model_loss,
+    make_training_pass,
+    tell_decoder_the_targets,
+    warn_of_unbalanced_training,
 )
+from .outputs_dsv3 import Dsv3CausalLMOutputWithPast, Dsv3LazyCausalLMOutputWithPast, LazyLogits
+from .training_pass_dsv3 import RouterPass, TrainingPass, mark, running
 
 
 logger = logging.get_logger(__name__)
-
-# Logits of one training batch that are held at once, in bytes of fp32; with more, they are made part by part
-LOGITS_BYTES = 2**29
 
 
 def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -105,8 +102,6 @@ class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, nativ
             )
         config.check_fields()
         PreTrainedModel.__init__(self, config, *args, **kwargs)  # not those of native's models, which make its modules
-        # False in the hands of one of TRL's trainers for preferences or rewards
-        self.trains_next_token_prediction = True
         if not config.num_nextn_predict_layers:
             # accelerate's FSDP refuses names that it does not find
             self._no_split_modules = ["DeepseekV3DecoderLayer"]
@@ -117,25 +112,8 @@ class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, nativ
         return self
 
     def _freeze_idle_mtp_layers(self) -> None:
-        """Keeps MTP layers that no loss reaches out of the optimizer, and out of what DistributedDataParallel awaits.
-
-        Only what was frozen here is made trainable again, when `config.mtp_loss_weight` was set in the meantime: what
-        users and adapters freeze in layers that train stays so. Of layers that were idle it cannot be told apart.
-        """
-        if self.base_model is self:
-            return  # the model around it knows the loss
-        trains = (
-            self.config.mtp_loss_weight > 0
-            and isinstance(self, DeepseekV3ForCausalLM)
-            and self.trains_next_token_prediction
-        )
-        for layer in self.base_model.mtp_layers:
-            if not trains:
-                layer.frozen_as_idle = layer.frozen_as_idle or layer.is_trained
-                layer.requires_grad_(False)
-            elif layer.frozen_as_idle:
-                layer.requires_grad_(True)
-                layer.frozen_as_idle = False
+        if self.base_model is not self:  # the model around the decoder knows the loss
+            freeze_idle_mtp_layers(self.base_model, isinstance(self, DeepseekV3ForCausalLM))
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Transformers' own; TRL's trainers say by it what they train the model for, each when it is made.
@@ -152,7 +130,7 @@ class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, nativ
                     "these logits, but DeepSeek-V3's routers are sigmoid. Set it to False; to balance the experts, "
                     "give SFTTrainer `callbacks=[transformers_dsv3.LoadBalancingCallback(seq_aux_loss_weight=...)]`."
                 )
-            self.trains_next_token_prediction = "sft" in names
+            self.base_model.training_state.trains_next_token_prediction = "sft" in names
             self._freeze_idle_mtp_layers()
 
     @classmethod
@@ -188,14 +166,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
         if config.num_nextn_predict_layers and for_engine is None:
             self.mtp = nn.ModuleList([Dsv3MtpLayer(config, depth) for depth in range(config.num_nextn_predict_layers)])
         self.gradient_checkpointing = False
-        # Whether something balances the experts' load, or need not, or its lack was said
-        self.load_balancing_is_settled = False
-        # Since it was last taken, fp32: sum of the MTP losses, their targets; second tokens compared, those accepted
-        self.mtp_totals: torch.Tensor | None = None
-        # Passes whose loss was not next-token prediction, so that MTP and balance losses were left out
-        self.losses_left_out: torch.Tensor | None = None
-        # What a training run changed in the config, to be put back when it ends
-        self.config_before_training: dict[str, float] = {}
+        self.training_state = TrainingState()
         self.post_init()
 
     @property
@@ -298,7 +269,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
             training_pass.number_sequences(inputs_embeds.shape[0], inputs_embeds.shape[1], position_ids)
             rows, length = inputs_embeds.shape[:2]
             token_mask = new_token_mask(attention_mask, rows, length, past_length)
-            self._warn_of_unbalanced_training()
+            warn_of_unbalanced_training(self)
         given_positions = position_ids
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
@@ -325,14 +296,10 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
             hidden_states = outputs.last_hidden_state
             if training_pass.mtp_loss_weight:
                 layer_inputs["past_key_values"] = None
-                hidden_states = self._carry_mtp_loss(
-                    hidden_states, inputs_embeds, training_pass, token_mask, given_positions, layer_inputs | kwargs
-                )
+                passed_on = (token_mask, given_positions, layer_inputs | kwargs)
+                hidden_states = carry_mtp_loss(self, hidden_states, inputs_embeds, training_pass, *passed_on)
             if not training_pass.loss_is_known:
-                if self.losses_left_out is None or self.losses_left_out.device != hidden_states.device:
-                    self.losses_left_out = torch.zeros((), dtype=torch.int64, device=hidden_states.device)
-                training_pass.left_out = self.losses_left_out
-                hidden_states = find_token_weight(hidden_states, training_pass)
+                hidden_states = await_loss(self, hidden_states, training_pass)
             outputs.last_hidden_state = hidden_states
         return outputs
 
@@ -344,64 +311,6 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=kwargs["past_key_values"]
         )
-
-    def _carry_mtp_loss(
-        self,
-        hidden_states: torch.Tensor,
-        inputs_embeds: torch.Tensor,
-        training_pass: TrainingPass,
-        token_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        layer_inputs: dict[str, Any],
-    ) -> torch.Tensor:
-        """The last hidden state `(B, S, D)`, carrying the MTP layers' loss (equations 24 and 25).
-
-        Args:
-            inputs_embeds: `(B, S, D)`, embeddings of the tokens the model ran on.
-            token_mask: `(B, S)`, False for padding. position_ids: `(B or 1, S)`, where they were given.
-        """
-        head, targets = training_pass.head, training_pass.targets
-        assert head is not None and targets is not None
-        layers = self.mtp_layers
-        at_once = max(LOGITS_BYTES // (4 * self.config.vocab_size), 1)
-        previous, losses, numbers = hidden_states, [], []
-        for depth, layer in enumerate(layers):
-            fed = same_sequence(targets, depth + 1, position_ids, token_mask)
-            router_pass = RouterPass(training_pass, fed.flatten())
-            layer_inputs["position_ids"] = mark(layer_inputs["position_ids"], router_pass)
-            with running(router_pass):
-                previous = layer(previous, shift_left(inputs_embeds, depth + 1, 0.0), **layer_inputs)
-            predicts = same_sequence(targets, depth + 2, position_ids, token_mask)
-            layer_targets = shift_left(targets, depth + 1, -100).masked_fill(~predicts, -100)
-            losses.append(summed_cross_entropy(previous, layer_targets, head, at_once))
-            numbers.append(layer_targets.ne(-100).sum())
-            if depth == 0:
-                first_states, first_targets = previous, layer_targets
-        total = torch.stack(losses).sum()
-        with torch.no_grad():
-            compared, accepted = second_token_acceptance(hidden_states, first_states, first_targets, head)
-            means = torch.stack(losses) / torch.stack(numbers).clamp(min=1)
-            training_pass.mtp_loss = means.mean()
-            seen = torch.stack([total.float(), torch.stack(numbers).sum().float(), compared, accepted])
-            if self.mtp_totals is None or self.mtp_totals.device != seen.device:
-                self.mtp_totals = torch.zeros_like(seen)
-            self.mtp_totals += seen
-        if training_pass.loss_is_known:
-            training_pass.mtp_sum = total / len(layers)
-            return hidden_states
-        return CarriedLoss.apply(hidden_states, total, training_pass, training_pass.mtp_loss_weight / len(layers))
-
-    def _warn_of_unbalanced_training(self) -> None:
-        if self.load_balancing_is_settled or torch.compiler.is_compiling():
-            return
-        routers = (module for module in self.modules() if isinstance(module, DeepseekV3TopkRouter))
-        if any(router.weight.requires_grad for router in routers):
-            logger.warning_once(
-                "Routers are trained, but nothing balances the load of their experts: give "
-                "`transformers_dsv3.LoadBalancingCallback()` to the trainer, or call `move_correction_bias` of "
-                "transformers_dsv3.training.load_balancing at each optimizer step."
-            )
-        self.load_balancing_is_settled = True
 
 
 class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, native.DeepseekV3ForCausalLM):
@@ -423,37 +332,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         self._freeze_idle_mtp_layers()
-        # Trainers that put a forward of their own in place of this class's keep the labels from the decoder. Hooks
-        # still run, and what they add to the arguments reaches it.
-        self.register_forward_pre_hook(_tell_decoder_the_targets, with_kwargs=True)
-
-    def make_training_pass(
-        self, labels: torch.Tensor | None, shift_labels: torch.Tensor | None = None
-    ) -> TrainingPass | None:
-        """The losses that this step trains beside next-token prediction, or None where there are none.
-
-        Args:
-            labels: `(B, S)`, -100 where there is no target.
-            shift_labels: `(B, S)`, the same one place to the left, in its stead.
-        """
-        if labels is None and shift_labels is None:
-            return None
-        if not (self.training and torch.is_grad_enabled()):
-            return None
-        layers = self.model.mtp_layers
-        # Frozen layers are those of users or adapters that train something else
-        mtp_trains = bool(layers) and layers[0].is_trained
-        mtp_loss_weight = self.config.mtp_loss_weight if mtp_trains else 0.0
-        if not mtp_loss_weight and not self.config.seq_aux_loss_weight:
-            return None
-        if torch.compiler.is_compiling() and (self.config.seq_aux_loss_weight or "forward" in self.__dict__):
-            raise ValueError(
-                "Under torch.compile a sequence-wise balance loss cannot be carried, nor an MTP loss where the "
-                "trainer computes the loss itself (TRL): set `seq_aux_loss_weight`, and there `mtp_loss_weight`, to "
-                "0, or do not compile."
-            )
-        targets = shift_left(labels, 1, -100) if shift_labels is None else shift_labels
-        return TrainingPass(targets, self.get_output_embeddings(), mtp_loss_weight, self.config.seq_aux_loss_weight)
+        self.register_forward_pre_hook(tell_decoder_the_targets, with_kwargs=True)
 
     @can_return_tuple
     def forward(
@@ -502,7 +381,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
         if targets is not None and ignore_index != -100:
             targets = targets.masked_fill(targets == ignore_index, -100)
         if training_pass is None and keeps_all and targets is not None:
-            training_pass = self.make_training_pass(None, targets)
+            training_pass = make_training_pass(self, None, targets)
         if training_pass is not None:
             training_pass.loss_is_known = True
             kwargs["training_pass"] = training_pass
@@ -533,43 +412,9 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
                 )
             logits = None if skip_logits else linear(self.lm_head, hidden_states)
         else:
-            own_loss = self.loss_function is ForCausalLMLoss
-            num_items = kwargs.get("num_items_in_batch")
-            if num_items is None:
-                num_items = targets.ne(-100).sum()
-            # A loss of 0, not of 0 / 0, where there is no target
-            num_items = torch.as_tensor(num_items, device=hidden_states.device)
-            num_items = torch.where(num_items == 0, 1, num_items)
-            at_once = max(LOGITS_BYTES // (4 * vocab_size), 1)
-            if (
-                self.training
-                and own_loss
-                and targets.shape == hidden_states.shape[:2]
-                and (targets.numel() > at_once or skip_logits)
-            ):
-                loss = summed_cross_entropy(hidden_states, targets, self.lm_head, at_once) / num_items
-                if not skip_logits and torch.compiler.is_compiling():
-                    logits = linear(self.lm_head, hidden_states)
-                elif not skip_logits:
-                    logits = LazyLogits(self.lm_head, hidden_states)
-            else:
-                logits = made = linear(self.lm_head, hidden_states)
-                if own_loss:
-                    kwargs["num_items_in_batch"] = num_items
-                loss = self.loss_function(
-                    logits=made,
-                    labels=labels,
-                    vocab_size=made.shape[-1] if own_loss else self.config.vocab_size,
-                    **kwargs,
-                )
-            if training_pass is not None:
-                # Taken out: the graph behind it holds the pass, and a pass that holds the graph would never be freed
-                mtp_sum, training_pass.mtp_sum = training_pass.mtp_sum, None
-                if mtp_sum is not None:
-                    mtp_loss = training_pass.mtp_loss_weight * mtp_sum / num_items
-                    loss = loss + (mtp_loss - mtp_loss.detach())  # its gradient, and nothing of its value
-                if training_pass.seq_aux_loss_weight:
-                    loss = KnownLoss.apply(loss, training_pass, num_items)
+            loss, logits = language_model_loss(
+                self, hidden_states, labels, targets, training_pass, vocab_size, bool(skip_logits), kwargs
+            )
 
         output_class = Dsv3LazyCausalLMOutputWithPast if type(logits) is LazyLogits else Dsv3CausalLMOutputWithPast
         return output_class(
@@ -581,25 +426,6 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
             router_logits=outputs.router_logits,
             mtp_loss=training_pass.mtp_loss if training_pass is not None else None,
         )
-
-
-def _tell_decoder_the_targets(
-    model: DeepseekV3ForCausalLM, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]] | None:
-    if not model.training or "forward" not in model.__dict__:
-        return None  # the class's own forward sees the labels itself
-    if kwargs.get("output_router_logits") and "trl" in (model.model_tags or ()):
-        raise ValueError(
-            "`output_router_logits=True` in training by a trainer that computes the loss itself (TRL's "
-            "`router_aux_loss_coef` asks for them): it would compute Mixtral's loss over a softmax of these logits, "
-            "but DeepSeek-V3's routers are sigmoid. Leave it out; to balance the experts, give SFTTrainer "
-            "`callbacks=[transformers_dsv3.LoadBalancingCallback(seq_aux_loss_weight=...)]`."
-        )
-    if not model.trains_next_token_prediction:
-        model.model.load_balancing_is_settled = True
-        return None
-    training_pass = model.make_training_pass(kwargs.get("labels"), kwargs.get("shift_labels"))
-    return None if training_pass is None else (args, {**kwargs, "training_pass": training_pass})
 
 
 class DeepseekV3ForSequenceClassification(GenericForSequenceClassification, DeepseekV3PreTrainedModel):

@@ -44,7 +44,7 @@ class Dsv3MtpLayer(DeepseekV3DecoderLayer):
         self.hidden_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = Dsv3MtpHead(config)
-        self.frozen_as_idle = False  # see `DeepseekV3PreTrainedModel._freeze_idle_mtp_layers`
+        self.frozen_as_idle = False  # see `freeze_idle_mtp_layers` of objectives_dsv3
 
     @property
     def is_trained(self) -> bool:

@@ -1,0 +1,357 @@
+"""Self-speculation with the MTP layers, behind `generate(use_mtp=True)`.
+
+The MTP layers draft the next tokens, the main model checks them in one pass, and what it would have produced itself is
+kept (arXiv 2412.19437, section 5.4.3). Sampling is exact by rejection (arXiv 2211.17192, 2.3).
+
+Rows of a batch accept different numbers of drafts. The cache stays one rectangle: what is rejected in every row is
+cropped off, and what is rejected in some rows only is masked from then on, a "hole".
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+from .cache_dsv3 import take_back
+
+
+logger = logging.get_logger(__name__)
+
+# Transformers' logits processors that remember their calls: what they do to one token depends on the calls before.
+# Drafts are calls too, and those that are rejected cannot be taken back.
+REMEMBERING_PROCESSORS = (
+    "DiaEOSDelayPatternLogitsProcessor",
+    "HiggsAudioV2DelayPatternLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+)
+
+
+def drafting_refusal(logits_processor: LogitsProcessorList) -> str | None:
+    """Why the text with drafts would not be the text without, or None.
+
+    Known by name, of the class or of one that it derives from: not every release of Transformers has them all. What a
+    processor of somebody else's remembers cannot be known.
+    """
+    for processor in logits_processor:
+        for cls in type(processor).__mro__:
+            if cls.__name__ in REMEMBERING_PROCESSORS and cls.__module__.startswith("transformers."):
+                asked_by = " (`watermarking_config`)" if "Watermark" in cls.__name__ else ""
+                return (
+                    f"{type(processor).__name__}{asked_by} remembers every call, and would take rejected drafts for "
+                    "text. Leave `use_mtp=True` out."
+                )
+    return None
+
+
+@dataclass
+class Dsv3MtpDecoderOnlyOutput(GenerateDecoderOnlyOutput):
+    """Output of `generate(use_mtp=True, return_dict_in_generate=True)`.
+
+    `scores` and `logits` hold one `(B, vocab)` tensor a new token, zeros for rows that had ended. `past_key_values` is
+    None for caches that cannot be cropped (quantized ones), which keep rejected drafts.
+
+    Args:
+        mtp_drafted_tokens (`int`): tokens drafted for rows that had not ended.
+        mtp_accepted_tokens (`int`): how many of them the main model accepted.
+        mtp_acceptance_rate (`float`): the second over the first; 0 where nothing was drafted.
+    """
+
+    mtp_drafted_tokens: int | None = None
+    mtp_accepted_tokens: int | None = None
+    mtp_acceptance_rate: float | None = None
+
+
+class MtpDecoding:
+    """One run of self-speculation over a batch.
+
+    Shape suffixes: B rows, W slots of the last pass that stay in the cache, J drafts and the token before them, V
+    vocabulary, D hidden size.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any,
+    ):
+        self.model = model
+        self.layers = model.model.mtp_layers
+        self.logits_processor = logits_processor
+        self.stopping_criteria = stopping_criteria
+        self.config = generation_config
+        self.streamer = streamer
+        self.max_length = generation_config.max_length
+
+        batch_size, self.prompt_length = input_ids.shape
+        device = input_ids.device
+        pad = generation_config._pad_token_tensor
+        self.pad = int(pad) if pad is not None else 0
+        # Drafts are written behind the committed tokens, so that logits processors see them
+        self.tokens = input_ids.new_full((batch_size, self.max_length + len(self.layers) + 1), self.pad)
+        self.tokens[:, : self.prompt_length] = input_ids
+        self.lengths = [self.prompt_length] * batch_size
+        self.ended = [False] * batch_size
+        self.rows = torch.arange(batch_size, device=device)
+        self.drafted = self.accepted = 0
+        wants = generation_config.return_dict_in_generate
+        self.scores: list[torch.Tensor] | None = [] if wants and generation_config.output_scores else None
+        self.logits: list[torch.Tensor] | None = [] if wants and generation_config.output_logits else None
+
+    def run(self, model_kwargs: dict[str, Any]) -> Any:
+        """Generates until every row has ended. `model_kwargs` are those that `generate` prepared."""
+        cache = self._prefill(model_kwargs)
+        while not all(self.ended):
+            remaining = max(self.max_length - n for n, ended in zip(self.lengths, self.ended) if not ended)
+            drafts_BJ, draft_scores = self._draft(min(len(self.layers), remaining - 1))
+            self._verify(drafts_BJ, draft_scores, cache)
+        if self.croppable:
+            self._settle(cache)
+        return self._output(cache)
+
+    def _prefill(self, model_kwargs: dict[str, Any]) -> Cache:
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or not model_kwargs.get("use_cache"):
+            raise ValueError("`use_mtp=True` needs a cache: leave `use_cache` on.")
+        if cache.is_compileable:
+            raise ValueError("`use_mtp=True` cannot run on a static cache, which rejected drafts would fill up.")
+        if getattr(cache, "_is_user_defined", False) and any(
+            type(layer) is not DynamicLayer for layer in cache.layers
+        ):
+            raise ValueError(
+                "`use_mtp=True` cannot take rejected drafts out of the given `past_key_values` again: give a "
+                "DynamicCache, or none."
+            )
+        # The MTP cache starts with this call, so it lacks what the main cache held before
+        self.mtp_offset = cache.get_seq_length()
+        self.mtp_cache = DynamicCache()
+        prompt = self.tokens[:, : self.prompt_length]
+        new_tokens = None
+        mask = model_kwargs.get("attention_mask")
+        mask_length = mask.shape[1] if mask is not None else getattr(self.config, "_mask_length", -1)
+        if self.mtp_offset and mask_length == self.prompt_length:
+            new_tokens = self.prompt_length - self.mtp_offset
+        inputs = self.model.prepare_inputs_for_generation(
+            prompt, next_sequence_length=new_tokens, is_first_iteration=True, **model_kwargs
+        )
+        inputs = {name: inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")}
+        # None while nothing is masked, which keeps the faster attention paths open
+        self.mask = inputs["attention_mask"]
+        hidden_BWD = self.model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        embeds_BWD = inputs["inputs_embeds"]
+        if embeds_BWD is None:
+            embeds_BWD = self.model.model.embed_tokens(inputs["input_ids"])
+
+        logits_BV = self._head(hidden_BWD[:, -1:])[:, 0]
+        scores_BV = self._process(logits_BV, 0)
+        next_B = self._choose(scores_BV)
+        self.croppable = all(type(layer) is DynamicLayer for layer in cache.layers)
+        self.prefilled = cache.get_seq_length()
+        self.used: list[torch.Tensor] = []  # of each later pass, which of its slots hold accepted tokens, (B, W)
+        width = hidden_BWD.shape[1]
+        positions = inputs["position_ids"]
+        if positions is None:
+            positions = torch.arange(self.mtp_offset, self.mtp_offset + width, device=hidden_BWD.device)[None]
+        self.positions_BW = positions[:, -width:].expand(len(self.lengths), -1)
+        self.hidden_BWD = hidden_BWD
+        self.last_B = torch.full_like(self.rows, width - 1)
+        next_embeds_B1D = self.model.model.embed_tokens(next_B[:, None].to(embeds_BWD.device))
+        self.next_embeds_BWD = torch.cat([embeds_BWD[:, 1:], next_embeds_B1D], dim=1)
+        self._commit([0] * len(self.lengths), next_B, [scores_BV], [logits_BV])
+        return cache
+
+    def _draft(self, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Drafts `count` tokens `(B, J)` for every row, with the scores `(B, V)` that each was chosen by."""
+        if count == 0:
+            return self.tokens[:, :0], []
+        drafts: list[torch.Tensor] = []
+        all_scores: list[torch.Tensor] = []
+        model = self.model.model
+        hidden_BWD, embeds_BWD = self.hidden_BWD, self.next_embeds_BWD
+        mask = None if self.mask is None else self.mask[:, self.mtp_offset :]
+        layer_inputs = model.attention_inputs(embeds_BWD, mask, self.positions_BW, self.mtp_cache)
+        for depth in range(count):
+            hidden_BWD = self.layers[depth](hidden_BWD, embeds_BWD, **layer_inputs)
+            scores_BV = self._process(self._head(hidden_BWD[self.rows, self.last_B][:, None])[:, 0], depth)
+            draft_B = self._choose(scores_BV)
+            for row, length in enumerate(self.lengths):
+                if not self.ended[row]:
+                    self.tokens[row, length + depth] = draft_B[row]
+            drafts.append(draft_B)
+            all_scores.append(scores_BV)
+            if depth + 1 < count:
+                # One token further for the next layer: entries before the last move up, the last takes the draft. A
+                # deeper layer so caches drafts that may be rejected, which costs acceptance later, never exactness.
+                embeds_BWD = torch.cat([embeds_BWD[:, 1:], embeds_BWD[:, -1:]], dim=1)
+                embeds_BWD[self.rows, self.last_B] = model.embed_tokens(draft_B)
+        return torch.stack(drafts, dim=1), all_scores
+
+    def _verify(self, drafts_BJ: torch.Tensor, draft_scores: list[torch.Tensor], cache: Cache) -> None:
+        """Runs the main model on the last token and the drafts, and commits what it agrees with."""
+        count = drafts_BJ.shape[1]
+        last_B = self.tokens[self.rows, torch.tensor(self.lengths, device=self.rows.device) - 1]
+        input_BJ = torch.cat([last_B[:, None], drafts_BJ], dim=1)
+        # Rows that are about to end may draft past their last position; those drafts are dropped, and are not to make
+        # rotary embeddings grow that follow the longest position
+        last_position_B = self.positions_BW[self.rows, self.last_B]
+        remaining_B = self.max_length - torch.tensor(self.lengths, device=self.rows.device)
+        positions_BJ = last_position_B[:, None] + torch.arange(1, count + 2, device=self.rows.device)
+        positions_BJ = torch.minimum(positions_BJ, (last_position_B + remaining_B.clamp(min=1))[:, None])
+        mask = None if self.mask is None else torch.cat([self.mask, self.mask.new_ones(input_BJ.shape)], dim=1)
+        hidden_BJD = self.model.model(
+            input_ids=input_BJ, attention_mask=mask, position_ids=positions_BJ, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        logits_BJV = self._head(hidden_BJD)
+        scores = [self._process(logits_BJV[:, j], j) for j in range(count + 1)]
+        accepted_B, next_B = self._accept(drafts_BJ, draft_scores, torch.stack(scores, dim=1))
+
+        accepted = [0 if ended else n for n, ended in zip(accepted_B.tolist(), self.ended)]
+        keep = max(accepted) + 1 if self.croppable else count + 1
+        if keep <= count:
+            take_back(cache, count + 1 - keep)
+        # A row that has ended makes no holes: its output is padding whatever it attends to
+        accepted_B = accepted_B.masked_fill(torch.tensor(self.ended, device=accepted_B.device), keep - 1)
+        accepted_B = accepted_B.clamp(max=keep - 1)
+        used_BW = torch.arange(keep, device=accepted_B.device) <= accepted_B[:, None]
+        self.used.append(used_BW)
+        if self.mask is not None or not bool(used_BW.all()):
+            if self.mask is None:
+                self.mask = used_BW.new_ones(len(self.lengths), cache.get_seq_length() - keep)
+            self.mask = torch.cat([self.mask, used_BW.to(self.mask.dtype)], dim=1)
+
+        self.positions_BW, self.hidden_BWD, self.last_B = positions_BJ[:, :keep], hidden_BJD[:, :keep], accepted_B
+        following_BW = torch.cat([drafts_BJ, next_B[:, None]], dim=1)[:, :keep]
+        following_BW[self.rows, accepted_B] = next_B
+        self.next_embeds_BWD = self.model.model.embed_tokens(following_BW)
+        live = self.ended.count(False)
+        self.drafted += count * live
+        self.accepted += sum(accepted)
+        self._commit(accepted, next_B, scores, list(logits_BJV.unbind(1)))
+
+    def _accept(
+        self, drafts_BJ: torch.Tensor, draft_scores: list[torch.Tensor], scores: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many drafts each row accepts, `(B,)`, and the token that follows them, `(B,)`.
+
+        Args:
+            scores: `(B, J + 1, V)`, the main model's, processed.
+        """
+        count = drafts_BJ.shape[1]
+        if not self.config.do_sample:
+            choice = scores.argmax(dim=-1)
+            accepted_B = (choice[:, :count] == drafts_BJ).long().cumprod(dim=1).sum(dim=1)
+            return accepted_B, choice[self.rows, accepted_B]
+        target = scores.softmax(dim=-1)
+        if count == 0:
+            return torch.zeros_like(self.rows), torch.multinomial(target[:, 0], 1)[:, 0]
+        draft = torch.stack(draft_scores, dim=1).softmax(dim=-1)
+        target_p = target[:, :count].gather(2, drafts_BJ[..., None])[..., 0]
+        draft_p = draft.gather(2, drafts_BJ[..., None])[..., 0]
+        # Accept with probability min(1, target / draft)
+        agrees = torch.rand_like(target_p) * draft_p < target_p
+        accepted_B = agrees.long().cumprod(dim=1).sum(dim=1)
+        # A rejected draft is replaced from what the main model has above the draft's probabilities
+        own = target[self.rows, accepted_B]
+        excess = (own - draft[self.rows, accepted_B.clamp(max=count - 1)]).clamp(min=0)
+        use_excess = (accepted_B < count) & (excess.sum(dim=-1) > 0)
+        return accepted_B, torch.multinomial(torch.where(use_excess[:, None], excess, own), 1)[:, 0]
+
+    def _commit(
+        self, accepted: list[int], next_B: torch.Tensor, scores: list[torch.Tensor], logits: list[torch.Tensor]
+    ) -> None:
+        """Appends accepted drafts (already behind the committed tokens) and the next token, up to a row's end."""
+        for row, ended in enumerate(self.ended):
+            if ended:
+                continue
+            start = self.lengths[row]
+            self.tokens[row, start + accepted[row]] = next_B[row]
+            for place in range(accepted[row] + 1):
+                self.lengths[row] += 1
+                for kept, source in ((self.scores, scores), (self.logits, logits)):
+                    if kept is not None:
+                        index = self.lengths[row] - self.prompt_length - 1
+                        while len(kept) <= index:
+                            kept.append(torch.zeros_like(source[place]))
+                        kept[index][row] = source[place][row]
+                seen = None if self.scores is None else tuple(score[row : row + 1] for score in self.scores)
+                if bool(self.stopping_criteria(self.tokens[row : row + 1, : self.lengths[row]], seen)[0]):
+                    self.ended[row] = True
+                    break
+            end = self.lengths[row]
+            if self.streamer is not None:
+                self.streamer.put(self.tokens[row, start:end].cpu())
+            if self.ended[row]:
+                self.tokens[row, end:] = self.pad
+
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, J, D)` to fp32 logits `(B, J, V)` on the device of the tokens."""
+        return self.model.lm_head(hidden_states).to(self.tokens.device, torch.float32)
+
+    def _process(self, logits_BV: torch.Tensor, ahead: int) -> torch.Tensor:
+        """Runs the logits processors for the token `ahead` places behind the committed ones.
+
+        A processor sees whole batches of one length. Rows of other lengths are cut or padded to it and their results
+        dropped, so that processors which know rows by their index (prefix constraints) still do.
+        """
+        if not self.logits_processor:
+            return logits_BV
+        scores_BV = logits_BV.clone()
+        for length in set(self.lengths):
+            processed = self.logits_processor(self.tokens[:, : length + ahead], logits_BV.clone())
+            chosen = [row for row, n in enumerate(self.lengths) if n == length]
+            scores_BV[chosen] = processed[chosen]
+        return scores_BV
+
+    def _choose(self, scores_BV: torch.Tensor) -> torch.Tensor:
+        if self.config.do_sample:
+            return torch.multinomial(scores_BV.softmax(dim=-1), 1)[:, 0]
+        return scores_BV.argmax(dim=-1)
+
+    def _settle(self, cache: Cache) -> None:
+        """Leaves in the cache what decoding without drafts would: the prompt and every new token but the last.
+
+        Rows that ended early are filled up with positions that mean nothing, as the padding behind them does.
+        """
+        new = max(self.lengths) - self.prompt_length - 1
+        if not self.used or (all(bool(used.all()) for used in self.used) and len(self.lengths) == 1):
+            surplus = cache.get_seq_length() - self.prefilled - new
+            if surplus > 0:
+                cache.crop(-surplus)
+            return
+        used_BS = torch.cat(self.used, dim=1)
+        slots_BS = torch.zeros(len(self.lengths), self.prefilled + new, dtype=torch.long, device=used_BS.device)
+        slots_BS[:, : self.prefilled] = torch.arange(self.prefilled, device=used_BS.device)
+        for row, length in enumerate(self.lengths):
+            # A row that ended early has its last token cached too: it was fed while the others went on
+            kept = used_BS[row].nonzero()[: min(length - self.prompt_length, new), 0]
+            slots_BS[row, self.prefilled : self.prefilled + len(kept)] = kept + self.prefilled
+        for layer in cache.layers:
+            for name in ("keys", "values"):
+                states = getattr(layer, name)
+                slots = slots_BS.to(states.device)
+                setattr(layer, name, torch.stack([states[row][:, slots[row]] for row in range(len(slots))]))
+
+    def _output(self, cache: Cache) -> Any:
+        rate = self.accepted / self.drafted if self.drafted else 0.0
+        logger.info(f"MTP drafted {self.drafted} tokens, {self.accepted} accepted ({rate:.1%}).")
+        if self.streamer is not None:
+            self.streamer.end()
+        sequences = self.tokens[:, : max(self.lengths)]
+        if not self.config.return_dict_in_generate:
+            return sequences
+        return Dsv3MtpDecoderOnlyOutput(
+            sequences=sequences,
+            scores=tuple(self.scores) if self.scores is not None else None,
+            logits=tuple(self.logits) if self.logits is not None else None,
+            past_key_values=cache if self.croppable else None,
+            mtp_drafted_tokens=self.drafted,
+            mtp_accepted_tokens=self.accepted,
+            mtp_acceptance_rate=rate,
+        )
