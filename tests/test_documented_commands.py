@@ -72,6 +72,8 @@ RUN_BY = {
     "tests/kernels/sanitize.sh": "elsewhere: needs gcc's sanitizers, and two minutes",
     "python -m pytest": "elsewhere: it is what runs this",
     "pip": "elsewhere: .ci/run installs",
+    "python3 -m venv": "elsewhere: .ci/run installs",
+    "decode_step_calls": "tests/kernels/test_dispatch.py",
     "pre-commit": "elsewhere: needs a git checkout",
     "ruff": "elsewhere: .ci/run",
     "mypy": "elsewhere: .ci/run",
@@ -127,6 +129,8 @@ def split(command):
             for choice in value.split(","):
                 operation, _, backend = choice.partition("=")
                 assert backend in CHOICES[operation], f"{backend} is no backend for {operation}"
+    if words:
+        words[0] = words[0].removeprefix(".venv/bin/")
     return words
 
 
@@ -179,6 +183,7 @@ def parse_pytest(words):
     parser.add_argument("paths", nargs="*")
     parser.add_argument("-m")
     parser.add_argument("-r")
+    parser.add_argument("-n")
     given = parser.parse_args(words)
     for path in given.paths:
         assert (ROOT / path).exists(), f"{path} is not there"
@@ -195,6 +200,8 @@ def parse(words, monkeypatch):
             from huggingface_hub.cli.hf import app as hf
 
             parse_click(hf if hasattr(hf, "make_context") else typer.main.get_command(hf), words)
+        case ["python3", "-m", "venv", folder]:
+            assert folder == ".venv"
         case ["python", "-m", "pytest", *rest]:
             parse_pytest(rest)
         case ["python", "-m", module, *rest]:

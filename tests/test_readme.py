@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import transformers_dsv3
+
 
 ROOT = Path(__file__).parents[1]
 
@@ -12,18 +14,32 @@ def shell_lines(document: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line]
 
 
-def test_ci_runs_readmes_install_and_test_lines_in_order():
-    lines = [line for line in shell_lines("README.md") if line.startswith(("pip install", "python -m pytest"))]
-    assert lines[0] == "pip install torch==2.13.0"
-    assert any("pytest" in line for line in lines)
-    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    positions = [ci.index(line) for line in lines]
-    assert positions == sorted(positions)
+SETS_UP = "python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 -e "
 
 
-def test_quickstart_is_readmes_first_command_after_installing():
-    lines = [line for line in shell_lines("README.md") if not line.startswith("pip install")]
-    assert lines[0] == "transformers-dsv3 quickstart"
+def test_readmes_two_commands_set_themselves_up_and_are_run_by_ci():
+    """CI takes them from README, so that they are these very lines."""
+    commands = [line for line in shell_lines("README.md") if ".venv" in line]
+    quickstart, tests = commands
+    assert quickstart == SETS_UP + ". && .venv/bin/transformers-dsv3 quickstart"
+    assert tests.startswith(SETS_UP) and ".venv/bin/python -m pytest" in tests
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "sed -n '/^python3 -m venv .*pytest/p' README.md" in ci
+    assert "sed -n '/^python3 -m venv .*quickstart/p' README.md" in ci
+
+
+def test_public_names_are_those_of_the_pages():
+    """What README and the pages import from the package itself is exported there, and what is exported exists."""
+    named = set()
+    for page in (ROOT / "README.md", *(ROOT / "examples").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for names in re.findall(r"^from transformers_dsv3 import ([\w, ]+)", text, flags=re.MULTILINE):
+            named |= {name.strip() for name in names.split(",")}
+        named |= set(re.findall(r"transformers_dsv3\.([a-z]\w+)\(", text))
+        assert not re.findall(r"^from transformers_dsv3\.\S+ import", text, flags=re.MULTILINE), page.name
+    assert named <= set(transformers_dsv3.__all__), named - set(transformers_dsv3.__all__)
+    for name in transformers_dsv3.__all__:
+        assert getattr(transformers_dsv3, name).__name__ == name or name.startswith("Dsv3")
 
 
 def test_the_pages_are_linked():

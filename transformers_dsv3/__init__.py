@@ -23,6 +23,7 @@ from .registration import is_registered, register, unregister
 
 __version__ = "0.1.0"
 __all__ = [
+    "CpuParallelismConfig",
     "DeepseekV3Config",
     "DeepseekV3ForCausalLM",
     "DeepseekV3ForSequenceClassification",
@@ -40,13 +41,17 @@ __all__ = [
     "KimiK2Config",
     "LoadBalancingCallback",
     "MtpObjectiveCallback",
+    "distribute",
     "explain",
+    "export_per_expert",
     "is_registered",
     "lora_config",
     "model_card",
     "pull_from_hub",
     "push_to_hub",
+    "quantize_int8",
     "register",
+    "routing_report",
     "score_experts",
     "train_selected_experts",
     "unregister",
@@ -55,15 +60,20 @@ __all__ = [
 
 # Only who trains, shares or asks needs them, and the modules behind them
 _LATE = {
+    "CpuParallelismConfig": ".training.parallel",
     "ESFTCallback": ".training.esft",
     "ExpertSelection": ".training.esft",
     "LoadBalancingCallback": ".training.load_balancing",
     "MtpObjectiveCallback": ".training.mtp_objective",
+    "distribute": ".training.parallel",
     "explain": ".kernels.explain",
+    "export_per_expert": ".training.lora_export",
     "lora_config": ".training.lora",
     "model_card": ".hub.model_card",
     "pull_from_hub": ".hub.pull",
     "push_to_hub": ".hub.push",
+    "quantize_int8": ".compression.int8_weights",
+    "routing_report": ".evaluation.routing",
     "score_experts": ".training.esft",
     "train_selected_experts": ".training.esft",
 }
