@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import transformers_dsv3
+from transformers_dsv3.kernels.backends import ABSORBED, EXPANDED, EXPERTS, LINEAR, NORM, STEP
 from transformers_dsv3.kernels.cpu import library as cpu_library
-from transformers_dsv3.kernels.dispatch import ABSORBED, EXPANDED, EXPERTS, LINEAR, NORM, STEP
 from transformers_dsv3.kernels.triton_src.tuned import FAMILIES
 
 

@@ -14,13 +14,13 @@ from transformers import DynamicCache
 
 import transformers_dsv3
 from tests.kernels import decode_step_calls
-from transformers_dsv3.kernels import dispatch, explain, selection
+from transformers_dsv3.kernels import backends, dispatch, explain, selection
 from transformers_dsv3.kernels.cpu import library
 from transformers_dsv3.kernels.cpu import linear as cpu_linear
 
 
 TOKENS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
-OPERATIONS = [value for value in vars(dispatch).values() if isinstance(value, dispatch.Operation)]
+OPERATIONS = [value for value in vars(backends).values() if isinstance(value, dispatch.Operation)]
 
 
 def step(model):
@@ -100,7 +100,7 @@ def test_backends_of_this_processor_are_among_those_tried(model):
 def test_memory_that_is_lacking_says_nothing_of_a_backend(model, monkeypatch):
     if library.unavailable is not None:
         pytest.skip("needs the compiled CPU backend")
-    backend = dispatch.NORM["cpu"]
+    backend = backends.NORM["cpu"]
     monkeypatch.setattr(backend, "is_proven", False)
 
     def fails(*arguments):

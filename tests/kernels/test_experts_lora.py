@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformers_dsv3.kernels import dispatch, experts_lora
+from transformers_dsv3.kernels import backends, dispatch, experts_lora
 from transformers_dsv3.kernels.experts_lora import LowRank, plain_low_rank_experts
 from transformers_dsv3.models.dsv3.moe_dsv3 import Dsv3Experts
 
 
 def low_rank_experts(module, hidden, *arguments):
     """By whichever backend takes it."""
-    return dispatch.serve(dispatch.ADAPTED, module, hidden, module, *arguments)
+    return dispatch.serve(backends.ADAPTED, module, hidden, module, *arguments)
 
 
 def problem(tiny_config, tokens, experts, top_k, rank, dtype=torch.float64, elsewhere=False, seed=0):

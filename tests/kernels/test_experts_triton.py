@@ -20,7 +20,7 @@ from tests.fake_gpu import Launches, fake_gpu, on_gpu
 from tests.kernels.test_experts_grouped import NAMES, choose, error, exact, inputs_for, make_experts, plain, run
 from tests.kernels.test_explain import block
 from transformers_dsv3.compression.int8_weights import Int8Experts, dequantize, quantize_int8
-from transformers_dsv3.kernels import dispatch, experts_auto, experts_triton, triton_support
+from transformers_dsv3.kernels import backends, experts_auto, experts_triton, triton_support
 from transformers_dsv3.kernels.experts_triton import experts_refusal, module_refusal, triton_experts
 
 
@@ -378,7 +378,7 @@ def test_explain_shows_it_on_a_gpu(tiny_config, monkeypatch):
 @NO_GPU
 def test_auto_leaves_the_cpu_to_others(monkeypatch):
     experts, hidden, index, weights = case()
-    monkeypatch.setattr(dispatch.EXPERTS["triton"], "function", lambda *a: pytest.fail("interpreted"))
+    monkeypatch.setattr(backends.EXPERTS["triton"], "function", lambda *a: pytest.fail("interpreted"))
     experts_auto.auto_experts(experts, hidden, index, weights)
     monkeypatch.setattr(triton_support, "interpreted", lambda: False)
     assert "is for GPUs, not cpu" in module_refusal(experts)

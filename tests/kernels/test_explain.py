@@ -20,8 +20,8 @@ from transformers_dsv3.kernels import (
     selection,
     triton_support,
 )
+from transformers_dsv3.kernels.backends import ABSORBED
 from transformers_dsv3.kernels.cpu import library as cpu_library
-from transformers_dsv3.kernels.dispatch import ABSORBED
 from transformers_dsv3.models.dsv3 import attention_dsv3
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import transformers_dsv3  # noqa: F401
-from transformers_dsv3.kernels.dispatch import ABSORBED
+from transformers_dsv3.kernels.backends import ABSORBED
 from transformers_dsv3.models.dsv3 import attention_dsv3
 
 

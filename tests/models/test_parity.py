@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
 from transformers_dsv3 import Dsv3ForCausalLM
-from transformers_dsv3.kernels.dispatch import ABSORBED, EXPANDED
+from transformers_dsv3.kernels.backends import ABSORBED, EXPANDED
 from transformers_dsv3.models.dsv3 import attention_dsv3
 
 

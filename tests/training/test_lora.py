@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import transformers_dsv3
-from transformers_dsv3.kernels import dispatch
+from transformers_dsv3.kernels import backends
 from transformers_dsv3.models.dsv3 import moe_dsv3
 from transformers_dsv3.training.lora import lora_config
 from transformers_dsv3.training.lora_export import export_per_expert
@@ -159,7 +159,7 @@ def test_expert_gradients_are_those_of_peft(parameters, checkpointing, model, mo
         wrapped.gradient_checkpointing_enable()
         wrapped.enable_input_require_grads()
     taken = []
-    backend = dispatch.ADAPTED["cpu"]
+    backend = backends.ADAPTED["cpu"]
     serve = backend.function
     monkeypatch.setattr(backend, "function", lambda *a: taken.append(1) or serve(*a))
     loss, logits, gradients = losses_and_gradients(wrapped)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3ForCausalLM as NativeForCausalLM
 
 import transformers_dsv3
-from transformers_dsv3.kernels import dispatch
+from transformers_dsv3.kernels import backends
 from transformers_dsv3.models.dsv3.checkpoint_files_dsv3 import CheckpointError
 
 
@@ -601,6 +601,6 @@ def test_a_replaced_fold_is_called(pair, monkeypatch):
     wrapped.eval()(TOKENS)
     folded, fold = [], _LoraFactorsProxy.forward
     monkeypatch.setattr(_LoraFactorsProxy, "forward", lambda self, W: folded.append(W.shape) or fold(self, W))
-    monkeypatch.setattr(dispatch.ADAPTED, "backends", ())
+    monkeypatch.setattr(backends.ADAPTED, "backends", ())
     wrapped(TOKENS)
     assert folded

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..kernels import dispatch, experts_liger, mla_triton, selection, triton_support
+from ..kernels import backends, experts_liger, mla_triton, selection, triton_support
 from ..kernels.cpu import attention as mla_cpu
 from ..models.dsv3.attention_dsv3 import absorbed_attention, softmax_scale
 from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
@@ -206,7 +206,7 @@ def experts_part(experts: DeepseekV3Experts, tokens: int, seed: int, with_gradie
         output = experts(sources[0], index, sources[1])
         return output, torch.autograd.grad(output, sources, given)
 
-    for backend in dispatch.EXPERTS.backends:
+    for backend in backends.EXPERTS.backends:
         name = backend.name
         few_only = name == "batched_mm" and pairs > config.n_routed_experts  # it copies weights for every pair
         if name in FROM_THE_HUB or few_only:

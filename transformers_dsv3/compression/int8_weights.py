@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..kernels.backends import LINEAR
 from ..kernels.cpu.linear import FEWEST_INT8_ROWS
-from ..kernels.dispatch import LINEAR, serve
+from ..kernels.dispatch import serve
 from ..kernels.experts_auto import serve_experts
 from ..kernels.selection import register_plain
 from ..models.dsv3.moe_dsv3 import DeepseekV3Experts

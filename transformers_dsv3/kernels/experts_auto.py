@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from . import dispatch, experts_grouped, experts_liger, experts_triton, triton_support
+from . import backends, dispatch, experts_grouped, experts_liger, experts_triton, triton_support
 from .cpu import mixture
 from .selection import logger
 
@@ -60,7 +60,7 @@ def serve_experts(
         return None
     elif ALL_EXPERTS_FUNCTIONS["grouped_mm"] is not GROUPED_MM:
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, index, weights)
-    return dispatch.serve(dispatch.EXPERTS, module, hidden_states, module, index, weights)
+    return dispatch.serve(backends.EXPERTS, module, hidden_states, module, index, weights)
 
 
 def _function(name: str) -> Callable[..., torch.Tensor]:
@@ -69,7 +69,7 @@ def _function(name: str) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         found = serve_experts(name, module, hidden_states, top_k_index, top_k_weights)
         if found is None:
-            found = dispatch.plain_experts(module, hidden_states, top_k_index, top_k_weights)
+            found = backends.plain_experts(module, hidden_states, top_k_index, top_k_weights)
         return found
 
     return experts

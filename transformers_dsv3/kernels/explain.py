@@ -1,6 +1,6 @@
 """The page that tells which backend serves each operation of a model, and why not the others.
 
-It prints the table that calls are dispatched by (`dispatch`). Which of its backends are in use is what the model's
+It prints the table that calls are dispatched by (`backends`). Which of its backends are in use is what the model's
 settings leave of them.
 """
 
@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import experts_auto, experts_grouped, experts_liger, mla_flash, triton_support
-from .cpu import mixture
-from .dispatch import (
+from .backends import (
     ABSORBED,
     ADAPTED,
     EXPANDED,
@@ -25,10 +24,10 @@ from .dispatch import (
     PROJECTIONS,
     ROUTER,
     STEP,
-    Backend,
-    Operation,
     takes_a_function,
 )
+from .cpu import mixture
+from .dispatch import Backend, Operation
 from .selection import chosen
 
 

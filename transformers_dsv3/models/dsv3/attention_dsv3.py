@@ -30,7 +30,8 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...kernels import selection
-from ...kernels.dispatch import ABSORBED, EXPANDED, LATENT_ROWS, PROJECTIONS, ROTATION, serve
+from ...kernels.backends import ABSORBED, EXPANDED, LATENT_ROWS, PROJECTIONS, ROTATION
+from ...kernels.dispatch import serve
 from ...kernels.selection import bypass_refusal, call_refusal, switched_off
 from .cache_dsv3 import extend, filled_positions, next_place
 from .configuration_dsv3 import DeepseekV3Config

@@ -9,7 +9,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
-from ...kernels.dispatch import LINEAR, MLP, serve
+from ...kernels.backends import LINEAR, MLP
+from ...kernels.dispatch import serve
 from ...kernels.selection import register_plain, switched_off
 from .configuration_dsv3 import DeepseekV3Config
 

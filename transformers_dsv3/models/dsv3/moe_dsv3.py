@@ -14,7 +14,8 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
-from ...kernels.dispatch import ADAPTED, MIXTURE, ROUTER, serve
+from ...kernels.backends import ADAPTED, MIXTURE, ROUTER
+from ...kernels.dispatch import serve
 from ...kernels.experts_auto import GROUPED_MM
 from ...kernels.selection import PLAIN_CLASSES, register_plain, switched_off
 from .adapted_experts_dsv3 import adapted_experts

@@ -3,7 +3,8 @@
 import torch
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
-from ...kernels.dispatch import NORM, serve
+from ...kernels.backends import NORM
+from ...kernels.dispatch import serve
 from ...kernels.selection import register_plain
 
 
