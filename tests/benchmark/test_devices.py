@@ -66,7 +66,7 @@ def test_time_on_a_gpu_is_its_own(queue):
 
 def test_time_on_a_cpu_is_the_hosts():
     seconds, value = Device().timed(lambda: time.sleep(0.02) or 7)
-    assert value == 7 and 0.02 <= seconds < 1.0
+    assert value == 7 and seconds >= 0.02
 
 
 def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):

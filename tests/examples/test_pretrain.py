@@ -199,7 +199,7 @@ def test_interrupted_it_says_how_to_go_on(tmp_path, notes, tiny):
     while process.poll() is None and not (output / "checkpoint-4").exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert re.search(rf"Stopped. The same command goes on from the last checkpoint, {output}/checkpoint-\d+\.$", said)
