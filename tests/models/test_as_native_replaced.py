@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native_modeling
+from transformers.utils import ModelOutput
 
 from tests.models.test_as_native import SMALL, STEPS, TOKENS, assert_same, everything, pair  # noqa: F401
 from transformers_dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -72,16 +73,24 @@ def test_forwards_of_classes(pair, name):  # noqa: F811
     run_both(pair, lambda model, patch: counted(type(model.get_submodule(name)), "forward", patch, scaled))
 
 
-@pytest.mark.parametrize("name", ["DeepseekV3MLP", "DeepseekV3MoE", "DeepseekV3RMSNorm", "DeepseekV3Attention"])
+@pytest.mark.parametrize(
+    "name",
+    ["MLP", "MoE", "RMSNorm", "Attention", "TopkRouter", "Experts", "DecoderLayer", "Model", "ForCausalLM"],
+)
 def test_forwards_of_natives_classes(pair, name):  # noqa: F811
     """By which scripts change `modeling_deepseek_v3`, for all its models."""
-    run_both(pair, lambda model, patch: counted(getattr(native_modeling, name), "forward", patch, scaled))
+    run_both(
+        pair, lambda model, patch: counted(getattr(native_modeling, f"DeepseekV3{name}"), "forward", patch, scaled)
+    )
 
 
 def scaled(output):
     if isinstance(output, tuple):
         return (output[0] * 1.1, *output[1:])
-    return output * 1.1
+    for name in ("last_hidden_state", "logits"):
+        if name in output if isinstance(output, ModelOutput) else False:
+            output[name] = output[name] * 1.1
+    return output if isinstance(output, ModelOutput) else output * 1.1
 
 
 @pytest.mark.parametrize("where", ["the cache", "DynamicCache", "DynamicLayer"])

@@ -15,6 +15,9 @@ from .norm_dsv3 import DeepseekV3RMSNorm
 from .training_pass_dsv3 import pass_of
 
 
+NATIVE_FORWARD = native.DeepseekV3DecoderLayer.forward
+
+
 class DeepseekV3DecoderLayer(native.DeepseekV3DecoderLayer):
     """Attention and feed-forward, each normalised before and added to the residual stream.
 
@@ -43,6 +46,9 @@ class DeepseekV3DecoderLayer(native.DeepseekV3DecoderLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """`(B, Q, D)` to `(B, Q, D)`. The other arguments are those of [`DeepseekV3Attention`], and native's."""
+        if native.DeepseekV3DecoderLayer.forward is not NATIVE_FORWARD:  # what somebody has put there
+            given = (attention_mask, position_ids, past_key_values, use_cache, position_embeddings)
+            return super().forward(hidden_states, *given, **kwargs)
         attention, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,

@@ -47,6 +47,10 @@ from .training_pass_dsv3 import RouterPass, TrainingPass, mark, running
 logger = logging.get_logger(__name__)
 
 
+NATIVE_MODEL_FORWARD = native.DeepseekV3Model.forward
+NATIVE_LANGUAGE_MODEL_FORWARD = native.DeepseekV3ForCausalLM.forward
+
+
 def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The hidden states `(B, S, D)` of which logits are asked for, as Transformers' own models take them.
 
@@ -245,6 +249,16 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
         Raises:
             ValueError: for token ids that the embedding does not have, no tokens, or a mask of another batch.
         """
+        if native.DeepseekV3Model.forward is not NATIVE_MODEL_FORWARD:  # what somebody has put there
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -364,6 +378,18 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
         Raises:
             ValueError: as [`DeepseekV3Model.forward`], and for labels of another shape or out of range.
         """
+        if native.DeepseekV3ForCausalLM.forward is not NATIVE_LANGUAGE_MODEL_FORWARD:  # what somebody has put there
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
         shift_labels = kwargs.get("shift_labels")
         ignore_index = kwargs.get("ignore_index", -100)
         skip_logits = kwargs.pop("skip_logits", None)

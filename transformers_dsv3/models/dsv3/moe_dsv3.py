@@ -24,6 +24,9 @@ from .linear_dsv3 import DeepseekV3MLP
 from .training_pass_dsv3 import CarriedLoss, current_router_pass
 
 
+NATIVE_ROUTER_FORWARD = native.DeepseekV3TopkRouter.forward
+
+
 class DeepseekV3TopkRouter(native.DeepseekV3TopkRouter):
     """Scores the experts for each token and chooses `num_experts_per_tok` of them.
 
@@ -96,6 +99,8 @@ class DeepseekV3TopkRouter(native.DeepseekV3TopkRouter):
                 f"e_score_correction_bias is {self.e_score_correction_bias.dtype}, its fp32 values are lost. FSDP's "
                 "MixedPrecision(buffer_dtype=...) casts buffers: leave buffer_dtype unset, or use FSDP2."
             )
+        if native.DeepseekV3TopkRouter.forward is not NATIVE_ROUTER_FORWARD:
+            return super().forward(hidden_states)  # what somebody has put there
         routed = serve(
             ROUTER,
             self,
@@ -226,7 +231,7 @@ class DeepseekV3Experts(native.DeepseekV3Experts):
 
 
 register_plain("experts", DeepseekV3Experts, native.DeepseekV3Experts)
-NATIVE_FORWARD = native.DeepseekV3MoE.forward
+NATIVE_FORWARD, NATIVE_EXPERTS_FORWARD = native.DeepseekV3MoE.forward, native.DeepseekV3Experts.forward
 
 
 class DeepseekV3MoE(native.DeepseekV3MoE):
@@ -256,7 +261,9 @@ class DeepseekV3MoE(native.DeepseekV3MoE):
                 mixed = serve(MIXTURE, self, flat, plain, indices, weights, self.shared_experts)
                 if mixed is not None:
                     return mixed.view(hidden_states.shape)
-        if (adapted := adapted_experts(self.experts)) is None:
+        if native.DeepseekV3Experts.forward is not NATIVE_EXPERTS_FORWARD:  # what somebody has put there
+            routed = native.DeepseekV3Experts.forward(self.experts, flat, indices, weights)
+        elif (adapted := adapted_experts(self.experts)) is None:
             routed = self.experts(flat, indices, weights)
         else:
             experts, added = adapted
