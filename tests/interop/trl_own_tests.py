@@ -61,7 +61,7 @@ def absent(name):
 
 if not torch.cuda.is_available():
     # Its kernels need a GPU, and stay in native's module for all tests behind. Before TRL's tests ask.
-    importlib.import_module("trl.import_utils").is_liger_kernel_available = lambda *args: False
+    importlib.import_module("trl.import_utils").is_liger_kernel_available = lambda *args, **kwargs: False
 for module in OTHERS:
     importlib.import_module(f"trl.{module}").__getattr__ = absent
 if os.environ["DSV3_TRL_TESTS_ON"] == "plugin":
