@@ -87,14 +87,43 @@ def test_a_backend_that_fails_at_first_is_left_out(operation, backend, model, pl
         assert "no such instruction" in explain.refusal_of(backend, model)
 
 
-def test_backends_of_this_processor_are_among_those_tried(model):
+def test_backends_of_this_processor_are_among_those_tried(model, monkeypatch):
     """Otherwise the test above shows nothing."""
+    for _, backend in BACKENDS:
+        monkeypatch.setattr(backend, "is_proven", False)
     step(model)
     trained(model)
     proven = {f"{o.name}: {b.name}" for o, b in BACKENDS if b.is_proven}
     assert "experts: grouped_cpu" in proven
     if library.unavailable is None:
         assert {"norms: cpu", "attention, absorbed: cpu", "router: cpu", "projections of attention: cpu"} <= proven
+
+
+def test_gradients_in_evaluation_are_those_of_the_plain_path(model, plain):
+    """A row that gives none is not asked there, whatever its own refusal forgets."""
+    gave = dispatch.Backend("forgetful", "detaches", function=lambda x, weight, eps: x.detach())
+    rows = backends.NORM.backends
+    backends.NORM.backends = (gave, *rows)
+    try:
+        model.eval()
+        model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    finally:
+        backends.NORM.backends = rows
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients, plain[1], rtol=1e-2, atol=1e-4)
+    assert not gave.is_proven
+
+
+def test_a_row_that_is_asked_is_in_use(model):
+    """What serves calls is starred by `explain`, without a list of names beside the table."""
+    new = dispatch.Backend("mine", "as torch's own", function=lambda x, weight, eps: x)
+    rows = backends.NORM.backends
+    backends.NORM.backends = (new, *rows)
+    try:
+        page = transformers_dsv3.explain(model)
+    finally:
+        backends.NORM.backends = rows
+    assert "  * mine " in page
 
 
 def test_memory_that_is_lacking_says_nothing_of_a_backend(model, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..training.quickstart_run import (
     plan_run,
     training_folder,
 )
+from .machine import busy_warning, load_average
 
 
 def run_quickstart(
@@ -67,6 +69,12 @@ def run_quickstart(
         say(f"Continuing {output} from step {step:,} up to step {run.target_step:,}.")
     else:
         say(f"Training a new model for {run.target_step:,} steps.")
+
+    if "OMP_NUM_THREADS" not in os.environ and busy_warning(load_average(), os.cpu_count() or 1):
+        say(
+            "Other programs are running, and threads of so small a model then wait for each other. If a step takes more "
+            "than a second, stop, and put OMP_NUM_THREADS=1 in front of the same command."
+        )
 
     # Behind all that may be refused: these import Trainer, which takes seconds
     from ..training.quickstart import BALANCE_LOSS_WEIGHT, train_and_save

@@ -220,6 +220,7 @@ EXPANDED = Operation(
         _expanded("flash_attention_2", "FlashAttention 2", partial(public_kernels.flash_attention_refusal, 2)),
         _expanded("flash_attention_3", "FlashAttention 3", partial(public_kernels.flash_attention_refusal, 3)),
     ),
+    switch="attention",
 )
 ABSORBED = Operation(
     "attention, absorbed",
@@ -245,6 +246,7 @@ ABSORBED = Operation(
         Backend("torch", "matrix products on the cached latents", _absorbed),
     ),
     ("kv_b_proj",),
+    switch="attention",
 )
 PROJECTIONS = Operation(
     "projections of attention",
@@ -260,6 +262,7 @@ PROJECTIONS = Operation(
         Backend("layers", "layer after layer"),
     ),
     ATTENTION_PARTS,
+    switch="attention",
 )
 LATENT_ROWS = Operation(
     "latents into the cache",
@@ -273,6 +276,7 @@ LATENT_ROWS = Operation(
         ),
         PLAIN,
     ),
+    switch="attention",
 )
 ROTATION = Operation(
     "rotary embedding",
@@ -287,6 +291,7 @@ ROTATION = Operation(
         ),
         PLAIN,
     ),
+    switch="attention",
 )
 NORM = Operation(
     "norms",
@@ -308,6 +313,7 @@ NORM = Operation(
         ),
         PLAIN,
     ),
+    switch="linear",
 )
 LINEAR = Operation(
     "linear layers",
@@ -332,6 +338,7 @@ LINEAR = Operation(
         PLAIN,
     ),
     ("",),
+    switch="linear",
 )
 MLP = Operation(
     "dense networks",
@@ -347,6 +354,7 @@ MLP = Operation(
         Backend("layers", "layer after layer"),
     ),
     MLP_PARTS,
+    switch="linear",
 )
 ROUTER = Operation(
     "router",
@@ -361,6 +369,7 @@ ROUTER = Operation(
         ),
         PLAIN,
     ),
+    switch="linear",
 )
 # Where it takes no call, the routed experts' own operation and the dense network's follow
 MIXTURE = Operation(
@@ -439,7 +448,7 @@ EXPERTS = Operation(
             partial(_of_transformers, public_kernels.deepgemm_refusal),
         ),
         _experts("sonicmoe", "SonicMoE from the Hub", partial(_of_transformers, public_kernels.sonicmoe_refusal)),
-        _experts("auto", "the first of the six above that takes a call"),
+        _experts("auto", "the first from triton to eager that takes a call"),
     ),
 )
 ADAPTED = Operation(

@@ -45,7 +45,8 @@ class Backend:
         refusal: takes the arguments of a call; the reason why calls of this kind are not served, or None.
         call_refusal: the reason why this very call is not served, or None; what `refusal` does not look at.
         undispatched: what `function` calls behind PyTorch's dispatcher, where nothing looks at operators.
-        trains: whether it serves modules in training mode.
+        trains: whether it gives gradients. Others serve where none can be asked for, modules in training mode not at
+            all.
         choice: what to set to have it; None where it cannot be chosen by itself.
 
     Attributes:
@@ -96,11 +97,13 @@ class Operation:
         name: as in the headings of `explain`'s page.
         backends: the first that takes a call serves it.
         parts: modules whose own call is passed over, by path within the operation's module; "" is that module.
+        switch: the choice (`selection.chosen`) that leaves it to PyTorch, "linear" or "attention", if one does.
     """
 
     name: str
     backends: tuple[Backend, ...]
     parts: tuple[str, ...] = ()
+    switch: str | None = None
     decisions: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
 
     def __getitem__(self, name: str) -> Backend:
@@ -220,8 +223,11 @@ def _standing_refusal(
         return "is called by Transformers, or is the plain path"
     if backend.failure is not None:
         return backend.failure
-    if module.training and not backend.trains:
-        return "is not for training"
+    if not backend.trains and (module.training or torch.is_grad_enabled()):
+        # Whatever needs some just now: a model is to compute the same, bit for bit, when its weights have been frozen
+        return "has no gradients"
+    if operation.switch is not None and selection.chosen[operation.switch] == "torch":
+        return f"{operation.switch} is served by 'torch', as chosen"
     if "" in operation.parts and (reason := selection.bypass_refusal("layer", module)) is not None:
         return reason
     if not selection.has_own_forward(type(module)):

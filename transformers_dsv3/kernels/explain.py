@@ -99,7 +99,12 @@ def _adapted_in_use(parts: _Parts) -> dict[str, str]:
 
 def _in_use(operation: Operation, rest: str, module: Callable[[_Parts], nn.Module], **notes: str) -> Callable:
     def in_use(parts: _Parts) -> dict[str, str]:
-        return _serving(operation, module(parts), notes, rest)
+        stated = {
+            backend.name: notes.get(backend.name, TRAINING if backend.trains else WITHOUT_GRADIENTS)
+            for backend in operation.backends
+            if backend.function is not None
+        }
+        return _serving(operation, module(parts), stated, rest)
 
     return in_use
 
@@ -145,7 +150,7 @@ PAGE = (
         PROJECTIONS,
         lambda p: "queries and latents of each token",
         _attention,
-        _in_use(PROJECTIONS, "layers", _attention, cpu=WITHOUT_GRADIENTS),
+        _in_use(PROJECTIONS, "layers", _attention),
     ),
     _Section(
         EXPERTS,
@@ -169,25 +174,25 @@ PAGE = (
         ROUTER,
         lambda p: None if p.moe is None else "the choice of experts",
         _model,
-        _in_use(ROUTER, "torch", _model, cpu=WITHOUT_GRADIENTS),
+        _in_use(ROUTER, "torch", _model),
     ),
     _Section(
         MLP,
         lambda p: "of dense layers and shared experts",
         _model,
-        _in_use(MLP, "layers", _model, cpu=WITHOUT_GRADIENTS),
+        _in_use(MLP, "layers", _model),
     ),
     _Section(
         LINEAR,
         lambda p: "projections and the head",
         _model,
-        _in_use(LINEAR, "torch", _model, cpu=f"{WITHOUT_GRADIENTS}, for a few rows", onednn=TRAINING),
+        _in_use(LINEAR, "torch", _model, cpu=f"{WITHOUT_GRADIENTS}, for a few rows"),
     ),
     _Section(
         NORM,
         lambda p: "of layers, queries and latents",
         _model,
-        _in_use(NORM, "torch", _model, cpu=WITHOUT_GRADIENTS, triton=WITHOUT_GRADIENTS),
+        _in_use(NORM, "torch", _model),
     ),
     _Section(STEP, lambda p: "all of the above, for one token in generate()", _model, _step_in_use),
 )
@@ -201,7 +206,8 @@ def _parts(model: nn.Module) -> _Parts:
     attention = next((module for module in model.modules() if hasattr(module, "absorbed_refusal")), None)
     if attention is None:
         raise ValueError(
-            f"{type(model).__name__} has no attention of this package: load it with `transformers_dsv3` imported."
+            f"{type(model).__name__} has no attention of this package: load it with `transformers_dsv3` imported, or "
+            "make it of `transformers_dsv3.DeepseekV3Config` (native's config makes native's class)."
         )
     experts = next((m for m in model.modules() if hasattr(m, "down_proj") and hasattr(m, "num_experts")), None)
     wrappers = (m for m in model.modules() if type(m).__name__ == "ParamWrapper")  # PEFT's, around what they adapt
