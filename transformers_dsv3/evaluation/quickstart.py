@@ -72,8 +72,8 @@ def run_quickstart(
 
     if "OMP_NUM_THREADS" not in os.environ and busy_warning(load_average(), os.cpu_count() or 1):
         say(
-            "Other programs are running, and threads of so small a model then wait for each other. If a step takes more "
-            "than a second, stop, and put OMP_NUM_THREADS=1 in front of the same command."
+            "Other programs are running, and threads of so small a model then wait for each other. If a step takes "
+            "more than a second, stop, and put OMP_NUM_THREADS=1 in front of the same command."
         )
 
     # Behind all that may be refused: these import Trainer, which takes seconds
