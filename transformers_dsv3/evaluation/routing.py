@@ -154,6 +154,7 @@ def routing_report(
         model: a `DeepseekV3ForCausalLM`, or a model that holds one (PEFT's wrappers do).
         stream: the text's token ids, int64 `(n_tokens,)`.
         window: tokens of a window, at most `max_position_embeddings`.
+        batch_size: windows that run together.
         max_tokens: of a longer text, so many whole windows' worth are taken, evenly spaced over it.
 
     Raises:

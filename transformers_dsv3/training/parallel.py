@@ -93,6 +93,9 @@ def distribute(model: Model, distributed_config: Any = None) -> Model:
         distributed_config: Transformers' `DistributedConfig` or a dictionary of its fields. None for what `accelerate
             launch` was told: accelerate itself shards by FSDP on GPUs, but goes on as DDP without a word on CPUs, so
             that there Transformers shards by FSDP2. In all other cases the model is returned as it is.
+
+    Raises:
+        ValueError: for sizes that do not fit the model or the processes, from Transformers' own checks.
     """
     if distributed_config is None:
         if not _shards_instead_of_accelerate():
