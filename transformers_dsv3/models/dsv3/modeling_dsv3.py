@@ -449,7 +449,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            router_logits=getattr(outputs, "router_logits", None),  # native's of older releases has none
             mtp_loss=training_pass.mtp_loss if training_pass is not None else None,
         )
 
