@@ -132,3 +132,17 @@ def test_unregister_gives_the_weight_conversion_back():
     finally:
         transformers_dsv3.register()
     assert "MergeExperts" in operations()
+
+
+def test_names_in_transformers_are_put_there_and_given_back():
+    """Models and config alike: a program that makes one of the other would else mix the two packages' classes."""
+    names = ("DeepseekV3Config", "DeepseekV3Model", "DeepseekV3ForCausalLM")
+    own = [getattr(transformers, name) for name in names]
+    try:
+        transformers_dsv3.register(names=True)
+        assert all(getattr(transformers, name) is getattr(transformers_dsv3, name) for name in names)
+        transformers_dsv3.unregister()
+        assert [getattr(transformers, name) for name in names] == own
+    finally:
+        transformers_dsv3.register()
+    assert [getattr(transformers, name) for name in names] == own

@@ -60,10 +60,7 @@ def register(names: bool = False) -> None:
     there when the first config of the plugin is made, which every model of it needs; at once where PEFT is imported
     already, or with `names`, since the program to be run may adapt native's models.
     """
-    for model_class in AUTO_CLASSES.values():
-        name = model_class.__name__
-        setattr(transformers, name, model_class if names else getattr(modeling_deepseek_v3, name))
-    transformers.DeepseekV3Config = DeepseekV3Config if names else configuration_deepseek_v3.DeepseekV3Config
+    _set_names(of_plugin=names)
     for config_class in CONFIGS:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class, model_class in AUTO_CLASSES.items():
@@ -82,6 +79,14 @@ def register(names: bool = False) -> None:
             before_first_config.add(_register_tuners)
 
 
+def _set_names(of_plugin: bool) -> None:
+    """Puts the plugin's classes under native's names in `transformers`, or native's."""
+    for model_class in AUTO_CLASSES.values():
+        name = model_class.__name__
+        setattr(transformers, name, model_class if of_plugin else getattr(modeling_deepseek_v3, name))
+    transformers.DeepseekV3Config = DeepseekV3Config if of_plugin else configuration_deepseek_v3.DeepseekV3Config
+
+
 def _register_tuners() -> None:
     # The config may be made where tensors are to have no storage; those that PEFT makes when it is imported are real
     with torch.device("cpu"):
@@ -92,8 +97,7 @@ def _register_tuners() -> None:
 
 def unregister() -> None:
     """Gives `deepseek_v3` back to Transformers' native classes. Models already made keep working."""
-    for model_class in AUTO_CLASSES.values():
-        setattr(transformers, model_class.__name__, getattr(modeling_deepseek_v3, model_class.__name__))
+    _set_names(of_plugin=False)
     AutoConfig.register(MODEL_TYPE, configuration_deepseek_v3.DeepseekV3Config, exist_ok=True)
     register_checkpoint_conversion_mapping(MODEL_TYPE, NATIVE_CONVERSION, overwrite=True)
     before_first_config.discard(_register_tuners)
