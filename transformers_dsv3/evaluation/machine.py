@@ -64,9 +64,14 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
+def is_busy(load: float | None, cores: int) -> bool:
+    """Whether other programs run; False where the load is not known."""
+    return load is not None and load > BUSY * cores
+
+
 def busy_warning(load: float | None, cores: int) -> str | None:
-    """What to tell where other programs run; None on a quiet machine."""
-    if load is None or load <= BUSY * cores:
+    """What to tell of measured times where other programs run; None on a quiet machine."""
+    if not is_busy(load, cores):
         return None
     return (
         f"The load average is {load:.2f} on {cores} cores: other programs are running, and times will be longer and "

@@ -18,7 +18,7 @@ from ..training.quickstart_run import (
     plan_run,
     training_folder,
 )
-from .machine import busy_warning, load_average
+from .machine import is_busy, load_average
 
 
 def run_quickstart(
@@ -70,7 +70,7 @@ def run_quickstart(
     else:
         say(f"Training a new model for {run.target_step:,} steps.")
 
-    if "OMP_NUM_THREADS" not in os.environ and busy_warning(load_average(), os.cpu_count() or 1):
+    if "OMP_NUM_THREADS" not in os.environ and is_busy(load_average(), os.cpu_count() or 1):
         say(
             "Other programs are running, and threads of so small a model then wait for each other. If a step takes "
             "more than a second, stop, and put OMP_NUM_THREADS=1 in front of the same command."

@@ -20,14 +20,6 @@ NAME = "auto"
 GROUPED_MM = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
 
 
-def _triton_refusal(module: nn.Module, hidden_states: torch.Tensor, weights: torch.Tensor) -> str | None:
-    return experts_triton.experts_refusal(module, hidden_states, weights)
-
-
-def _liger_refusal(module: nn.Module, hidden_states: torch.Tensor, weights: torch.Tensor) -> str | None:
-    return experts_liger.call_refusal(module, hidden_states, weights)
-
-
 # Of those that are asked for by name, why one does not take a call, and what takes it; None where `auto` would
 # find it by itself
 _BY_NAME: dict[str, tuple[Callable[..., str | None], Callable[..., torch.Tensor] | None]] = {
@@ -35,8 +27,8 @@ _BY_NAME: dict[str, tuple[Callable[..., str | None], Callable[..., torch.Tensor]
         lambda module, hidden, weights: mixture.mixture_refusal(hidden, module, weights, None),
         None,
     ),
-    triton_support.NAME: (_triton_refusal, experts_triton.triton_experts),
-    experts_liger.NAME: (_liger_refusal, experts_liger.liger_experts),
+    triton_support.NAME: (experts_triton.experts_refusal, experts_triton.triton_experts),
+    experts_liger.NAME: (experts_liger.call_refusal, experts_liger.liger_experts),
 }
 
 

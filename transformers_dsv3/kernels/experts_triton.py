@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .cpu.mixture import experts_refusal as stack_refusal
 from .experts_plain import differentiable_gradients, is_batched, plain_experts
 from .selection import PLAIN
-from .triton_support import NAME, device_refusal, on_device, triton_refusal
+from .triton_support import device_refusal, on_device, triton_refusal
 
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -63,11 +63,6 @@ def experts_refusal(module: nn.Module, hidden_states: torch.Tensor, top_k_weight
     if needs and weight.dtype is torch.int8:
         return "has no gradients with INT8 weights"
     return None
-
-
-def may_serve(experts_implementation: str | None, hidden_states: torch.Tensor) -> bool:
-    """Whether the choice of an implementation leaves experts to this backend; on a CPU, interpreted, by name only."""
-    return experts_implementation == NAME or (experts_implementation == "auto" and not hidden_states.is_cpu)
 
 
 def _autocast(tensor: torch.Tensor) -> bool:

@@ -18,8 +18,8 @@ from .operators import (
     define,
     dense_rows,
     out_of_memory,
-    require_activations,
-    require_shape,
+    refuse_dtype,
+    refuse_shape,
 )
 
 
@@ -106,14 +106,14 @@ def absorbed_attention(
     P, V = q_rope.shape[-1], kv_b_weight.shape[0] // H - N
     dtype = q_nope.dtype
     if dtype is not torch.bfloat16 and dtype is not torch.float32:
-        require_activations("q_nope", q_nope)
+        refuse_dtype("q_nope", q_nope)
     for name, tensor, shape in (
         ("q_rope", q_rope, (B, H, Q, P)),
         ("latent", latent, (B, S, R)),
         ("k_rope", k_rope, (B, S, P)),
     ):
         if tensor.shape != shape:
-            require_shape(name, tensor, shape)
+            refuse_shape(name, tensor, shape)
         if tensor.dtype is not dtype:
             raise ValueError("the dtypes of queries and cache differ")
     if kv_b_weight.shape != (H * (N + V), R) or kv_b_weight.dtype is not dtype or not kv_b_weight.is_contiguous():
@@ -204,14 +204,14 @@ def _expanded(
     S, V, P = kv.shape[1], kv.shape[3] - N, q_rope.shape[-1]
     dtype = q_nope.dtype
     if dtype is not torch.bfloat16 and dtype is not torch.float32:
-        require_activations("q_nope", q_nope)
+        refuse_dtype("q_nope", q_nope)
     for name, tensor, shape in (
         ("q_rope", q_rope, (B, H, Q, P)),
         ("kv", kv, (B, S, H, N + V)),
         ("k_rope", k_rope, (B, S, P)),
     ):
         if tensor.shape != shape:
-            require_shape(name, tensor, shape)
+            refuse_shape(name, tensor, shape)
         if tensor.dtype is not dtype:
             raise ValueError("the dtypes of queries and keys differ")
     if max(N, P) > LONGEST_HEAD:

@@ -6,7 +6,7 @@ import torch
 
 from ..selection import cpu_refusal
 from . import library
-from .operators import TYPES, addresses, define, out_of_memory, require_activations
+from .operators import TYPES, addresses, define, out_of_memory, refuse_dtype
 
 
 # With more rows PyTorch's own product is as fast in bf16, since then arithmetic is the limit. In fp32 it is not: on
@@ -62,7 +62,7 @@ def linear(
         int8_activations: whether activations are rounded to 8 bits where the weights are INT8, instead of 16.
     """
     if x.dtype not in (torch.float32, torch.bfloat16):
-        require_activations("x", x)
+        refuse_dtype("x", x)
     N, K = weight.shape
     if x.shape[-1] != K:
         raise ValueError(f"x has rows of {x.shape[-1]}, weight of {K}")

@@ -14,7 +14,7 @@ from ..experts_grouped import is_silu
 from ..selection import bypass_refusal, cpu_refusal, is_plain, plain_refusal
 from . import library
 from .linear import FEWEST_INT8_ROWS
-from .operators import TYPES, addresses, define, fake_like, out_of_memory, require_activations, require_shape
+from .operators import TYPES, addresses, define, fake_like, out_of_memory, refuse_dtype, refuse_shape
 
 
 NAME = "cpu"
@@ -96,7 +96,7 @@ def _mixture(
     int8_activations: bool,
 ) -> torch.Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16):
-        require_activations("x", x)
+        refuse_dtype("x", x)
     if x.dim() != 2:
         raise ValueError(f"x has {x.dim()} dimensions, not 2")
     T, D = x.shape
@@ -109,7 +109,7 @@ def _mixture(
         if expert.dtype != torch.int64 or expert.shape != (T, K):
             raise ValueError("expert is not int64 of (T, K)")
         if weight.shape != (T, K):
-            require_shape("weight", weight, (T, K))
+            refuse_shape("weight", weight, (T, K))
     if shared_gate is not None:
         if shared_up is None or shared_down is None:
             raise ValueError("shared_gate is given without shared_up or shared_down")

@@ -49,11 +49,11 @@ def out_of_memory() -> None:
     raise MemoryError("the compiled CPU backend found no memory for its intermediate results")
 
 
-def require_activations(name: str, x: torch.Tensor) -> None:
+def refuse_dtype(name: str, x: torch.Tensor) -> None:
     raise ValueError(f"{name} is {x.dtype}, not fp32 or bf16")
 
 
-def require_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:
+def refuse_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:
     raise ValueError(f"{name} is of shape {tuple(tensor.shape)}, not {shape}")
 
 
@@ -76,7 +76,7 @@ def addresses(
             found += (None, None)
             continue
         if weight.shape != shape:
-            require_shape(name, weight, shape)
+            refuse_shape(name, weight, shape)
         if not weight.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
         if weight.dtype is dtype:

@@ -10,7 +10,7 @@ from torch import nn
 from ..selection import chosen, cpu_refusal, plain_refusal
 from . import library
 from .linear import FEWEST_INT8_ROWS
-from .operators import MOST_ROTATED, TYPES, addresses, define, out_of_memory, require_activations, require_angles
+from .operators import MOST_ROTATED, TYPES, addresses, define, out_of_memory, refuse_dtype, require_angles
 
 
 PLAIN_PARTS = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm")
@@ -69,7 +69,7 @@ def _project(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries `(B, Q, H, N + P)`, rotated, latents `(B, 1, Q, R)`, rotary keys `(B, 1, Q, P)` of `x` `(B, Q, D)`."""
     if x.dtype not in (torch.float32, torch.bfloat16):
-        require_activations("x", x)
+        refuse_dtype("x", x)
     B, Q, D = x.shape
     R, P = kv_norm.shape[0], cos.shape[-1]
     L = 0 if q_a is None else q_a.shape[0]

@@ -4,7 +4,7 @@ import torch
 
 from ..selection import cpu_refusal
 from . import library
-from .operators import TYPES, addresses, define, out_of_memory, require_activations
+from .operators import TYPES, addresses, define, out_of_memory, refuse_dtype
 
 
 def route_refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *rest: object) -> str | None:
@@ -34,7 +34,7 @@ def route(
         normalize: whether mixing weights are divided by their sum. factor: multiplies them.
     """
     if x.dtype not in (torch.float32, torch.bfloat16):
-        require_activations("x", x)
+        refuse_dtype("x", x)
     T, D = x.shape
     E = weight.shape[0]
     if weight.shape != (E, D) or weight.dtype is not x.dtype or not weight.is_contiguous():

@@ -16,9 +16,9 @@ from .operators import (
     dense_rows,
     fake_like,
     out_of_memory,
-    require_activations,
+    refuse_dtype,
+    refuse_shape,
     require_angles,
-    require_shape,
 )
 
 
@@ -33,9 +33,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`x` `(..., D)` over the root of its mean square, times `weight` `(D,)` of its dtype: `(..., D)`."""
     dtype, n = x.dtype, x.shape[-1]
     if dtype is not torch.bfloat16 and dtype is not torch.float32:
-        require_activations("x", x)
+        refuse_dtype("x", x)
     if weight.shape != (n,):
-        require_shape("weight", weight, (n,))
+        refuse_shape("weight", weight, (n,))
     if weight.dtype is not dtype:
         raise ValueError(f"weight is {weight.dtype}, the activations are {dtype}")
     if not weight.is_contiguous():
@@ -70,7 +70,7 @@ def rotate_refusal(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interl
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
     """`x` `(B, H, Q, P)` rotated by angles `(B or 1, Q, P)`; pairs are neighbours or halves of x, halves of y."""
     if x.dtype not in (torch.float32, torch.bfloat16):
-        require_activations("x", x)
+        refuse_dtype("x", x)
     B, H, Q, P = x.shape
     cos, sin = require_angles(x, cos, sin, (B, Q, P))
     ((x, x_strides),) = dense_rows(x)

@@ -423,6 +423,8 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
             mask = None
             if attention_mask is not None or q_len > 1:
                 mask = dense_mask(attention_mask, q_len, kv_len, hidden_states.device, first_query, is_causal)
+                if implementation == "eager" and mask is not None and isinstance(attention_mask, torch.Tensor):
+                    mask = mask.to(q_nope.dtype) if mask.dtype == torch.bool else mask  # `eager` adds what it is given
             arguments = (q_nope, q_rope, latent, k_rope, kv_b_weight, mask, self.scaling)
             output = None
             if implementation != "eager":
@@ -430,8 +432,6 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
                 if type(past_key_values) is not DynamicCache:
                     filled = filled_positions(past_key_values, self.layer_idx)
                 output = serve(ABSORBED, self, *arguments, filled)
-            elif isinstance(attention_mask, torch.Tensor) and mask is not None and mask.dtype == torch.bool:
-                arguments = (*arguments[:5], mask.to(q_nope.dtype), self.scaling)  # `eager` adds what it is given
             if output is None:
                 output, weights = absorbed_attention(*arguments)
                 weights = weights if implementation == "eager" else None

@@ -177,7 +177,7 @@ class DeepseekV3Config(native.DeepseekV3Config):
     @property
     def moe_layers(self) -> list[int]:
         """Numbers of the layers that are mixtures of experts, MTP layers left out."""
-        return [layer for layer in range(self.num_hidden_layers) if self._is_moe(layer)]
+        return [layer for layer in range(self.num_hidden_layers) if self.is_moe(layer)]
 
     @property
     def active_expert_share(self) -> float:
@@ -199,7 +199,8 @@ class DeepseekV3Config(native.DeepseekV3Config):
         # The projection and the norms of its two inputs and of its output
         return layers + (self.num_nextn_predict_layers or 0) * self.hidden_size * (2 * self.hidden_size + 3)
 
-    def _is_moe(self, layer: int) -> bool:
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer is a mixture of experts, by its number; MTP layers follow the others."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     def _active_in_layer(self, layer: int) -> int:
@@ -215,7 +216,7 @@ class DeepseekV3Config(native.DeepseekV3Config):
             count += self.q_lora_rank * (hidden + 1 + queries)
         if self.attention_bias:
             count += (self.q_lora_rank or 0) + latent + hidden
-        if self._is_moe(layer):
+        if self.is_moe(layer):
             experts = self.num_experts_per_tok + self.n_shared_experts
             count += hidden * (3 * self.moe_intermediate_size * experts + self.n_routed_experts)
         else:

@@ -30,8 +30,7 @@ class DeepseekV3DecoderLayer(native.DeepseekV3DecoderLayer):
         GradientCheckpointingLayer.__init__(self)  # not the parent's, which makes native's modules
         self.hidden_size = config.hidden_size
         self.self_attn = DeepseekV3Attention(config, layer_idx if cache_idx is None else cache_idx)
-        is_moe = layer_idx >= config.first_k_dense_replace and layer_idx % config.moe_layer_freq == 0
-        self.mlp = DeepseekV3MoE(config) if is_moe else DeepseekV3MLP(config)
+        self.mlp = DeepseekV3MoE(config) if config.is_moe(layer_idx) else DeepseekV3MLP(config)
         self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

@@ -255,7 +255,7 @@ class DeepseekV3MoE(native.DeepseekV3MoE):
         plain = self.experts
         if type(plain) not in PLAIN_CLASSES:
             plain = switched_off(plain)  # PEFT's adapters are modules around them
-        if has_shared and type(plain) in PLAIN_CLASSES:
+        if has_shared and PLAIN_CLASSES.get(type(plain), ("",))[0] == "experts":
             asked_for = plain.config._experts_implementation
             if asked_for == "cpu" or (asked_for == "auto" and ALL_EXPERTS_FUNCTIONS["grouped_mm"] is GROUPED_MM):
                 mixed = serve(MIXTURE, self, flat, plain, indices, weights, self.shared_experts)
