@@ -17,6 +17,7 @@ from tests.kernels import decode_step_calls
 from transformers_dsv3.kernels import backends, dispatch, explain, selection
 from transformers_dsv3.kernels.cpu import library
 from transformers_dsv3.kernels.cpu import linear as cpu_linear
+from transformers_dsv3.kernels.cpu.step import STRUCTURES
 
 
 TOKENS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -224,3 +225,23 @@ def test_prototypes_are_what_ctypes_is_told():
             else:
                 expected.append(C_TYPES[argument.split()[-2]])
         assert types == expected, name
+
+
+@pytest.mark.skipif(not HEADER.exists(), reason="needs the source tree")
+@pytest.mark.skipif(library.unavailable is not None, reason="needs the compiled CPU backend")
+def test_structures_are_what_ctypes_is_told():
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(encoding="utf-8"), flags=re.S)
+    declared = {name: body for body, name in re.findall(r"typedef struct \{([^}]*)\} (\w+);", text)}
+    assert declared.keys() == STRUCTURES.keys()
+    for name, structure in STRUCTURES.items():
+        expected = []
+        for line in declared[name].split(";"):
+            kind, _, fields = line.strip().removeprefix("const ").partition(" ")
+            expected += [
+                (field.strip(" *").partition("[")[0], "*" in field, kind) for field in fields.split(",") if field
+            ]
+        assert [field for field, *_ in structure._fields_] == [field for field, *_ in expected]
+        for (_, is_pointer, kind), (field, given) in zip(expected, structure._fields_):
+            given = getattr(given, "_type_", given) if isinstance(given, type(ctypes.c_int64 * 3)) else given
+            assert given == (ctypes.c_void_p if is_pointer else STRUCTURES.get(kind) or C_TYPES[kind]), (name, field)
+        assert library.loaded.dsv3_size_of(name.encode()) == ctypes.sizeof(structure)

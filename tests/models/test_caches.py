@@ -76,7 +76,7 @@ def test_static_cache_where_absorbing_pays_at_prefill(make_model):
     """A rank below half of N + V makes the absorbed path serve prefill too, which needs its own causal mask."""
     model = make_model(kv_lora_rank=8)
     tokens = prompt(length=12)
-    assert model.model.layers[0].self_attn._absorbed_is_cheaper(12, 12)
+    assert model.model.layers[0].self_attn.is_absorbed_cheaper(12, 12)
     with torch.no_grad():
         expanded = model(tokens, use_cache=False).logits
         for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)):

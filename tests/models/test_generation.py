@@ -502,7 +502,7 @@ def test_static_cache_with_room_behind_a_short_prompt(make_model):
     """Few queries on a long static cache are absorbed in prefill already, with no mask from Transformers."""
     model = make_model(attn_implementation="sdpa")
     tokens = prompts(2, 6)
-    assert model.model.layers[0].self_attn._absorbed_is_cheaper(6, 64)
+    assert model.model.layers[0].self_attn.is_absorbed_cheaper(6, 64)
     with torch.no_grad():
         expected = model(tokens).logits
         cache = StaticCache(config=model.config, max_cache_len=64)

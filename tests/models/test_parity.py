@@ -229,7 +229,7 @@ def test_chunked_prefill(attn_implementation, padding, pair, check, paths):
             layers = {name: paths[name] - before[name] for name in paths}
             assert sorted(layers.values()) == [0, ours.config.num_hidden_layers]
             taken.append(max(layers, key=layers.get))
-            assert (taken[-1] == "absorbed") == ours.model.layers[0].self_attn._absorbed_is_cheaper(size, end)
+            assert (taken[-1] == "absorbed") == ours.model.layers[0].self_attn.is_absorbed_cheaper(size, end)
             logits.append(output.logits)
             start = end
     assert taken == ["expanded", "expanded", "absorbed", "absorbed", "absorbed", "absorbed"]
@@ -242,8 +242,8 @@ def test_both_paths_agree_around_the_crossover(pair, check, paths):
     ours, native = pair({})
     attention = ours.model.layers[0].self_attn
     cached = 40
-    crossover = next(q for q in range(1, 1000) if not attention._absorbed_is_cheaper(q, cached + q))
-    assert attention._absorbed_is_cheaper(crossover - 1, cached + crossover - 1)
+    crossover = next(q for q in range(1, 1000) if not attention.is_absorbed_cheaper(q, cached + q))
+    assert attention.is_absorbed_cheaper(crossover - 1, cached + crossover - 1)
     for q_len in (crossover - 1, crossover):
         tokens, _, _ = batch(cached + q_len, "none")
         with torch.no_grad():

@@ -33,6 +33,7 @@ from .cpu import mixture as cpu_mixture
 from .cpu import project as cpu_project
 from .cpu import router as cpu_router
 from .cpu import rows as cpu_rows
+from .cpu import step as cpu_step
 from .dispatch import Backend, Operation, Refusal, always
 from .selection import VARIABLE, call_refusal, cpu_refusal
 
@@ -60,6 +61,13 @@ def _compiled(operation: str, module: nn.Module) -> str | None:
     """Why the compiled CPU backend serves no call of a module, be it without gradients; None if it serves some."""
     with torch.no_grad():
         return cpu_refusal(operation, _floating(module))
+
+
+def _program(model: nn.Module) -> str | None:
+    decoder = getattr(model, "base_model", model)
+    if not hasattr(decoder, "decoding"):
+        return f"{type(decoder).__name__} has no program of its steps"
+    return decoder.decoding.refusal(decoder)
 
 
 def _compiled_experts(module: nn.Module) -> str | None:
@@ -483,6 +491,13 @@ ADAPTED = Operation(
 STEP = Operation(
     "decoding step",
     (
+        # Not asked by `serve`: `models/dsv3/decoding_dsv3.py` asks, of the whole model
+        Backend(
+            "program",
+            "compiled: all layers in one call, on threads that stay awake",
+            _program,
+            cpu_step.Program.run,
+        ),
         Backend(
             "graph",
             "compiled whole, one launch of a CUDA graph a token",

@@ -14,10 +14,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as _modules
 
 from . import selection
 from .selection import logger
@@ -122,34 +119,10 @@ def serve(operation: Operation, module: nn.Module, x: torch.Tensor, *arguments: 
             if refusal_of_call(operation, backend, module, x, *arguments) is None:
                 return backend.function(x, *arguments)  # type: ignore[misc]
         return None
-    # Every call of every layer comes through here. In decoding microseconds count, so all that is asked there is
-    # written out: first whether anything looks at operators or modules, or needs a gradient
-    C = torch._C
-    if (
-        type(x) is not torch.Tensor
-        or x.is_meta
-        or torch.is_grad_enabled()
-        or C._len_torch_dispatch_stack()
-        or C._len_torch_function_stack()
-        or C._are_functorch_transforms_active()
-        or C._get_tracing_state() is not None
-        or C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled(x.device.type)
-        or _modules._global_forward_hooks
-        or _modules._global_forward_pre_hooks
-        or _modules._global_backward_hooks
-        or _modules._global_backward_pre_hooks
-        or F.linear is not selection.LINEAR
-        or F.scaled_dot_product_attention is not selection.ATTENTION
-        or F.silu is not selection.SILU
-        or F.softmax is not selection.SOFTMAX
-        or torch.matmul is not selection.MATMUL
-        or nn.Module.__call__ is not selection.CALL
-    ):
+    if not selection.is_undisturbed(x):
         for backend in operation.backends:
             if refusal_of_call(operation, backend, module, x, *arguments) is None:
-                result = _launch(backend, backend.function, x, *arguments)
+                result = launch(backend, backend.function, x, *arguments)
                 if result is not None:
                     return result
         return None
@@ -199,7 +172,7 @@ def serve(operation: Operation, module: nn.Module, x: torch.Tensor, *arguments: 
             function = backend.undispatched or backend.function
             if backend.is_proven:
                 return function(x, *arguments)
-            result = _launch(backend, function, x, *arguments)
+            result = launch(backend, function, x, *arguments)
             if result is not None:
                 return result
     return None
@@ -235,7 +208,7 @@ def _standing_refusal(
     return backend.refusal(x, *arguments)
 
 
-def _launch(backend: Backend, function: Callable[..., Any] | None, x: torch.Tensor, *arguments: Any) -> Any:
+def launch(backend: Backend, function: Callable[..., Any] | None, x: torch.Tensor, *arguments: Any) -> Any:
     """Calls a backend's function; an exception at its very first call becomes its refusal, and None is returned."""
     assert function is not None
     if backend.is_proven:
@@ -265,7 +238,7 @@ def _decide(operation: Operation, module: nn.Module, x: torch.Tensor, *arguments
         operation.decisions.pop(module, None)
     for backend in backends:
         if backend.call_refusal is None or backend.call_refusal(x, *arguments) is None:
-            result = _launch(backend, backend.undispatched or backend.function, x, *arguments)
+            result = launch(backend, backend.undispatched or backend.function, x, *arguments)
             if result is not None:
                 return result
     return None

@@ -112,7 +112,11 @@ def _in_use(operation: Operation, rest: str, module: Callable[[_Parts], nn.Modul
 def _step_in_use(parts: _Parts) -> dict[str, str]:
     settings = getattr(parts.model, "generation_config", None)
     is_static = getattr(settings, "cache_implementation", None) == "static"
-    return {"graph" if is_static and refusal_of(STEP["graph"], parts.model) is None else "layers": "in use"}
+    if is_static and refusal_of(STEP["graph"], parts.model) is None:
+        return {"graph": "in use"}
+    if not is_static and refusal_of(STEP["program"], parts.model) is None:
+        return {"program": f"{WITHOUT_GRADIENTS}, of one model over a cache that grows", "layers": OTHERWISE}
+    return {"layers": "in use"}
 
 
 class _Section(NamedTuple):

@@ -240,6 +240,36 @@ def call_refusal() -> str | None:
     return None
 
 
+def is_undisturbed(x: torch.Tensor) -> bool:
+    """Whether nothing looks at operators or modules just now, and no gradient is needed of what is computed of `x`.
+
+    Then what was decided of a module's calls holds. `call_refusal` says why calls are left to PyTorch, where they are.
+    """
+    C = torch._C
+    return not (
+        type(x) is not torch.Tensor
+        or x.is_meta
+        or torch.is_grad_enabled()
+        or C._len_torch_dispatch_stack()
+        or C._len_torch_function_stack()
+        or C._are_functorch_transforms_active()
+        or C._get_tracing_state() is not None
+        or C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled(x.device.type)
+        or _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
+        or F.linear is not LINEAR
+        or F.scaled_dot_product_attention is not ATTENTION
+        or F.silu is not SILU
+        or F.softmax is not SOFTMAX
+        or torch.matmul is not MATMUL
+        or torch.nn.Module.__call__ is not CALL
+    )
+
+
 # `torch.compile` and `torch.export` trace with fake tensors, for which the operators have rules
 PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 

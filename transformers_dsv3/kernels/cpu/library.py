@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1]
 FOLDER_VARIABLE = "TRANSFORMERS_DSV3_CPU_LIBRARY"
 # The build writes into this file why there is no library; see setup.py
 BUILD_FAILURE = "_cpu_build_failure.txt"
-VERSION = 3  # dsv3_version() of csrc/library.c
+VERSION = 4  # dsv3_version() of csrc/library.c
 
 pointer, integer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # What `csrc/dsv3.h` declares, which a test compares with this
@@ -55,6 +55,9 @@ SIGNATURES = {
         *[pointer, whole, integer, whole, *[pointer] * 4, real, integer, *[pointer] * 6, real, *[pointer] * 3, whole],
         *[*[integer] * 6, pointer, pointer, pointer, whole, whole],
     ],
+    # model, cache, x, position, mask, its stride, B, Q, hidden, threads
+    "dsv3_step": [*[pointer] * 5, *[integer] * 3, pointer, whole],
+    "dsv3_size_of": [ctypes.c_char_p],
     "dsv3_use_isa": [ctypes.c_char_p],
     "dsv3_use_pool": [pointer, pointer],
     "dsv3_read": [pointer, integer, whole],
@@ -85,6 +88,7 @@ def load(folder: Path) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise NotAvailable(f"{files[0].name} does not load: {error}") from error
     library.dsv3_use_isa.restype = ctypes.c_char_p
+    library.dsv3_size_of.restype = ctypes.c_int64
     _share_threads(library)
     library.dsv3_use_isa(None)
     return library

@@ -11,6 +11,34 @@ const char *dsv3_use_isa(const char *name);
 uint64_t dsv3_read(const uint64_t *words, int64_t n, int threads);
 void dsv3_use_pool(void *parallel, void *team_size);
 
+/* A linear layer's weight, with its scales and its bias, which may be NULL */
+typedef struct {
+    const void *weight, *scale, *bias;
+    int64_t type;
+} dsv3_matrix;
+
+/* A decoder layer. L = 0: q_b takes the hidden states; E = 0: a dense network, whose parts are the shared ones. */
+typedef struct {
+    dsv3_matrix q_a, q_b, kv_a, o, gate_up, down, shared_gate, shared_up, shared_down;
+    const void *input_norm, *q_norm, *kv_norm, *post_norm, *kv_b, *router, *router_bias;
+    int64_t L, E, I, S, K, groups, top_groups, normalize;
+    float input_eps, q_eps, kv_eps, post_eps, softmax_scale, router_factor;
+} dsv3_layer;
+
+/* A model's layers, of `type` but for the matrices */
+typedef struct {
+    const dsv3_layer *layer;
+    const void *norm, *cos, *sin; /* angles (positions, P) */
+    int64_t layers, type, D, H, N, P, R, V, interleave, activations;
+    float eps;
+} dsv3_model;
+
+/* The latents and rotary keys of all layers, with strides, in elements, of layer, row and position */
+typedef struct {
+    void *latent, *k_rope;
+    int64_t latent_of[3], k_rope_of[3], length;
+} dsv3_cache;
+
 /* The operations; what their arguments are stands with each definition */
 int dsv3_linear(const void *x, int x_type, ptrdiff_t ldx, const void *w, int w_type, ptrdiff_t ldw,
                 const float *w_scale, const void *bias, void *y, ptrdiff_t ldy, int64_t M, int64_t N, int64_t K,
@@ -46,5 +74,8 @@ int dsv3_project(const void *x, int type, int64_t D, int w_type, const void *q_a
                  const void *kv_norm, float kv_eps, const void *cos, const void *sin, const ptrdiff_t *angle_of,
                  int interleave, int64_t B, int64_t Q, int64_t H, int64_t N, int64_t P, int64_t R, void *q,
                  void *latent, void *k_rope, int int8_activations, int threads);
+int dsv3_step(const dsv3_model *model, const dsv3_cache *cache, const void *x, const int64_t *position,
+              const void *mask, int64_t mask_of_row, int64_t B, int64_t Q, void *hidden, int threads);
+int64_t dsv3_size_of(const char *name);
 
 #endif

@@ -16,6 +16,10 @@ typedef struct {
  * done. Without a pool (`dsv3_use_pool` was not called) the calling thread does all. */
 void run_team(void (*body)(void *context, team *), void *context, int threads);
 
+/* Runs program(argument) on the calling thread, with up to `threads` - 1 others that stay awake for the regions it comes
+ * to (`run_team`): beginning one is then a store that they wait for, not a call of the pool. */
+void run_program(void (*program)(void *argument), void *argument, int threads);
+
 /* A task nobody else has taken, or -1 when the phase has none left */
 static inline int64_t take_task(team *t, int phase, int64_t tasks)
 {

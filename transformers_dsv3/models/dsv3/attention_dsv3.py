@@ -300,7 +300,7 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
             return f"the mask of {implementation!r} does not tell which positions of a static cache are filled"
         return None
 
-    def _absorbed_is_cheaper(self, q_len: int, kv_len: int) -> bool:
+    def is_absorbed_cheaper(self, q_len: int, kv_len: int) -> bool:
         """Compares the multiplications a head does: expansion pays once a position, absorption for every query."""
         N, P, V, R = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank
         expanded = kv_len * R * (N + V) + q_len * kv_len * (N + P + V)
@@ -404,7 +404,7 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         kv_len = latent.shape[2]
         implementation = self.config._attn_implementation or "eager"
         is_plain_call = kwargs.keys() <= HARMLESS or not changes_attention(implementation, kwargs)
-        absorb = past_key_values is not None and is_plain_call and self._absorbed_is_cheaper(q_len, kv_len)
+        absorb = past_key_values is not None and is_plain_call and self.is_absorbed_cheaper(q_len, kv_len)
         is_head_parallel = absorb and "_is_hooked" in self.kv_b_proj.__dict__ and self.is_head_parallel
         if is_head_parallel and torch.is_grad_enabled():
             absorb = False  # only kv_b_proj's own call sums the latents' gradients over the processes

@@ -1,6 +1,7 @@
 """Appending to Transformers' dynamic cache without copying what it holds, and what is known of its static one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
@@ -180,3 +181,108 @@ def take_back(cache: Cache, tokens: int) -> None:
         spare = getattr(layer, "spare_room", None)
         if spare is not None:
             spare.filled = min(spare.filled, layer.keys.shape[2])
+    shared = _shared.get(cache)
+    if shared is not None:
+        shared.filled = min(shared.filled, cache.get_seq_length())
+
+
+@dataclass(eq=False)
+class SharedRoom:
+    """What all layers of a cache hold, in one tensor each, for a program that writes to all of them at once.
+
+    The layers hold views of it, as those of a cache that grows layer by layer hold views of rooms of their own.
+
+    Args:
+        latent: `(layers, B, 1, size, R)`. k_rope: `(layers, B, 1, size, P)`.
+        filled: tokens that were given out so far.
+        keys, values: the views that were last put into the layers.
+    """
+
+    latent: torch.Tensor
+    k_rope: torch.Tensor
+    filled: int = 0
+    keys: tuple[torch.Tensor, ...] = field(default=())
+    values: tuple[torch.Tensor, ...] = field(default=())
+
+    def give_out(self, layers: list[DynamicLayer], end: int) -> None:
+        """Makes the layers hold the first `end` tokens."""
+        self.filled = end
+        self.keys = self.latent.narrow(3, 0, end).unbind(0)
+        self.values = self.k_rope.narrow(3, 0, end).unbind(0)
+        for layer, keys, values in zip(layers, self.keys, self.values):
+            layer.keys, layer.values = keys, values
+
+
+_shared: WeakKeyDictionary[Cache, SharedRoom] = WeakKeyDictionary()
+
+
+def shared_room(cache: Cache, count: int, like: torch.Tensor) -> SharedRoom | None:
+    """The room of the first `count` layers of a cache, with place behind what they hold; None where there can be none.
+
+    What a layer ever gave out is not written to again, as in `extend`; what it holds is copied where it is not in this
+    room already, one layer after another.
+
+    Args:
+        like: `(B, Q, ...)`, the tokens that follow, read for their shape, dtype and device.
+    """
+    if (
+        type(cache) is not DynamicCache
+        or len(cache.layers) < count
+        or "update" in cache.__dict__
+        or DynamicCache.update is not UPDATE
+        or DynamicLayer.update is not LAYER_UPDATE
+        or getattr(cache, "offloading", False)
+    ):
+        return None
+    layers = cache.layers[:count]
+    room = _shared.get(cache)
+    if room is None or len(room.keys) != count:
+        room = None
+    else:
+        for layer, keys, values in zip(layers, room.keys, room.values):
+            if layer.keys is not keys or layer.values is not values or "update" in layer.__dict__:
+                room = _found_again(room, layers)
+                break
+    if room is None and any(_growing(cache, like, index) is None for index in range(count)):
+        return None
+    length, end = layers[0].keys.shape[2], layers[0].keys.shape[2] + like.shape[1]
+    if room is not None and room.latent.shape[3] >= end:
+        return room if room.latent.shape[1] == like.shape[0] and room.latent.dtype is like.dtype else None
+    return _move_in(cache, layers, length, end, like)
+
+
+def _found_again(room: SharedRoom, layers: list[DynamicLayer]) -> SharedRoom | None:
+    """The room, if the layers hold the first part of it, and nothing was given out behind that."""
+    latent, k_rope = room.latent, room.k_rope
+    length = layers[0].keys.shape[2]
+    if length != room.filled:
+        return None
+    parts = ((latent, [layer.keys for layer in layers]), (k_rope, [layer.values for layer in layers]))
+    for whole, held in parts:
+        shape = (*whole.shape[1:3], length, whole.shape[4])
+        for index, tensor in enumerate(held):
+            if (
+                tensor.shape != shape
+                or tensor.stride() != whole.stride()[1:]
+                or tensor.data_ptr() != whole.data_ptr() + index * whole.stride(0) * whole.element_size()
+            ):
+                return None
+    return None if any("update" in layer.__dict__ for layer in layers) else room
+
+
+def _move_in(cache: Cache, layers: list[DynamicLayer], length: int, end: int, like: torch.Tensor) -> SharedRoom | None:
+    batch, size = like.shape[0], end + max(SPARE_TOKENS, end // 8)
+    widths = layers[0].keys.shape[-1], layers[0].values.shape[-1]
+    for layer in layers:
+        for held, width in ((layer.keys, widths[0]), (layer.values, widths[1])):
+            if held.shape != (batch, 1, length, width) or held.dtype is not like.dtype or held.device != like.device:
+                return None
+    room = SharedRoom(*(layers[0].keys.new_empty(len(layers), batch, 1, size, width) for width in widths))
+    for index, layer in enumerate(layers):
+        room.latent[index, :, :, :length], room.k_rope[index, :, :, :length] = layer.keys, layer.values
+        # What it held is let go before the next one is copied
+        layer.keys, layer.values = room.latent[index, :, :, :length], room.k_rope[index, :, :, :length]
+        layer.__dict__.pop("spare_room", None)
+    room.give_out(layers, length)
+    _shared[cache] = room
+    return room

@@ -48,8 +48,8 @@ class DeepseekV3DecoderLayer(native.DeepseekV3DecoderLayer):
         if native.DeepseekV3DecoderLayer.forward is not NATIVE_FORWARD:  # what somebody has put there
             given = (attention_mask, position_ids, past_key_values, use_cache, position_embeddings)
             return super().forward(hidden_states, *given, **kwargs)
-        attention, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
+        hidden_states = self.attend(
+            hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -57,7 +57,19 @@ class DeepseekV3DecoderLayer(native.DeepseekV3DecoderLayer):
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        hidden_states = hidden_states + attention
+        return self.feed_forward(hidden_states, position_ids)
+
+    def attend(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """The first half, attention: `(B, Q, D)` to `(B, Q, D)`. Arguments are those of `forward`, by name."""
+        attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        return hidden_states + attention
+
+    def feed_forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The second half, the dense network or the mixture of experts: `(B, Q, D)` to `(B, Q, D)`.
+
+        Args:
+            position_ids: those of the pass, by which routers in training know it.
+        """
         normalised = self.post_attention_layernorm(hidden_states)
         if not self.training:
             return hidden_states + self.mlp(normalised)

@@ -1,7 +1,7 @@
 """DeepSeek-V3 models (arXiv 2412.19437): backbone, causal language model, classification heads."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from .checkpoint_conversion_dsv3 import mtp_renamings
 from .checkpoint_dsv3 import Dsv3CheckpointMixin
 from .configuration_dsv3 import DeepseekV3Config
 from .decoder_dsv3 import DeepseekV3DecoderLayer
+from .decoding_dsv3 import Decoding
 from .distributed_dsv3 import Dsv3DistributedMixin
 from .engines_dsv3 import engine_layer
 from .generation_dsv3 import Dsv3GenerationMixin
@@ -148,6 +149,24 @@ class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, nativ
         return super().get_correct_experts_implementation(requested_experts or chosen["experts"])
 
 
+class Beginning(NamedTuple):
+    """What the layers of a pass start from, and what is known when they have ended; see [`DeepseekV3Model.begin`].
+
+    Args:
+        inputs_embeds: `(B, Q, D)`. layer_inputs: the arguments that all layers share.
+        given_positions: `position_ids` as they were given. past_length: cached positions before this pass.
+        token_mask: `(B, Q)` bool, False for padding; None where there is none, or nothing is trained.
+        router_pass: what routers in training know of it; None where nothing is trained.
+    """
+
+    inputs_embeds: torch.Tensor
+    layer_inputs: dict[str, Any]
+    given_positions: torch.Tensor | None
+    past_length: int | torch.Tensor
+    token_mask: torch.Tensor | None
+    router_pass: RouterPass | None
+
+
 class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
     """The decoder without a head: latent attention, mixtures of experts, multi-token prediction.
 
@@ -171,6 +190,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
             self.mtp = nn.ModuleList([Dsv3MtpLayer(config, depth) for depth in range(config.num_nextn_predict_layers)])
         self.gradient_checkpointing = False
         self.training_state = TrainingState()
+        self.decoding = Decoding()
         self.post_init()
 
     @property
@@ -259,6 +279,36 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
                 use_cache=use_cache,
                 **kwargs,
             )
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+            hidden_states = self.decoding.run(self, *given, kwargs)
+            if hidden_states is not None:
+                return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        beginning = self.begin(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, training_pass
+        )
+        with nullcontext() if beginning.router_pass is None else running(beginning.router_pass):
+            outputs: MoeModelOutputWithPast = self._run_layers(
+                beginning.inputs_embeds, return_dict=True, **beginning.layer_inputs, **kwargs
+            )
+        if beginning.router_pass is not None:
+            outputs.last_hidden_state = self.finish(outputs.last_hidden_state, beginning, **kwargs)
+        return outputs
+
+    def begin(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        training_pass: TrainingPass | None = None,
+    ) -> "Beginning":
+        """What comes before the layers: inputs are checked and embedded, and what all layers share is made.
+
+        Arguments and errors are those of `forward`.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -274,19 +324,18 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        token_mask = None
+        rows, length = inputs_embeds.shape[:2]
+        token_mask, router_pass = None, None
         # Passes without gradient in training mode are for metrics or for a reference model
-        if not self.training or not torch.is_grad_enabled():
-            training_pass = None
-        else:
+        if self.training and torch.is_grad_enabled():
             training_pass = training_pass or TrainingPass()
-            training_pass.number_sequences(inputs_embeds.shape[0], inputs_embeds.shape[1], position_ids)
-            rows, length = inputs_embeds.shape[:2]
+            training_pass.number_sequences(rows, length, position_ids)
             token_mask = new_token_mask(attention_mask, rows, length, past_length)
+            router_pass = RouterPass(training_pass, None if token_mask is None else token_mask.flatten())
             warn_of_unbalanced_training(self)
         given_positions = position_ids
         if position_ids is None:
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length)[None]
 
         # Transformers looks for packed sequences only where there is no cache yet. Positions that begin anew are some;
         # those that jump ahead, as in training for longer contexts, are one sequence, as where native makes the cache.
@@ -297,25 +346,9 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
         if makes_cache and past_key_values is None:
             layer_inputs["past_key_values"] = DynamicCache(config=self.config)
         layer_inputs["use_cache"] = use_cache
-        under_way: AbstractContextManager = nullcontext()
-        if training_pass is not None:
-            router_pass = RouterPass(training_pass, None if token_mask is None else token_mask.flatten())
+        if router_pass is not None:
             layer_inputs["position_ids"] = mark(position_ids, router_pass)
-            under_way = running(router_pass)
-        with under_way:
-            outputs: MoeModelOutputWithPast = self._run_layers(
-                inputs_embeds, return_dict=True, **layer_inputs, **kwargs
-            )
-        if training_pass is not None and training_pass.targets is not None and past_length == 0:
-            hidden_states = outputs.last_hidden_state
-            if training_pass.mtp_loss_weight:
-                layer_inputs["past_key_values"] = None
-                passed_on = (token_mask, given_positions, layer_inputs | kwargs)
-                hidden_states = carry_mtp_loss(self, hidden_states, inputs_embeds, training_pass, *passed_on)
-            if not training_pass.loss_is_known:
-                hidden_states = await_loss(self, hidden_states, training_pass)
-            outputs.last_hidden_state = hidden_states
-        return outputs
+        return Beginning(inputs_embeds, layer_inputs, given_positions, past_length, token_mask, router_pass)
 
     @capture_outputs
     def _run_layers(self, hidden_states: torch.Tensor, **kwargs: Any) -> MoeModelOutputWithPast:
@@ -325,6 +358,33 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=kwargs["past_key_values"]
         )
+
+    def finish(self, hidden_states: torch.Tensor, beginning: "Beginning", **kwargs: Any) -> torch.Tensor:
+        """What comes after the layers in training: losses beside the main one are computed, and go with the result.
+
+        Args:
+            hidden_states: `(B, Q, D)`, after the last norm.
+            beginning: what `begin` gave. kwargs: those that the layers were given besides.
+
+        Returns:
+            `hidden_states`, whose gradient carries these losses.
+        """
+        if beginning.router_pass is None or beginning.past_length != 0:
+            return hidden_states
+        training_pass = beginning.router_pass.training_pass
+        if training_pass.targets is None:
+            return hidden_states
+        if training_pass.mtp_loss_weight:
+            hidden_states = carry_mtp_loss(
+                self,
+                hidden_states,
+                beginning.inputs_embeds,
+                training_pass,
+                beginning.token_mask,
+                beginning.given_positions,
+                beginning.layer_inputs | {"past_key_values": None} | kwargs,
+            )
+        return hidden_states if training_pass.loss_is_known else await_loss(self, hidden_states, training_pass)
 
 
 class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, native.DeepseekV3ForCausalLM):

@@ -1,0 +1,179 @@
+"""A step of decoding by the compiled CPU backend: all layers of a model in one call, on threads that stay awake.
+
+A `Program` is the flat description of a model that the compiled code walks through (`csrc/step.c`): addresses, shapes
+and settings. It owns nothing: whoever keeps one makes sure that what it was made from is still there, unchanged.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import library
+from .operators import TYPES, out_of_memory
+
+
+_pointer, _integer, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("weight", _pointer), ("scale", _pointer), ("bias", _pointer), ("type", _integer)]
+
+
+_MATRICES = ("q_a", "q_b", "kv_a", "o", "gate_up", "down", "shared_gate", "shared_up", "shared_down")
+_ADDRESSES = ("input_norm", "q_norm", "kv_norm", "post_norm", "kv_b", "router", "router_bias")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Matrix) for name in _MATRICES),
+        *((name, _pointer) for name in _ADDRESSES),
+        *((name, _integer) for name in ("L", "E", "I", "S", "K", "groups", "top_groups", "normalize")),
+        *((name, _real) for name in ("input_eps", "q_eps", "kv_eps", "post_eps", "softmax_scale", "router_factor")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("layer", "norm", "cos", "sin")),
+        *((name, _integer) for name in ("layers", "type", "D", "H", "N", "P", "R", "V", "interleave", "activations")),
+        ("eps", _real),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("latent", "k_rope")),
+        *((name, _integer * 3) for name in ("latent_of", "k_rope_of")),
+        ("length", _integer),
+    ]
+
+
+# As `csrc/dsv3.h` declares them, which a test compares
+STRUCTURES = {"dsv3_matrix": _Matrix, "dsv3_layer": _Layer, "dsv3_model": _Model, "dsv3_cache": _Cache}
+
+
+def _matrix(layer: Any, name: str = "weight") -> _Matrix:
+    """The weight of a linear layer, or of the routed experts by its name, with its scale and bias."""
+    weight, scale = getattr(layer, name), getattr(layer, f"{name}_scale", None)
+    bias = getattr(layer, "bias", None) if name == "weight" else None
+    addresses = (None if each is None else each.data_ptr() for each in (weight, scale, bias))
+    return _Matrix(*addresses, TYPES[weight.dtype])
+
+
+def _describe(layer: Any) -> _Layer:
+    attention, network = layer.self_attn, layer.mlp
+    described = _Layer(
+        input_norm=layer.input_layernorm.weight.data_ptr(),
+        input_eps=layer.input_layernorm.variance_epsilon,
+        post_norm=layer.post_attention_layernorm.weight.data_ptr(),
+        post_eps=layer.post_attention_layernorm.variance_epsilon,
+        kv_a=_matrix(attention.kv_a_proj_with_mqa),
+        kv_norm=attention.kv_a_layernorm.weight.data_ptr(),
+        kv_eps=attention.kv_a_layernorm.variance_epsilon,
+        kv_b=attention.kv_b_proj.weight.data_ptr(),
+        o=_matrix(attention.o_proj),
+        softmax_scale=attention.scaling,
+    )
+    if attention.q_lora_rank is None:
+        described.q_b = _matrix(attention.q_proj)
+    else:
+        described.L = attention.q_lora_rank
+        described.q_a, described.q_b = _matrix(attention.q_a_proj), _matrix(attention.q_b_proj)
+        described.q_norm = attention.q_a_layernorm.weight.data_ptr()
+        described.q_eps = attention.q_a_layernorm.variance_epsilon
+    dense = network
+    if hasattr(network, "experts"):
+        router, experts, dense = network.gate, network.experts, network.shared_experts
+        described.gate_up, described.down = _matrix(experts, "gate_up_proj"), _matrix(experts, "down_proj")
+        described.router = router.weight.data_ptr()
+        described.router_bias = router.e_score_correction_bias.data_ptr()
+        described.E, described.I = experts.num_experts, experts.gate_up_proj.shape[1] // 2
+        described.K, described.groups, described.top_groups = router.top_k, router.num_group, router.topk_group
+        described.normalize, described.router_factor = router.norm_topk_prob, router.routed_scaling_factor
+    described.S = dense.gate_proj.weight.shape[0]
+    described.shared_gate, described.shared_up, described.shared_down = (
+        _matrix(part) for part in (dense.gate_proj, dense.up_proj, dense.down_proj)
+    )
+    return described
+
+
+class Program:
+    """A model's layers as the compiled code takes them.
+
+    Args:
+        layers: decoder layers, of plain modules with contiguous weights.
+        norm: the last one.
+        dtype: of the activations, bf16 or fp32.
+        interleave: whether rotary pairs are neighbours.
+    """
+
+    def __init__(self, layers: list[nn.Module], norm: nn.Module, dtype: torch.dtype, interleave: bool):
+        attention: Any = layers[0].self_attn
+        self._layers = (_Layer * len(layers))(*(_describe(layer) for layer in layers))
+        self._model = _Model(
+            layer=ctypes.addressof(self._layers),
+            layers=len(layers),
+            norm=norm.weight.data_ptr(),
+            eps=norm.variance_epsilon,
+            type=TYPES[dtype],
+            D=attention.hidden_size,
+            H=attention.num_heads,
+            N=attention.qk_nope_head_dim,
+            P=attention.qk_rope_head_dim,
+            R=attention.kv_lora_rank,
+            V=attention.v_head_dim,
+            interleave=interleave,
+        )
+        self._model_address = ctypes.addressof(self._model)
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def set_angles(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Takes the rotary angles of all positions from now on, `(positions, P)` each, contiguous."""
+        self._angles = (cos, sin)
+        self._model.cos, self._model.sin = cos.data_ptr(), sin.data_ptr()
+
+    def run(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        length: int,
+    ) -> torch.Tensor:
+        """One step.
+
+        Args:
+            x: embeddings `(B, Q, D)`, contiguous. positions: int64 `(B, Q)`, contiguous, within the angles.
+            mask: bool `(B, S)`, False for what no query may attend, its last dimension contiguous; None for nothing.
+            latent: `(layers, B, 1, room, R)`, k_rope: `(layers, B, 1, room, P)`, which is written behind `length`.
+
+        Returns:
+            `(B, Q, D)`, after the last norm.
+        """
+        B, Q, _ = x.shape
+        hidden = torch.empty_like(x)
+        of_latent, of_k_rope = latent.stride(), k_rope.stride()
+        cache = _Cache(
+            latent.data_ptr(),
+            k_rope.data_ptr(),
+            (of_latent[0], of_latent[1], of_latent[3]),
+            (of_k_rope[0], of_k_rope[1], of_k_rope[3]),
+            length,
+        )
+        if library.loaded.dsv3_step(
+            self._model_address,
+            ctypes.addressof(cache),
+            x.data_ptr(),
+            positions.data_ptr(),
+            None if mask is None else mask.data_ptr(),
+            0 if mask is None else mask.stride(0),
+            B,
+            Q,
+            hidden.data_ptr(),
+            torch.get_num_threads(),
+        ):
+            out_of_memory()
+        return hidden

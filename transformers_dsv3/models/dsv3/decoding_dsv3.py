@@ -1,0 +1,292 @@
+"""A step of decoding as one program: when there is one, what it rests on, and when it runs.
+
+The program (`kernels/cpu/step.py`) is made from the modules when decoding starts. It holds addresses, so before every
+step all that it was made from is compared with what it was: modules and their classes, hooks, settings, weights and
+where they lie. When anything has changed, it is made anew, or, where a module asks for its own call (adapters, hooks,
+other dtypes), the layers run one by one.
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
+
+from ...kernels import selection
+from ...kernels.backends import ABSORBED, MIXTURE, MLP, NORM, PROJECTIONS, ROUTER, STEP
+from ...kernels.cpu.step import Program
+from ...kernels.dispatch import launch, refusal_of_call
+from ...kernels.experts_auto import GROUPED_MM
+from ...kernels.selection import cpu_refusal, is_undisturbed, plain_refusal
+from .attention_dsv3 import DeepseekV3Attention, is_known_attention
+from .cache_dsv3 import shared_room
+from .decoder_dsv3 import DeepseekV3DecoderLayer
+from .inputs_dsv3 import check_inputs
+from .linear_dsv3 import DeepseekV3MLP
+from .moe_dsv3 import DeepseekV3Experts, DeepseekV3MoE, DeepseekV3TopkRouter
+from .norm_dsv3 import DeepseekV3RMSNorm
+
+
+# More tokens at once are better served layer by layer
+MOST_QUERIES, MOST_TOKENS = 8, 64
+# Angles are kept for at least so many positions
+FEWEST_ANGLES = 512
+
+# The classes whose modules a program stands for, with the `forward` that they and native's have
+_FORWARDS = tuple(
+    (kind, kind.forward)
+    for ours in (DeepseekV3DecoderLayer, DeepseekV3Attention, DeepseekV3MoE, DeepseekV3TopkRouter)
+    for kind in (ours, ours.__base__)
+) + ((native.DeepseekV3RotaryEmbedding, native.DeepseekV3RotaryEmbedding.forward),)
+# Those of them, and of their parts, whose attributes are settings
+_WITH_SETTINGS = frozenset(
+    (DeepseekV3Attention, DeepseekV3TopkRouter, DeepseekV3RMSNorm, DeepseekV3Experts, DeepseekV3MLP)
+    + (native.DeepseekV3RotaryEmbedding,)
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Angles of these follow the longest position of a call
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
+
+
+class _Grounds:
+    """What a program rests on, to be compared with what is there at the next step.
+
+    Most of it is compared in C: lists of dictionaries with copies of them, where the very same object is equal.
+    """
+
+    def __init__(self, model: Any):
+        self.roots = (model.layers, model.norm, model.rotary_emb)
+        modules = [module for root in self.roots for module in root.modules()]
+        states = [module.__dict__ for module in modules]
+        self.epoch = selection.epoch
+        plain = (selection.PLAIN_CLASSES.get(kind, ("", ()))[1] for kind in set(map(type, modules)))
+        forwards = [*_FORWARDS, *(pair for pairs in plain for pair in pairs)]
+        self.classes, self.forwards = map(list, zip(*forwards))
+        self.modules, self.states = modules, states
+        self.hooks = [state[name] for state in states for name in _HOOKS]
+        self.held = [state[name] for state in states for name in ("_modules", "_parameters", "_buffers")]
+        self.settings = [state for module, state in zip(modules, states) if type(module) in _WITH_SETTINGS]
+        self.settings.append(model.config.__dict__)
+        places = [state[name] for state in states for name in ("_parameters", "_buffers")]
+        self.tensors = [tensor for place in places for tensor in place.values() if tensor is not None]
+        self.were: tuple = (list(map(dict, self.held)), list(map(dict, self.settings)), *self._rest())
+
+    def _rest(self) -> tuple:
+        tensors = self.tensors
+        return (
+            list(map(type, self.modules)),
+            list(map(len, self.states)),  # which grow where a `forward` is put into a module
+            list(map(torch.Tensor.data_ptr, tensors)),
+            list(map(torch.Tensor.numel, tensors)),
+            list(map(torch.Tensor.is_contiguous, tensors)),
+            [tensor.dtype for tensor in tensors],
+            [buffer._version for buffer in self.roots[2]._buffers.values()],  # angles are computed from these
+        )
+
+    def hold(self, model: Any) -> bool:
+        """Whether all of it is as it was."""
+        parts = model._modules
+        if (parts["layers"], parts["norm"], parts["rotary_emb"]) != self.roots or self.epoch != selection.epoch:
+            return False
+        if any(self.hooks) or [kind.forward for kind in self.classes] != self.forwards:
+            return False
+        try:
+            return (self.held, self.settings, *self._rest()) == self.were
+        except RuntimeError:
+            return False  # another tensor is somewhere: whether tensors are equal has no one answer
+
+
+def _layer_refusal(layer: Any, x: torch.Tensor, cos: torch.Tensor) -> str | None:
+    """Why a decoder layer, or some part of it, has to be called, or None where a program may stand for it."""
+    if type(layer) is not DeepseekV3DecoderLayer:
+        return f"is a {type(layer).__name__}"
+    attention, network = layer.self_attn, layer.mlp
+    if type(attention) is not DeepseekV3Attention:
+        return f"has a {type(attention).__name__}"
+    for name, module in layer.named_modules():
+        if (reason := selection.bypass_refusal(name or "layer", module)) is not None:
+            return reason
+    if (reason := attention.absorbed_refusal() or plain_refusal("o_proj", attention.o_proj, "linear")) is not None:
+        return reason
+    if attention.is_head_parallel or not attention.o_proj.weight.is_contiguous():
+        return "takes whole and contiguous weights, o_proj's is not"
+    query = x.new_empty(1, attention.num_heads, 1, attention.qk_nope_head_dim)
+    latent, k_rope = x.new_empty(1, 1, attention.kv_lora_rank), x.new_empty(1, 1, attention.qk_rope_head_dim)
+    rope = query.new_empty(*query.shape[:3], attention.qk_rope_head_dim)
+    absorbed = (rope, latent, k_rope, attention.kv_b_proj.weight, None, attention.scaling)
+    asked: list[tuple] = [
+        (PROJECTIONS, attention, x, attention, cos, cos, attention.config.rope_interleave),
+        (ABSORBED, attention, query, *absorbed),
+    ]
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        if (reason := plain_refusal("a norm", norm, "norm")) is not None:
+            return reason
+        asked.append((NORM, norm, x, norm.weight, norm.variance_epsilon))
+    flat = x[0]
+    if type(network) is DeepseekV3MoE:
+        router, experts = network.gate, network.experts
+        if type(router) is not DeepseekV3TopkRouter or type(experts) not in selection.PLAIN_CLASSES:
+            return f"has a {type(router).__name__} or {type(experts).__name__}"
+        if experts.config._experts_implementation not in ("auto", "cpu"):
+            return f"experts are served by {experts.config._experts_implementation!r}, as chosen"
+        if not getattr(network.shared_experts, "intermediate_size", 1):
+            return "takes mixtures with shared experts"
+        index = torch.zeros(1, router.top_k, dtype=torch.int64, device="cpu")
+        asked.append((MIXTURE, network, flat, experts, index, index.float(), network.shared_experts))
+        groups, factor = (router.num_group, router.topk_group, router.top_k), router.routed_scaling_factor
+        settings = (*groups, router.norm_topk_prob, factor)
+        asked.append((ROUTER, router, flat, router.weight, router.e_score_correction_bias, *settings))
+    else:
+        asked.append((MLP, network, x, network))
+    reasons = (refusal_of_call(op, op["cpu"], module, *arguments) for op, module, *arguments in asked)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def decoding_refusal(model: Any, dtype: torch.dtype | None = None) -> str | None:
+    """Why steps of a `DeepseekV3Model` run layer by layer whatever their tokens, or None where a program may run them.
+
+    Args:
+        dtype: of its activations, that of its last norm unless given.
+    """
+    config = model.config
+    implementation = config._attn_implementation
+    if implementation != "sdpa" or not is_known_attention("sdpa"):
+        return f"takes attention by 'sdpa', not {implementation!r}"
+    if config.output_attentions or config.output_hidden_states or getattr(config, "output_router_logits", False):
+        return "gives what is within no layer, which the config asks for"
+    if ALL_EXPERTS_FUNCTIONS["grouped_mm"] is not GROUPED_MM:
+        return "the function 'grouped_mm' for experts was replaced"
+    if any(kind.forward is not forward for kind, forward in _FORWARDS):
+        return "the forward of a class was replaced"
+    rotary = model.rotary_emb
+    if type(rotary) is not native.DeepseekV3RotaryEmbedding:
+        return f"takes native's rotary embedding, not a {type(rotary).__name__}"
+    if rotary.rope_type in _ROPE_BY_LENGTH:
+        return f"rotary embeddings of type {rotary.rope_type!r} follow the longest position of a call"
+    for name, module in (("layers", model.layers), ("rotary_emb", rotary)):
+        if (reason := selection.bypass_refusal(name, module)) is not None:
+            return reason
+    if (reason := plain_refusal("the last norm", model.norm, "norm")) is not None:
+        return reason
+    layers = model.layers[: config.num_hidden_layers]
+    if not len(layers) or model.training:
+        return "is for decoding by a model with layers, in evaluation mode"
+    with torch.no_grad():
+        x = torch.empty(1, 1, config.hidden_size, dtype=dtype or model.norm.weight.dtype, device="cpu")
+        cos = x.new_empty(1, 1, config.qk_rope_head_dim)
+        if (reason := refusal_of_call(NORM, NORM["cpu"], model.norm, x, model.norm.weight, 0.0)) is not None:
+            return reason
+        for index, layer in enumerate(layers):
+            if getattr(getattr(layer, "self_attn", None), "layer_idx", None) != index:
+                return f"layer {index}'s place in the cache is another"
+            if reason := _layer_refusal(layer, x, cos) or cpu_refusal("linear", x, layer.self_attn.o_proj.weight):
+                return f"layer {index}: {reason}"
+    return None
+
+
+class Decoding:
+    """The program of one [`DeepseekV3Model`]: made when first needed, and again when what it rests on has changed."""
+
+    def __init__(self) -> None:
+        self._program: Program | None = None
+        self._grounds: _Grounds | None = None
+        self._dtype: torch.dtype | None = None
+        self._angles = 0  # positions that there are angles of
+        self._asked: tuple | None = None  # for what the refusal was found
+
+    def __deepcopy__(self, memo: dict) -> "Decoding":
+        return Decoding()  # a copy of the model has weights of its own
+
+    def __reduce__(self) -> tuple:
+        return Decoding, ()
+
+    @staticmethod
+    def refusal(model: Any) -> str | None:
+        """Why the steps of a model run layer by layer, for `explain`, or None."""
+        return decoding_refusal(model)
+
+    def run(
+        self,
+        model: Any,
+        input_ids: torch.Tensor | None,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        cache: Cache,
+        inputs_embeds: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """A step by the program, or None where the layers are to run.
+
+        Arguments are those of [`DeepseekV3Model.forward`].
+
+        Returns:
+            The last hidden states `(B, Q, D)`. The cache then holds the new tokens.
+        """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None) or tokens.dim() < 2:
+            return None
+        B, Q = tokens.shape[:2]
+        if not 0 < Q <= MOST_QUERIES or B * Q > MOST_TOKENS or model.training or not is_undisturbed(tokens):
+            return None
+        if "is_causal" in kwargs or any(value is not None and value is not False for value in kwargs.values()):
+            return None
+        length = cache.get_seq_length()
+        attention: Any = model.layers[0].self_attn if len(model.layers) else None
+        if (
+            not length
+            or type(attention) is not DeepseekV3Attention
+            or not attention.is_absorbed_cheaper(Q, length + Q)
+        ):
+            return None
+        mask = None
+        if attention_mask is not None:
+            if type(attention_mask) is not torch.Tensor or attention_mask.shape != (B, length + Q):
+                return None
+            mask = attention_mask.bool()
+            mask = None if mask.all() else mask.contiguous()
+        check_inputs(model.config, model.embed_tokens, input_ids, inputs_embeds, attention_mask, position_ids, length)
+        x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if type(x) is not torch.Tensor or x.shape[:2] != (B, Q) or not self._is_ready(model, x.dtype, cache):
+            return None
+        if position_ids is None:
+            position_ids = torch.arange(length, length + Q, device="cpu")[None]
+        first, last = (int(value) for value in position_ids.aminmax())
+        if position_ids.shape[-1] != Q or position_ids.dtype is not torch.int64 or first < 0:
+            return None
+        program = self._reach(model, x, last + 1)
+        room = shared_room(cache, len(model.layers[: model.config.num_hidden_layers]), x)
+        if room is None:
+            return None
+        positions = position_ids.expand(B, Q).contiguous()
+        arguments = (positions, mask, room.latent, room.k_rope, length)
+        hidden_states = launch(STEP["program"], program.run, x.contiguous(), *arguments)
+        if hidden_states is not None:
+            room.give_out(cache.layers, length + Q)
+        return hidden_states
+
+    def _is_ready(self, model: Any, dtype: torch.dtype, cache: Cache) -> bool:
+        """Whether there is a program for what the model is now."""
+        if self._grounds is not None and self._dtype is dtype and self._grounds.hold(model):
+            return ALL_EXPERTS_FUNCTIONS["grouped_mm"] is GROUPED_MM and is_known_attention("sdpa")
+        # What refuses it stays for a text, mostly: it is not asked again at each of its steps
+        asked = (id(cache), dtype, selection.epoch)
+        if self._grounds is None and self._asked == asked:
+            return False
+        self._program = self._grounds = None
+        self._asked, self._angles = asked, 0
+        if STEP["program"].failure is not None or decoding_refusal(model, dtype) is not None:
+            return False
+        layers = list(model.layers[: model.config.num_hidden_layers])
+        self._program = Program(layers, model.norm, dtype, layers[0].self_attn.config.rope_interleave)
+        self._grounds, self._dtype = _Grounds(model), dtype
+        return True
+
+    def _reach(self, model: Any, x: torch.Tensor, positions: int) -> Program:
+        """The program, with angles of so many positions."""
+        assert self._program is not None
+        if positions > self._angles:
+            self._angles = max(FEWEST_ANGLES, positions + positions // 2)
+            cos, sin = model.rotary_emb(x, torch.arange(self._angles, device="cpu")[None])
+            self._program.set_angles(cos[0].contiguous(), sin[0].contiguous())
+        return self._program
