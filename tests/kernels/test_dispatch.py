@@ -202,7 +202,7 @@ def test_models_are_pickled_without_decisions(make_model):
 @pytest.mark.skipif(library.unavailable is not None, reason="needs the compiled CPU backend")
 def test_calls_of_a_decoding_step():
     """Python's own cost: what is decided once is not asked at every step."""
-    assert decode_step_calls.count().total() <= 150
+    assert decode_step_calls.count().total() <= 50
 
 
 HEADER = Path(transformers_dsv3.__path__[0], "kernels", "csrc", "dsv3.h")
