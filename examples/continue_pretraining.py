@@ -7,20 +7,20 @@ TrainingArguments: for larger models --gradient_checkpointing, --bf16, --fsdp. e
 Needs `datasets`.
 """
 
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 
-from transformers_dsv3 import Dsv3Config, LoadBalancingCallback, MtpObjectiveCallback
+from transformers_dsv3 import LoadBalancingCallback, MtpObjectiveCallback
 from transformers_dsv3.data.local_paths import local_or_hub
 from transformers_dsv3.evaluation.training_record import result, save_training_record
-from transformers_dsv3.training.checkpoints import checkpoint_step
 from transformers_dsv3.training.held_out_metrics import BitsPerByteMetric, nats_of_rows
+from transformers_dsv3.training.model_arguments import read_config
 from transformers_dsv3.training.run_folder import RunFolder
-from transformers_dsv3.training.script_arguments import ScriptArgumentParser, check_reporting
+from transformers_dsv3.training.script_arguments import ScriptArgumentParser, check_reporting, exit_on_refusal
 from transformers_dsv3.training.stream_position import StreamPosition, check_stream_arguments
 from transformers_dsv3.training.text_arguments import TextArguments, given_or_trained_tokenizer
 
@@ -29,63 +29,45 @@ from transformers_dsv3.training.text_arguments import TextArguments, given_or_tr
 class ModelArguments:
     """The checkpoint, and what is trained beside next-token prediction."""
 
-    model: str = field(metadata={"help": "An official deepseek_v3 checkpoint: a folder, or a name on the Hub."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Default: the checkpoint's own."})
-    bias_update_rate: float = field(
-        default=1e-3,
-        metadata={"help": "How far a router's bias moves a step to follow the text's needs. 0: not at all."},
+    model: str = HfArg(help="An official deepseek_v3 checkpoint: a folder, or a name on the Hub.")
+    tokenizer: str | None = HfArg(default=None, help="Default: the checkpoint's own.")
+    bias_update_rate: float = HfArg(
+        default=1e-3, help="How far a router's bias moves a step to follow the text's needs. 0: not at all."
     )
-    mtp_weight: float = field(
-        default=0.1,
-        metadata={"help": "Weight of the multi-token prediction loss, if there are MTP layers. 0: untrained."},
+    mtp_weight: float = HfArg(
+        default=0.1, help="Weight of the multi-token prediction loss, if there are MTP layers. 0: untrained."
     )
 
 
-def read_config(arguments: ModelArguments) -> Dsv3Config:
-    arguments.model = local_or_hub(arguments.model, one_of=["config.json"])
-    config = AutoConfig.from_pretrained(arguments.model)
-    if not isinstance(config, Dsv3Config):
-        raise ValueError(f"--model {arguments.model} is of model type {config.model_type!r}, not deepseek_v3")
-    return config
-
-
-def main(model_args: ModelArguments, text_args: TextArguments, training_args: TrainingArguments) -> None:
-    folder = RunFolder(training_args.output_dir)
-    is_main_process = training_args.process_index == 0
-    try:  # whatever is wrong with what was asked for, before anything is trained
-        check_stream_arguments(training_args)
-        check_reporting(training_args)
-        config = read_config(model_args)
+def main(model_args: ModelArguments, text_args: TextArguments, args: TrainingArguments) -> None:
+    folder, say = RunFolder(args.output_dir), PartialState().on_main_process(print)
+    with exit_on_refusal():  # whatever is wrong with what was asked for, before anything is trained
+        check_stream_arguments(args)
+        check_reporting(args)
+        model_args.model = local_or_hub(model_args.model, one_of=["config.json"])
+        config = read_config(model_args.model)
         text_args.check(config.max_position_embeddings)
-        text = text_args.stream(training_args.seed, exclude=folder.path)
-        settings = {**asdict(model_args), **text_args.settings(text), "seed": training_args.seed}
+        text = text_args.stream(args.seed, exclude=folder.path)
+        settings = {**asdict(model_args), **text_args.settings(text), "seed": args.seed}
         folder.check(settings)
-        if folder.is_finished(training_args):
-            if is_main_process:
-                print(f"{folder.path} is finished, at step {training_args.max_steps:,}: more --max_steps train it on.")
-            return
-        with training_args.main_process_first():
+        if folder.is_finished(args):
+            return say(f"{folder.path} is finished, at step {args.max_steps:,}: more --max_steps train it on.")
+        with args.main_process_first():
             name = folder.tokenizer or model_args.tokenizer or model_args.model
             tokenizer = given_or_trained_tokenizer(name, text, config)
-            train_dataset, eval_dataset = text_args.datasets(text, tokenizer, training_args.seed)
-            checkpoint = folder.checkpoint_to_resume(training_args)
+            train_dataset, eval_dataset = text_args.datasets(text, tokenizer, args.seed)
+            checkpoint = folder.checkpoint_to_resume(args)
             folder.record(settings, tokenizer)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"continue_pretraining.py: {error}")
-    if is_main_process:
-        print(f"Text: {text.source}, {text.split}. From {checkpoint or model_args.model}.")
+    say(f"Text: {text.source}, {text.split}. From {checkpoint or model_args.model}.")
 
-    set_seed(training_args.seed)
-    if checkpoint is not None and checkpoint_step(checkpoint) == training_args.max_steps:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)  # only the end is left to do
-    else:
-        model = AutoModelForCausalLM.from_pretrained(model_args.model, dtype=torch.float32)
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_pretrained(model_args.model, dtype=torch.float32)
     callbacks = [StreamPosition(train_dataset), LoadBalancingCallback(model_args.bias_update_rate)]
     if model_args.mtp_weight and config.num_nextn_predict_layers:
         callbacks.append(MtpObjectiveCallback(model_args.mtp_weight, final_weight=model_args.mtp_weight))
     trainer = Trainer(
         model=model,
-        args=training_args,
+        args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
@@ -98,7 +80,7 @@ def main(model_args: ModelArguments, text_args: TextArguments, training_args: Tr
         save_training_record(
             folder.path,
             method="continued pre-training",
-            arguments=training_args,
+            arguments=args,
             state=trainer.state,
             data=text.to_dict(),
             block_size=text_args.block_size,
@@ -108,8 +90,7 @@ def main(model_args: ModelArguments, text_args: TextArguments, training_args: Tr
         )
 
     folder.train_evaluate_save(trainer, checkpoint, record)
-    if is_main_process:
-        print(f"Saved in {folder.path}, an official checkpoint, which AutoModelForCausalLM and pipeline open.")
+    say(f"Saved in {folder.path}, an official checkpoint, which AutoModelForCausalLM and pipeline open.")
 
 
 if __name__ == "__main__":
@@ -123,16 +104,7 @@ if __name__ == "__main__":
         lr_scheduler_type="cosine",
         weight_decay=0.1,
         adam_beta2=0.95,
-        logging_steps=10,
-        save_steps=50,
         eval_steps=100,
         eval_strategy="steps",
-        save_total_limit=2,
-        # Two threads otherwise add the gradients of an embedding row in any order, and no two runs end alike.
-        full_determinism=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.accelerator.is_available(),  # else several processes would each train by themselves
     )
-    arguments = parser.parse_args_into_dataclasses()
-    with RunFolder(arguments[-1].output_dir).explaining_interruption(arguments[-1]):
-        main(*arguments)
+    parser.run(main)

@@ -13,26 +13,24 @@ TrainingArguments:
 examples/esft.md says how to choose p and the score. Needs `datasets`.
 """
 
-import json
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 
-from transformers_dsv3 import Dsv3Config, ESFTCallback, ExpertSelection, score_experts
-from transformers_dsv3.data.local_paths import local_or_hub
+from transformers_dsv3 import ESFTCallback, ExpertSelection, score_experts
 from transformers_dsv3.data.packed_stream import HeldOutBlocks
 from transformers_dsv3.data.python_reference import python_reference
-from transformers_dsv3.data.text_stream import stream_corpus, stream_files
-from transformers_dsv3.evaluation.training_record import result, save_training_record
-from transformers_dsv3.files import write_json
-from transformers_dsv3.training.checkpoints import checkpoint_step
+from transformers_dsv3.data.text_stream import stream_files
+from transformers_dsv3.evaluation.training_record import loss_results, save_training_record
 from transformers_dsv3.training.expert_scores import SELECTION_FILE
+from transformers_dsv3.training.held_out_metrics import loss_changes
+from transformers_dsv3.training.model_arguments import read_config
 from transformers_dsv3.training.run_folder import RunFolder
-from transformers_dsv3.training.script_arguments import ScriptArgumentParser
+from transformers_dsv3.training.script_arguments import ScriptArgumentParser, exit_on_refusal
 from transformers_dsv3.training.stream_position import StreamPosition, check_stream_arguments
 from transformers_dsv3.training.text_arguments import TextArguments, given_or_trained_tokenizer
 
@@ -41,43 +39,35 @@ from transformers_dsv3.training.text_arguments import TextArguments, given_or_tr
 class EsftArguments:
     """The checkpoint, how its experts are selected, and the text that must not suffer."""
 
-    model: str = field(
-        default="./dsv3-quickstart",
-        metadata={"help": "An official deepseek_v3 checkpoint: a folder, or a name on the Hub."},
+    model: str = HfArg(
+        default="./dsv3-quickstart", help="An official deepseek_v3 checkpoint: a folder, or a name on the Hub."
     )
-    score: str = field(
-        default="token",
-        metadata={"help": "Score by how often tokens choose an expert, or by its gate.", "choices": ["token", "gate"]},
+    score: Literal["token", "gate"] = HfArg(
+        default="token", help="Score by how often tokens choose an expert, or by its gate."
     )
-    p: float | None = field(
-        default=None, metadata={"help": "Share of the scores to reach. Default: 0.2 by token, 0.1 by gate."}
-    )
-    score_blocks: int = field(default=128, metadata={"help": "Blocks of the domain's text to score experts on."})
-    general: list[str] | None = field(
+    p: float | None = HfArg(default=None, help="Share of the scores to reach. Default: 0.2 by token, 0.1 by gate.")
+    score_blocks: int = HfArg(default=128, help="Blocks of the domain's text to score experts on.")
+    general: list[str] | None = HfArg(
         default=None,
-        metadata={"help": "Files or folders of general text, of which a part is measured. Default: standard library."},
+        help="Files or folders of general text, of which a part is measured. Default: standard library.",
     )
 
 
-def main(esft_args: EsftArguments, text_args: TextArguments, training_args: TrainingArguments) -> None:
-    folder = RunFolder(training_args.output_dir)
-    try:  # whatever is wrong with what was asked for, before anything is trained
-        check_stream_arguments(training_args)
-        config = AutoConfig.from_pretrained(local_or_hub(esft_args.model, one_of=["config.json"]))
-        if not isinstance(config, Dsv3Config):
-            raise ValueError(f"--model {esft_args.model} is of model type {config.model_type!r}, not deepseek_v3")
+def main(esft_args: EsftArguments, text_args: TextArguments, args: TrainingArguments) -> None:
+    folder = RunFolder(args.output_dir)
+    with exit_on_refusal():  # whatever is wrong with what was asked for, before anything is trained
+        check_stream_arguments(args)
+        config = read_config(esft_args.model)
         text_args.check(config.max_position_embeddings)
-        own = text_args.text or text_args.dataset
-        seed = training_args.seed
-        text = text_args.stream(seed, folder.path) if own else stream_corpus(python_reference(), seed)
-        general = stream_files([Path(path) for path in esft_args.general] if esft_args.general else None)
-        settings = {**asdict(esft_args), **text_args.settings(text), "seed": seed}
+        text = text_args.stream(args.seed, exclude=folder.path, default=python_reference())
+        general = stream_files(esft_args.general)
+        settings = {**asdict(esft_args), **text_args.settings(text), "seed": args.seed}
         folder.check(settings)
         tokenizer = given_or_trained_tokenizer(folder.tokenizer or esft_args.model, text, config)
-        train_dataset, domain_blocks = text_args.datasets(text, tokenizer, seed)
+        train_dataset, domain_blocks = text_args.datasets(text, tokenizer, args.seed)
         general_blocks = HeldOutBlocks(general, tokenizer, text_args.block_size, text_args.reset_positions)
-        checkpoint = folder.checkpoint_to_resume(training_args)
-        set_seed(seed)
+        checkpoint = folder.checkpoint_to_resume(args)
+        set_seed(args.seed)
         model = AutoModelForCausalLM.from_pretrained(esft_args.model, dtype=torch.float32)
         if (folder.path / SELECTION_FILE).exists():
             selection = ExpertSelection.load(folder.path)
@@ -86,49 +76,35 @@ def main(esft_args: EsftArguments, text_args: TextArguments, training_args: Trai
             selection = scores.select(by=esft_args.score, p=esft_args.p)
         folder.record(settings, tokenizer)
         selection.save(folder.path)
-    except (ValueError, OSError) as error:
-        sys.exit(f"esft.py: {error}")
     print(f"Domain: {text.source}, {text.split}. General: {general.source}, {general.split}.")
 
     esft = ESFTCallback(selection)
     trainer = Trainer(
         model=model,
-        args=training_args,
+        args=args,
         train_dataset=train_dataset,
         eval_dataset={"domain": domain_blocks, "general": general_blocks},
         processing_class=tokenizer,
         callbacks=[StreamPosition(train_dataset), esft],
     )
     print(f"Trained by {selection.score} with p = {selection.p:g}:\n{esft.share}")
-    before_path = folder.path / "before_results.json"
-    if not before_path.exists():
-        write_json(before_path, trainer.evaluate())
-    if checkpoint is not None and checkpoint_step(checkpoint) == training_args.max_steps:
-        model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint).state_dict())  # only the end is left
-    before = json.loads(before_path.read_text())
-    parts = {"domain": text, "general": general}
+    before = folder.measured_before(trainer.evaluate)
 
     def record(after: dict[str, float]) -> None:
-        losses = {name: f"eval_{name}_loss" for name in parts}
         save_training_record(
             folder.path,
             method="ESFT",
-            arguments=training_args,
+            arguments=args,
             state=trainer.state,
             data={**text.to_dict(), "general_text": general.to_dict()},
             block_size=text_args.block_size,
             parameters={"trained": esft.share.trained, "total": esft.share.total},
             settings={**asdict(esft_args), "selection": selection.to_dict()},
             base=esft_args.model,
-            results=[result("loss", f"held-out {n} text", after[key], before[key]) for n, key in losses.items()],
+            results=loss_results(before, after),
         )
 
-    folder.train_evaluate_save(trainer, checkpoint, record)
-
-    after = json.loads((folder.path / "eval_results.json").read_text())
-    for name in parts:
-        values = [results[f"eval_{name}_loss"] for results in (before, after)]
-        print(f"{name:8} held-out loss {values[0]:.3f} before, {values[1]:.3f} after ({values[1] - values[0]:+.3f})")
+    print(loss_changes(before, folder.train_evaluate_save(trainer, checkpoint, record)))
     print(f"Saved in {folder.path}, an official checkpoint: pipeline('text-generation', '{folder.path}') opens it.")
 
 
@@ -140,14 +116,5 @@ if __name__ == "__main__":
         per_device_train_batch_size=4,
         learning_rate=3e-3,
         warmup_steps=15,
-        logging_steps=10,
-        save_steps=50,
-        save_total_limit=2,
-        # Two threads otherwise add the gradients of an embedding row in any order, and no two runs end alike.
-        full_determinism=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.accelerator.is_available(),
     )
-    arguments = parser.parse_args_into_dataclasses()
-    with RunFolder(arguments[-1].output_dir).explaining_interruption(arguments[-1]):
-        main(*arguments)
+    parser.run(main)

@@ -10,22 +10,17 @@ quickstart holds out) decide nothing. Every run is written to --results when it 
 those that are missing. Two cores take about half an hour.
 """
 
-from __future__ import annotations
-
-import json
-import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, set_seed
+from transformers.hf_argparser import HfArg
 
-import transformers_dsv3
-from transformers_dsv3.data.byte_bpe import TokenBlocks, token_stream
-from transformers_dsv3.data.python_reference import python_reference
-from transformers_dsv3.data.text_files import build_corpus, standard_library
-from transformers_dsv3.files import write_json
+from transformers_dsv3 import ESFTCallback, ExpertSelection, LoadBalancingCallback, lora_config, score_experts
+from transformers_dsv3.data.domain_blocks import DomainBlocks, python_domain_blocks
+from transformers_dsv3.training.study import Study, best_rate, losses_of, mean_of_seeds, study_arguments
 
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -34,160 +29,91 @@ FIRST_TRIED = (3e-3, 1e-2)
 METHODS = ("esft token", "lora", "full", "random experts", "esft half", "lora half")
 # Methods with the learning rate that was found for another
 SAME_RATE = {"random experts": "esft token", "esft half": "esft token", "lora half": "lora"}
-# Experts are scored on every so many blocks
-SCORED = 6
 
 
 @dataclass
 class Arguments:
-    model: str = field(default="./dsv3-quickstart", metadata={"help": "The checkpoint to specialise."})
-    results: Path = field(default=Path("esft_study.json"), metadata={"help": "JSON file."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Which ones."})
-    steps: int = field(default=150, metadata={"help": "Optimizer steps of 4 x 256 tokens."})
-    seeds: int = field(default=3, metadata={"help": "How many."})
-    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    model: str = HfArg(default="./dsv3-quickstart", help="The checkpoint to specialise.")
+    results: Path = HfArg(default=Path("esft_study.json"), help="JSON file.")
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help="Which ones.")
+    steps: int = HfArg(default=150, help="Optimizer steps of 4 x 256 tokens.")
+    seeds: int = HfArg(default=3, help="How many.")
+    threads: int = HfArg(default=2, help="CPU threads.")
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Blocks of 256 tokens."""
-
-    train: TokenBlocks
-    validation: TokenBlocks
-    test: TokenBlocks
-    general: TokenBlocks
-
-
-def read_texts(tokenizer) -> Texts:
-    domain = python_reference()
-    parts: tuple[list[str], list[str]] = ([], [])
-    for document in sorted(domain.held_out, key=lambda document: -document.n_bytes):
-        min(parts, key=lambda part: sum(map(len, part))).append(document.text)  # two halves of about the same size
-    general = build_corpus(standard_library(), "").held_out
-    texts = ([d.text for d in domain.train], *parts, [d.text for d in general])
-    return Texts(*(TokenBlocks(token_stream(tokenizer, part), 256) for part in texts))
-
-
-def prepare(method: str, model, texts: Texts, seed: int):
+def prepare(method: str, model, texts: DomainBlocks, seed: int):
     """The model to train and the trainer's callbacks."""
     if method == "none":
         return model, []
     if method == "full":
-        return model, [transformers_dsv3.LoadBalancingCallback(1e-3)]
-    scores = transformers_dsv3.score_experts(model, [{"input_ids": texts.train.blocks[::SCORED]}])
+        return model, [LoadBalancingCallback(1e-3)]
+    scores = score_experts(model, [{"input_ids": texts.train.blocks[::6]}])  # a sixth is enough
     selection = scores.select(by="token", p=0.5 if method.endswith("half") else None)
+    if method.startswith("lora"):
+        return adapted(model, selection), []
     if method == "random experts":
-        generator = torch.Generator().manual_seed(seed)
-        chosen = {
-            layer: tuple(torch.randperm(selection.n_experts, generator=generator)[: len(experts)].tolist())
-            for layer, experts in selection.experts.items()
-        }
-        selection = transformers_dsv3.ExpertSelection(chosen, selection.n_experts, "random", selection.p)
-    if not method.startswith("lora"):
-        return model, [transformers_dsv3.ESFTCallback(selection)]
-    wanted = (
-        sum(map(len, selection.experts.values())) * 3 * model.config.hidden_size * model.config.moe_intermediate_size
-    )
+        selection = selection.at_random(seed)
+    return model, [ESFTCallback(selection)]
 
-    def adapted(rank: int):
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            # Attention of the main model's layers; the MTP layer behind them has no part in the loss
-            target_modules=rf".*\.layers\.[0-{model.config.num_hidden_layers - 1}]\.self_attn\.(q_a_proj|q_b_proj"
-            r"|kv_a_proj_with_mqa|kv_b_proj|o_proj)",
-            target_parameters=[
-                f"layers.{layer}.mlp.experts.{name}"
-                for layer in selection.experts
-                for name in ("gate_up_proj", "down_proj")
-            ],
-        )
-        return get_peft_model(model, config)
 
-    def count(model) -> int:
-        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def adapted(model, selection: ExpertSelection):
+    """The model with LoRA on attention and experts, of the rank that trains as many parameters as ESFT would."""
+    selected = sum(map(len, selection.experts.values()))
+    wanted = selected * 3 * model.config.hidden_size * model.config.moe_intermediate_size
 
-    one = adapted(1)
-    rank = round(wanted / count(one))
+    def of_rank(rank: int):
+        return get_peft_model(model, lora_config(model, rank=rank, where=("attention", "experts"), lora_alpha=rank))
+
+    one = of_rank(1)
+    rank = round(wanted / one.num_parameters(only_trainable=True))
     one.unload()
-    return adapted(rank), []
+    return of_rank(rank)
 
 
-def run(method: str, rate: float, seed: int, arguments: Arguments, texts: Texts) -> dict[str, float]:
+def run(method: str, rate: float, seed: int, arguments: Arguments, texts: DomainBlocks) -> dict[str, float]:
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     total = model.num_parameters()
     model, callbacks = prepare(method, model, texts, seed)
     set_seed(seed)
-    args = TrainingArguments(
-        output_dir="esft_study",
+    args = study_arguments(
+        "esft_study",
+        seed,
         max_steps=arguments.steps,
         per_device_train_batch_size=4,
-        per_device_eval_batch_size=8,
         learning_rate=rate,
         warmup_steps=max(arguments.steps // 10, 1),
-        weight_decay=0.0,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
-        full_determinism=not torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-        prediction_loss_only=True,
     )
     trainer = Trainer(model=model, args=args, train_dataset=texts.train, callbacks=callbacks)
-    trained = 0
-    if method != "none":
-        trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    trained = 0 if method == "none" else trainer.model.num_parameters(only_trainable=True)
+    if trained:
         trainer.train()
-    parts = {name: getattr(texts, name) for name in ("validation", "test", "general")}
-    losses = {name: trainer.evaluate(part)["eval_loss"] for name, part in parts.items()}
+    losses = losses_of(trainer, texts.held_out)
     return {"trained_parameters": trained, "trained_share": trained / total, **losses}
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    path = Path(arguments.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+def main(arguments: Arguments) -> None:
     torch.set_num_threads(arguments.threads)
-    texts = read_texts(AutoTokenizer.from_pretrained(arguments.model))
+    texts = python_domain_blocks(AutoTokenizer.from_pretrained(arguments.model))
     print({name: f"{part.blocks.numel():,} tokens" for name, part in vars(texts).items()})
+    study = Study(arguments.results)
 
     def result(method: str, rate: float, seed: int) -> dict:
         setting = {"method": method, "learning_rate": rate, "seed": seed, "steps": arguments.steps}
-        found = next((entry for entry in results if all(entry[key] == value for key, value in setting.items())), None)
-        if found is None:
-            found = {**setting, **run(method, rate, seed, arguments, texts)}
-            results.append(found)
-            write_json(path, results)
-        print(", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()), flush=True)
-        return found
+        return study.result(setting, lambda: run(method, rate, seed, arguments, texts))
 
     before = result("none", 0.0, 0)
     table = []
     for method in arguments.methods:
         searched = SAME_RATE.get(method, method)
-        tried = {rate: result(searched, rate, 0) for rate in FIRST_TRIED}
-        while True:
-            best = min(tried, key=lambda rate: tried[rate]["validation"])
-            place = GRID.index(best)
-            missing = [rate for rate in GRID[max(place - 1, 0) : place + 2] if rate not in tried]
-            if not missing:
-                break
-            tried.update({rate: result(searched, rate, 0) for rate in missing})
+        best = best_rate(lambda rate, method=searched: result(method, rate, 0)["validation"], GRID, FIRST_TRIED)
         table.append((method, best, [result(method, best, seed) for seed in range(arguments.seeds)]))
     print("\n| method | trained share | learning rate | domain loss | general loss |\n|---|---|---|---|---|")
     print(f"| before | | | {before['test']:.3f} | {before['general']:.3f} |")
     for method, rate, runs in table:
-        cells = []
-        for name in ("test", "general"):
-            values = [entry[name] for entry in runs]
-            cells.append(f"{statistics.mean(values):.3f} ({' / '.join(f'{value:.3f}' for value in values)})")
+        cells = [mean_of_seeds([entry[name] for entry in runs]) for name in ("test", "general")]
         print(f"| {method} | {runs[0]['trained_share']:.1%} | {rate:g} | {cells[0]} | {cells[1]} |")
 
 
 if __name__ == "__main__":
-    main()
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

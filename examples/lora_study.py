@@ -12,20 +12,17 @@ of the standard library that pre-training held out) decide nothing. Every run is
 the same command goes on with those that are missing.
 """
 
-from __future__ import annotations
-
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from esft_study import read_texts  # the script beside this one
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, set_seed
+from transformers.hf_argparser import HfArg
 
-import transformers_dsv3
-from transformers_dsv3.data.byte_bpe import TokenBlocks
-from transformers_dsv3.files import write_json
+from transformers_dsv3 import lora_config
+from transformers_dsv3.data.domain_blocks import DomainBlocks, python_domain_blocks
+from transformers_dsv3.training.study import Study, best_rate, losses_of, study_arguments
 
 
 # Share of trainable parameters and where they are; learning rates to try
@@ -44,78 +41,53 @@ METHODS: dict[str, tuple[float, tuple[str, ...], tuple[float, ...]]] = {
 
 @dataclass
 class Arguments:
-    model: str = field(default="./dsv3-46m", metadata={"help": "The checkpoint to adapt."})
-    results: Path = field(default=Path("model_cards/lora/study.json"), metadata={"help": "JSON file."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Which ones."})
-    steps: int = field(default=150, metadata={"help": "Optimizer steps of 4 x 256 tokens."})
-    seeds: int = field(default=3, metadata={"help": "How many."})
-    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    model: str = HfArg(default="./dsv3-46m", help="The checkpoint to adapt.")
+    results: Path = HfArg(default=Path("model_cards/lora/study.json"), help="JSON file.")
+    methods: list[str] = HfArg(default_factory=lambda: list(METHODS), help="Which ones.")
+    steps: int = HfArg(default=150, help="Optimizer steps of 4 x 256 tokens.")
+    seeds: int = HfArg(default=3, help="How many.")
+    threads: int = HfArg(default=2, help="CPU threads.")
 
 
-def run(method: str, rate: float, seed: int, arguments: Arguments, texts: dict[str, TokenBlocks]) -> dict:
+def run(method: str, rate: float, seed: int, arguments: Arguments, texts: DomainBlocks) -> dict:
     budget, where, _ = METHODS[method]
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     total, rank = model.num_parameters(), None
     if where:
-        config = transformers_dsv3.lora_config(model, budget=budget, where=where)
+        config = lora_config(model, budget=budget, where=where)
         model, rank = get_peft_model(model, config), config.r
-    args = TrainingArguments(
-        output_dir="lora_study",
+    args = study_arguments(
+        "lora_study",
+        seed,
         max_steps=arguments.steps,
         per_device_train_batch_size=4,
-        per_device_eval_batch_size=8,
         learning_rate=rate,
         warmup_steps=arguments.steps // 10,
         lr_scheduler_type="cosine",
-        weight_decay=0.0,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
-        full_determinism=not torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-        prediction_loss_only=True,
     )
-    trainer = Trainer(model=model, args=args, train_dataset=texts["train"])
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    result = {"method": method, "rate": rate, "seed": seed, "steps": arguments.steps, "rank": rank}
+    trainer = Trainer(model=model, args=args, train_dataset=texts.train)
+    result: dict = {"rank": rank}
     if rate:
-        output = trainer.train()
-        result["share"], result["train_seconds"] = trained / total, output.metrics["train_runtime"]
-    return result | {name: trainer.evaluate(texts[name])["eval_loss"] for name in ("validation", "test", "general")}
+        result["share"] = model.num_parameters(only_trainable=True) / total
+        result["train_seconds"] = trainer.train().metrics["train_runtime"]
+    return result | losses_of(trainer, texts.held_out)
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+def main(arguments: Arguments) -> None:
     torch.set_num_threads(arguments.threads)
-    path = Path(arguments.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    texts = vars(read_texts(AutoTokenizer.from_pretrained(arguments.model)))
+    texts = python_domain_blocks(AutoTokenizer.from_pretrained(arguments.model))
+    study = Study(arguments.results)
 
-    def result_of(method: str, rate: float, seed: int) -> dict:
-        for entry in results:
-            if (entry["method"], entry["rate"], entry["seed"], entry["steps"]) == (
-                method,
-                rate,
-                seed,
-                arguments.steps,
-            ):
-                return entry
-        results.append(run(method, rate, seed, arguments, texts))
-        write_json(path, results)
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)
-        return results[-1]
+    def result(method: str, rate: float, seed: int) -> dict:
+        setting = {"method": method, "rate": rate, "seed": seed, "steps": arguments.steps}
+        return study.result(setting, lambda: run(method, rate, seed, arguments, texts))
 
     for method in arguments.methods:
-        tried = [result_of(method, rate, 0) for rate in METHODS[method][2]]
-        best = min(tried, key=lambda entry: entry["validation"])["rate"]
+        best = best_rate(lambda rate, method=method: result(method, rate, 0)["validation"], METHODS[method][2])
         for seed in range(arguments.seeds if best else 1):
-            result_of(method, best, seed)
-    report(results, arguments)
+            result(method, best, seed)
+    report(study.entries, arguments)
 
 
 def report(results: list[dict], arguments: Arguments) -> None:
@@ -135,4 +107,4 @@ def report(results: list[dict], arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses())

@@ -66,3 +66,14 @@ def json_bytes(value: Any, *, indent: int = 2, rows: bool = False) -> bytes:
 def write_json(path: Path, value: Any, *, indent: int = 2, rows: bool = False) -> None:
     """Write a JSON file as [`write_whole`] does."""
     write_whole(path, json_bytes(value, indent=indent, rows=rows))
+
+
+def update_json(path: str | Path, entries: dict[str, Any]) -> None:
+    """Put entries into the object that a JSON file holds, in place of those of the same names.
+
+    Where there is no file yet, it is made, and its folder.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, {**before, **entries})

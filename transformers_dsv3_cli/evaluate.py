@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import Device, Dtype, Text
 from .refusals import as_bad_parameters
 
 
@@ -25,14 +26,7 @@ def evaluate(
             metavar="CHECKPOINT", help="A folder or a repository id on the Hub, of a checkpoint or of a PEFT adapter."
         ),
     ],
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="PATH",
-            help="A UTF-8 text file, or a folder with some; may be given several times. Take text that the model was "
-            "not trained on. Default: the files of Python's own library that `quickstart` holds out.",
-        ),
-    ] = None,
+    text: Text = None,
     what: Annotated[
         str, typer.Option(help="Any of text, routing, speed; none for tasks and HumanEval alone.")
     ] = "text,routing,speed",
@@ -85,8 +79,8 @@ def evaluate(
     base_model: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="Of an adapter, where the one that it names is not there.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to load it: cpu, cuda, … Default: cpu.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of few-shot examples and of sampling.")] = 0,
     json: Annotated[Path, typer.Option(metavar="PATH", help="The record.")] = Path("evaluation.json"),
     overwrite: Annotated[

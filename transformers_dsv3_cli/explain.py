@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
+from .options import Device, Dtype
 from .refusals import as_bad_parameters
 
 
 def explain(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder, or a repository id on the Hub.")],
-    device: Annotated[str | None, typer.Option(help="Where to load it: cpu, cuda, … Default: cpu.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Load a checkpoint and say which backend serves its attention, experts, linear layers and decoding steps.
 

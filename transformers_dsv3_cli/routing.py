@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import Device, Dtype, Text
 from .refusals import as_bad_parameters
 
 
@@ -16,14 +17,7 @@ if TYPE_CHECKING:
 
 def routing(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder, or a repository id on the Hub.")],
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="PATH",
-            help="A UTF-8 text file, or a folder with some; may be given several times. Take text that the model was "
-            "not trained on. Default: the files of Python's own library that `quickstart` holds out.",
-        ),
-    ] = None,
+    text: Text = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="PATH.png", help="Draw the load of each expert of each layer.")
     ] = None,
@@ -38,8 +32,8 @@ def routing(
         int, typer.Option(help="Of a longer text, so many tokens are taken, in windows evenly spaced over it.")
     ] = 65_536,
     window: Annotated[int, typer.Option(help="Tokens of context; windows do not overlap.")] = 256,
-    device: Annotated[str | None, typer.Option(help="Where to load it: cpu, cuda, … Default: cpu.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Run a checkpoint over a text and report how evenly each layer's tokens spread over its experts.
 

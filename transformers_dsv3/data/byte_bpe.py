@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .text_files import Corpus
 
 
 BOS_TOKEN = "<|begin_of_text|>"
@@ -77,3 +80,30 @@ class TokenBlocks(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         block = self.blocks[index]
         return {"input_ids": block, "labels": block}
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """A corpus in the tokens of a tokenizer that was trained on it.
+
+    Attributes:
+        tokenizer: trained on the training part.
+        train: the training part in blocks.
+        held_out: the held-out part as one row of token ids, int64 `(n_tokens,)`.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    train: TokenBlocks
+    held_out: torch.Tensor
+
+
+def tokenize_corpus(corpus: Corpus, vocab_size: int, block_length: int, model_max_length: int) -> TokenizedCorpus:
+    """Train a byte-level BPE on a corpus and tokenize both of its parts.
+
+    Raises:
+        ValueError: the training part makes less than one block.
+    """
+    train, held_out = ([document.text for document in part] for part in (corpus.train, corpus.held_out))
+    tokenizer = train_byte_bpe(train, vocab_size, model_max_length)
+    blocks = TokenBlocks(token_stream(tokenizer, train), block_length)
+    return TokenizedCorpus(tokenizer, blocks, token_stream(tokenizer, held_out))

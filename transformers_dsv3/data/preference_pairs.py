@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .text_files import Document
+from .text_files import Document, build_corpus, standard_library
 from .text_stream import BUILDERS
 
 
@@ -248,3 +248,51 @@ def check_pairs(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBa
     )
     logger.warning(said)
     return said
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """Pairs of one source.
+
+    Attributes:
+        train, held_out: rows with `prompt`, `chosen` and `rejected`.
+        source: what they are, in words.
+    """
+
+    train: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    source: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a training run's record tells of its pairs."""
+        return {"source": self.source, "pairs": len(self.train), "held_out_pairs": len(self.held_out)}
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+        """[`check_pairs`] of both parts, a line each."""
+        parts = {"Training": self.train, "Held out": self.held_out}
+        return "\n".join(f"{name}: {check_pairs(rows, tokenizer, max_length)}." for name, rows in parts.items())
+
+
+def preference_pairs(
+    dataset: str | None, kinds: Sequence[str], limit: int, held_out: int, *, seed: int = 0
+) -> PreferencePairs:
+    """The pairs of a dataset, or without one those of functions of Python's standard library.
+
+    Args:
+        dataset: see [`dataset_pairs`].
+        kinds, limit, seed: of functions to train on, see [`function_pairs`].
+        held_out: how many pairs are held out; of functions these are of the files that the quickstart holds out, and
+            the same for every seed.
+
+    Raises:
+        PairError: there are none.
+    """
+    if dataset is not None:
+        return PreferencePairs(*dataset_pairs(dataset, held_out=held_out), source=dataset)
+    source = "the Python standard library"
+    corpus = build_corpus(standard_library(), source)
+    return PreferencePairs(
+        function_pairs(corpus.train, kinds, limit=limit, seed=seed),
+        function_pairs(corpus.held_out, kinds, limit=held_out),
+        source=f"functions of {source} ({', '.join(kinds)})",
+    )

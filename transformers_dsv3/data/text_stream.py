@@ -89,7 +89,7 @@ def checked_text(value: Any, column: str) -> str:
 
 
 def stream_files(
-    paths: Sequence[Path] | None,
+    paths: Sequence[str | Path] | None,
     *,
     seed: int = 0,
     exclude: Path | None = None,
@@ -113,9 +113,9 @@ def stream_files(
         files = [(name.as_posix(), path) for name, path in found if STDLIB_SKIPPED.isdisjoint(name.parts)]
         source = "the Python standard library"
     else:
-        for path in paths:
+        for path in map(Path, paths):
             files.extend(_files_under(path, exclude))
-        source = ", ".join(str(path) for path in paths)
+        source = ", ".join(str(Path(path)) for path in paths)
     sizes = {path: (name, path.stat().st_size) for name, path in files}
     spans = sorted((name, str(path), size) for path, (name, size) in sizes.items() if size)
     if not spans:

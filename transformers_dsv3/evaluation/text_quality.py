@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,15 @@ def bits_per_byte(
         nats += loss.item()
     model.train(was_training)
     return BitsPerByte(nats / math.log(2) / n_bytes, n_tokens - 1, n_bytes)
+
+
+def text_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, window: int, stride: int
+) -> float:
+    """Mean cross-entropy of a text's tokens, in nats, see [`bits_per_byte`]."""
+    stream = torch.tensor(tokenizer(text)["input_ids"])
+    bits = bits_per_byte(model, stream, len(text.encode("utf-8")), window=window, stride=stride)
+    return bits.value * bits.bytes / bits.tokens * math.log(2)
 
 
 def compressor_bits_per_byte(text: bytes) -> dict[str, float]:

@@ -22,7 +22,7 @@ Numbers are finite or null. There is no path of the machine and no secret in it:
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..files import write_json
 from ..training.checkpoints import latest_checkpoint
+from ..training.held_out_metrics import losses_of_parts
 from .checkpoint_identity import CheckpointIdentity, checkpoint_digest, checkpoint_identity
 from .machine import circumstances
 from .record_fields import RecordError, check_kind, plain, read_fields, read_values
@@ -209,6 +210,12 @@ def result(
         beside: what others reach on the same data, by their names.
     """
     return {"metric": metric, "data": data, "before": before, "after": after, "beside": beside or {}}
+
+
+def loss_results(before: Mapping[str, float], after: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The results of a run that evaluates several held-out texts by name, from the trainer's metrics."""
+    parts = losses_of_parts(before, after)
+    return [result("loss", f"held-out {name} text", new, old) for name, (old, new) in parts.items()]
 
 
 def history(log: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:

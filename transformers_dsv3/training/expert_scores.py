@@ -98,6 +98,15 @@ class ExpertSelection:
                     f"different, from 0 to {self.n_experts - 1}."
                 )
 
+    def at_random(self, seed: int) -> ExpertSelection:
+        """As many experts of each layer, drawn from `seed`: what a selection by scores has to be better than."""
+        generator = torch.Generator().manual_seed(seed)
+        experts = {
+            layer: tuple(torch.randperm(self.n_experts, generator=generator)[: len(chosen)].tolist())
+            for layer, chosen in self.experts.items()
+        }
+        return ExpertSelection(experts, self.n_experts, "random", self.p)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. The first three keys are those of DeepSeek's own expert configurations."""
         return {

@@ -1,8 +1,10 @@
-"""Bits per byte of held-out text, measured by the trainer's own evaluation."""
+"""What the trainer's own evaluation makes of held-out text: bits per byte, and losses before and after a run."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,3 +45,17 @@ class BitsPerByteMetric:
             "bits_per_byte": nats_per_token / math.log(2) / self.bytes_per_token,
             "perplexity": math.exp(nats_per_token),
         }
+
+
+def losses_of_parts(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """Of two evaluations of several data sets, `Trainer(eval_dataset={name: …})`, both losses of each, by its name."""
+    names = {key: match[1] for key in after if (match := re.fullmatch(r"eval_(\w+)_loss", key)) and key in before}
+    return {name: (before[key], after[key]) for key, name in names.items()}
+
+
+def loss_changes(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """[`losses_of_parts`] in words, a line each."""
+    return "\n".join(
+        f"{name:8} held-out loss {old:.3f} before, {new:.3f} after ({new - old:+.3f})"
+        for name, (old, new) in losses_of_parts(before, after).items()
+    )

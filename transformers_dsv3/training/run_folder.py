@@ -4,6 +4,7 @@ FOLDER/                 the official checkpoint and its tokenizer, once the run 
                         eval_results.json
 FOLDER/run.json         what the run was started with
 FOLDER/tokenizer/       its tokenizer, from the start
+FOLDER/before_results.json  what was measured before it trained, where that is asked for
 FOLDER/checkpoint-N/    the trainer's resumable checkpoints
 """
 
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..files import partial_path, write_json
 from .checkpoints import checkpoint_step, checkpoint_to_resume, latest_checkpoint, move_in
@@ -120,42 +121,73 @@ class RunFolder:
         """The newest whole checkpoint; broken ones are removed, see `checkpoints.py`.
 
         Raises:
-            RunFolderError: it is past the end of the run.
+            RunFolderError: it is past the end of the run, or the run has no length in steps.
         """
+        if args.max_steps < 1:
+            raise RunFolderError("--max_steps: give the length of the run in steps")
         checkpoint = checkpoint_to_resume(self.path, args.save_total_limit)
         done = max(0 if checkpoint is None else checkpoint_step(checkpoint), self.finished_step or 0)
         if done > args.max_steps:
             raise RunFolderError(f"{self.path} is trained up to step {done:,}, past --max_steps {args.max_steps:,}")
         return checkpoint
 
+    def measured_before(
+        self, measure: Callable[[], dict[str, float]], name: str = "before_results.json"
+    ) -> dict[str, float]:
+        """What `measure` gives before the run trains. Kept in the folder: a run that is resumed has it from there."""
+        path = self.path / name
+        if not path.exists():
+            write_json(path, measure())
+        return json.loads(path.read_text(encoding="utf-8"))
+
     def train_evaluate_save(
         self, trainer: Trainer, checkpoint: Path | None, record: Callable[[dict[str, float]], None] | None = None
-    ) -> None:
+    ) -> dict[str, float]:
         """Train from the checkpoint to the end, evaluate, and save the official checkpoint into the folder.
 
         Args:
-            trainer: its model already has the weights of `checkpoint` where that is of the last step. A run that was
-                killed after training, before its end, has only the rest to do.
             record: called in one process with the evaluation's metrics, once the checkpoint is in the folder and
                 before the run counts as finished.
+
+        Returns:
+            The evaluation's metrics.
         """
-        if checkpoint is None or checkpoint_step(checkpoint) < trainer.args.max_steps:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        train_from(trainer, checkpoint)
         metrics = {**trainer.evaluate(), "step": trainer.args.max_steps}
         trainer.log_metrics("eval", metrics)
-        trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # the trainer turns it off
         save_whole(trainer, self.path)
         if record is not None and trainer.args.should_save:
             record(metrics)
         trainer.save_metrics("eval", metrics, combined=False)  # see `finished_step`
+        return metrics
+
+
+def train_from(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train to the end: from the checkpoint, or without one from the start.
+
+    A run that was killed after its last step has nothing left to train: its model, or the adapter on it, takes the
+    weights of the checkpoint.
+    """
+    if checkpoint is None or checkpoint_step(checkpoint) < trainer.args.max_steps:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PreTrainedModel):
+        trained = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=model.dtype)
+        model.load_state_dict(trained.state_dict())
+    else:
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
 
 
 def save_whole(trainer: Trainer, folder: Path) -> None:
     """Save model and tokenizer into a folder that holds a run, whole. To be called by all processes.
 
+    The model's config gets back its `use_cache`, which the trainer turns off.
+
     The README.md that PEFT and TRL fill in from their templates is left out: it knows neither text nor results.
     `transformers-dsv3 card` makes one from the run's record.
     """
+    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True
     partial = folder / "saving.partial"
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)

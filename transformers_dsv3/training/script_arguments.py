@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+
+from .run_folder import RunFolder
+
+
+def run_defaults() -> dict[str, Any]:
+    """Fields of `TrainingArguments` for a run of minutes on this machine, which is resumed after any interruption."""
+    gpu = torch.cuda.is_available()
+    return {
+        "logging_steps": 10,
+        "save_steps": 50,
+        "save_total_limit": 2,
+        # Two threads otherwise add the gradients of an embedding row in any order, and no two runs end alike.
+        "full_determinism": not gpu,
+        "dataloader_pin_memory": gpu,
+        "use_cpu": not torch.accelerator.is_available(),  # else several processes would each train by themselves
+    }
 
 
 class ScriptArgumentParser(HfArgumentParser):
-    """`HfArgumentParser` that says in one line what is wrong.
+    """`HfArgumentParser` that says in one line what is wrong, with the defaults of [`run_defaults`].
 
     Transformers' own ends in a traceback for a flag that it does not know and for values that `TrainingArguments`
     refuses, and spends its first hundred lines of help on a list of all flags.
@@ -17,6 +40,8 @@ class ScriptArgumentParser(HfArgumentParser):
 
     def __init__(self, dataclass_types: Any, **kwargs: Any):
         super().__init__(dataclass_types, **{"usage": "%(prog)s [-h] [--FLAG VALUE ...]", **kwargs})
+        known = {field.name for cls in self.dataclass_types for field in fields(cls)}
+        self.set_defaults(**{name: value for name, value in run_defaults().items() if name in known})
 
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         try:
@@ -31,6 +56,28 @@ class ScriptArgumentParser(HfArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return tuple(parsed)
 
+    def run(self, main: Callable[..., None]) -> None:
+        """Call `main` with what the command line says, one argument a dataclass, `TrainingArguments` last.
+
+        Stopped by Ctrl-C, it says how to go on, see [`RunFolder.explaining_interruption`].
+        """
+        arguments = self.parse_args_into_dataclasses()
+        with RunFolder(arguments[-1].output_dir).explaining_interruption(arguments[-1]):
+            main(*arguments)
+
+
+@contextmanager
+def exit_on_refusal() -> Iterator[None]:
+    """For what a script does before it trains: what is refused there ends the script in one line, with its name.
+
+    Raises:
+        SystemExit: for a ValueError, an OSError or a config that fails the checks of its fields.
+    """
+    try:
+        yield
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
 
 def check_reporting(args: TrainingArguments) -> None:
     """Refuse `report_to` where a package for it is not installed, which the trainer finds out when it is made.
@@ -43,21 +90,3 @@ def check_reporting(args: TrainingArguments) -> None:
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"--report_to {' '.join(args.report_to)}: {error}") from None
-
-
-def override_config(config: PretrainedConfig, overrides: str) -> None:
-    """Change fields of a config by `NAME=VALUE,NAME=VALUE`, each read as the type that the field has.
-
-    Raises:
-        ValueError: naming the field.
-    """
-    for override in overrides.split(","):
-        name, equals, value = override.strip().partition("=")
-        if not equals:
-            raise ValueError(f"{override!r} is not of the form NAME=VALUE")
-        if not hasattr(config, name) or callable(getattr(config, name)):
-            raise ValueError(f"a {config.model_type} config has no field {name!r}")
-        try:
-            config.update_from_string(f"{name}={value}")
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{name}: {error}") from None

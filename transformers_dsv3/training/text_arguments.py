@@ -11,8 +11,10 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from ..data.byte_bpe import train_byte_bpe
 from ..data.local_paths import local_or_hub
 from ..data.packed_stream import HeldOutBlocks, PackedStream, check_boundary_tokens
-from ..data.text_files import TextError
-from ..data.text_stream import TextStream, stream_dataset, stream_files
+from ..data.python_reference import python_reference
+from ..data.text_files import Corpus, TextError
+from ..data.text_stream import TextStream, stream_corpus, stream_dataset, stream_files
+from ..data.tuning_examples import TuningExamples, dataset_examples, text_examples
 
 
 # Less than this teaches nothing that holds for other text.
@@ -88,12 +90,17 @@ class TextArguments:
                 f"--block_size {self.block_size} exceeds the model's max_position_embeddings={max_position_embeddings}"
             )
 
-    def stream(self, seed: int, exclude: Path) -> TextStream:
+    def stream(self, seed: int, exclude: Path, default: Corpus | None = None) -> TextStream:
         """The text as a stream, `exclude` (the folder that is trained into) left out.
+
+        Args:
+            default: in place of the standard library, where neither `text` nor `dataset` is given.
 
         Raises:
             TextError: it is missing or too little.
         """
+        if default is not None and not self.text and not self.dataset:
+            return stream_corpus(default, seed)
         if self.dataset:
             stream = stream_dataset(
                 self.dataset,
@@ -142,6 +149,37 @@ class TextArguments:
             "text_fingerprint": stream.fingerprint,
             **{name: getattr(self, name) for name in ("block_size", "reset_positions", "shuffle_window")},
         }
+
+
+@dataclass
+class DomainArguments:
+    """The text of a domain for supervised fine-tuning, and the text that must not suffer."""
+
+    text: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files or folders to train on. Default: the reference documentation of Python."},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "In place of --text, a dataset's name, or a .jsonl, .parquet or .csv file."}
+    )
+    general: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files or folders of general text, of which a part is measured. Default: standard library."},
+    )
+
+    def examples(self, seed: int, exclude: Path) -> TuningExamples:
+        """Examples of the domain, `exclude` (the folder that is trained into) left out.
+
+        Raises:
+            ValueError: they are missing or cannot be read, or `text` and `dataset` are both given.
+        """
+        if self.text and self.dataset:
+            raise ValueError("--text and --dataset: give one of them")
+        if self.dataset:
+            return dataset_examples(self.dataset, seed)
+        if self.text:
+            return text_examples(stream_files(self.text, seed=seed, exclude=exclude))
+        return text_examples(stream_corpus(python_reference(), seed))
 
 
 def given_or_trained_tokenizer(
