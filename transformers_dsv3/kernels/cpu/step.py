@@ -107,6 +107,9 @@ class Program:
         norm: the last one.
         dtype: of the activations, bf16 or fp32.
         interleave: whether rotary pairs are neighbours.
+
+    Attributes:
+        layers: how many. positions: how many there are angles of.
     """
 
     def __init__(self, layers: list[nn.Module], norm: nn.Module, dtype: torch.dtype, interleave: bool):
@@ -127,12 +130,14 @@ class Program:
             interleave=interleave,
         )
         self._model_address = ctypes.addressof(self._model)
-        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.layers, self.positions = len(layers), 0
+        self._angles: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def set_angles(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Takes the rotary angles of all positions from now on, `(positions, P)` each, contiguous."""
-        self._angles = (cos, sin)
+        self._angles.append((cos, sin))  # another thread may be reading those before
         self._model.cos, self._model.sin = cos.data_ptr(), sin.data_ptr()
+        self.positions = len(cos)
 
     def run(
         self,

@@ -6,10 +6,12 @@ where they lie. When anything has changed, it is made anew, or, where a module a
 other dtypes), the layers run one by one.
 """
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
@@ -189,11 +191,9 @@ class Decoding:
     """The program of one [`DeepseekV3Model`]: made when first needed, and again when what it rests on has changed."""
 
     def __init__(self) -> None:
-        self._program: Program | None = None
-        self._grounds: _Grounds | None = None
-        self._dtype: torch.dtype | None = None
-        self._angles = 0  # positions that there are angles of
-        self._asked: tuple | None = None  # for what the refusal was found
+        # In one, since several threads may decode with one model
+        self._made: tuple[Program, _Grounds, torch.dtype] | None = None
+        self._asked: tuple[Callable, Any] = (lambda: None, None)  # the cache and more that a refusal was found for
 
     def __deepcopy__(self, memo: dict) -> "Decoding":
         return Decoding()  # a copy of the model has weights of its own
@@ -227,17 +227,15 @@ class Decoding:
         if tokens is None or (input_ids is not None and inputs_embeds is not None) or tokens.dim() < 2:
             return None
         B, Q = tokens.shape[:2]
-        if not 0 < Q <= MOST_QUERIES or B * Q > MOST_TOKENS or model.training or not is_undisturbed(tokens):
+        if not tokens.is_cpu or not 0 < Q <= MOST_QUERIES or B * Q > MOST_TOKENS or type(cache) is not DynamicCache:
             return None
         if "is_causal" in kwargs or any(value is not None and value is not False for value in kwargs.values()):
             return None
-        length = cache.get_seq_length()
-        attention: Any = model.layers[0].self_attn if len(model.layers) else None
-        if (
-            not length
-            or type(attention) is not DeepseekV3Attention
-            or not attention.is_absorbed_cheaper(Q, length + Q)
-        ):
+        if model.training or not is_undisturbed(tokens):
+            return None
+        length, dtype = cache.get_seq_length(), model.norm.weight.dtype
+        program = self._program_for(model, dtype, cache) if length else None
+        if program is None or not model.layers[0].self_attn.is_absorbed_cheaper(Q, length + Q):
             return None
         mask = None
         if attention_mask is not None:
@@ -245,19 +243,24 @@ class Decoding:
                 return None
             mask = attention_mask.bool()
             mask = None if mask.all() else mask.contiguous()
-        check_inputs(model.config, model.embed_tokens, input_ids, inputs_embeds, attention_mask, position_ids, length)
-        x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if type(x) is not torch.Tensor or x.shape[:2] != (B, Q) or not self._is_ready(model, x.dtype, cache):
-            return None
         if position_ids is None:
             position_ids = torch.arange(length, length + Q, device="cpu")[None]
-        first, last = (int(value) for value in position_ids.aminmax())
-        if position_ids.shape[-1] != Q or position_ids.dtype is not torch.int64 or first < 0:
+        if position_ids.dim() != 2 or position_ids.shape[1] != Q or position_ids.dtype is not torch.int64:
             return None
-        program = self._reach(model, x, last + 1)
-        room = shared_room(cache, len(model.layers[: model.config.num_hidden_layers]), x)
+        check_inputs(model.config, model.embed_tokens, input_ids, inputs_embeds, attention_mask, position_ids, length)
+        first, last = (int(value) for value in position_ids.aminmax())
+        if first < 0:
+            return None
+        room = shared_room(cache, program.layers, torch.empty(B, Q, 0, dtype=dtype, device="cpu"))
         if room is None:
             return None
+        x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if type(x) is not torch.Tensor or x.shape[:2] != (B, Q) or x.dtype is not dtype:
+            return None
+        if last >= program.positions:
+            positions = torch.arange(max(FEWEST_ANGLES, last + last // 2), device="cpu")[None]
+            cos, sin = model.rotary_emb(x, positions)
+            program.set_angles(cos[0].contiguous(), sin[0].contiguous())
         positions = position_ids.expand(B, Q).contiguous()
         arguments = (positions, mask, room.latent, room.k_rope, length)
         hidden_states = launch(STEP["program"], program.run, x.contiguous(), *arguments)
@@ -265,28 +268,22 @@ class Decoding:
             room.give_out(cache.layers, length + Q)
         return hidden_states
 
-    def _is_ready(self, model: Any, dtype: torch.dtype, cache: Cache) -> bool:
-        """Whether there is a program for what the model is now."""
-        if self._grounds is not None and self._dtype is dtype and self._grounds.hold(model):
-            return ALL_EXPERTS_FUNCTIONS["grouped_mm"] is GROUPED_MM and is_known_attention("sdpa")
+    def _program_for(self, model: Any, dtype: torch.dtype, cache: Cache) -> Program | None:
+        """The program for what the model is now, if it can have one."""
+        if self._made is not None:
+            program, grounds, made_for = self._made
+            if made_for is dtype and grounds.hold(model):
+                is_native = ALL_EXPERTS_FUNCTIONS["grouped_mm"] is GROUPED_MM and is_known_attention("sdpa")
+                return program if is_native else None
         # What refuses it stays for a text, mostly: it is not asked again at each of its steps
-        asked = (id(cache), dtype, selection.epoch)
-        if self._grounds is None and self._asked == asked:
-            return False
-        self._program = self._grounds = None
-        self._asked, self._angles = asked, 0
+        asked_for, asked_at = self._asked
+        if self._made is None and asked_for() is cache and asked_at == (dtype, selection.epoch):
+            return None
+        self._asked = (weakref.ref(cache), (dtype, selection.epoch))
+        self._made = None
         if STEP["program"].failure is not None or decoding_refusal(model, dtype) is not None:
-            return False
+            return None
         layers = list(model.layers[: model.config.num_hidden_layers])
-        self._program = Program(layers, model.norm, dtype, layers[0].self_attn.config.rope_interleave)
-        self._grounds, self._dtype = _Grounds(model), dtype
-        return True
-
-    def _reach(self, model: Any, x: torch.Tensor, positions: int) -> Program:
-        """The program, with angles of so many positions."""
-        assert self._program is not None
-        if positions > self._angles:
-            self._angles = max(FEWEST_ANGLES, positions + positions // 2)
-            cos, sin = model.rotary_emb(x, torch.arange(self._angles, device="cpu")[None])
-            self._program.set_angles(cos[0].contiguous(), sin[0].contiguous())
-        return self._program
+        program = Program(layers, model.norm, dtype, layers[0].self_attn.config.rope_interleave)
+        self._made = (program, _Grounds(model), dtype)
+        return program
