@@ -191,6 +191,11 @@ def examine(specimen: Specimen, family: str) -> dict[str, Any]:
     return figures
 
 
+@triton.jit
+def _nothing():
+    pass
+
+
 def _child(specimen: Specimen, family: str, connection: multiprocessing.connection.Connection) -> None:
     os.setsid()  # a group of its own, that ends with the compilers it started
     connection.send(examine(specimen, family))
@@ -224,6 +229,10 @@ def examine_all(listed: Sequence[tuple[str, str, Specimen]], jobs: int, limit: f
     Args:
         limit: seconds that one may take.
     """
+    # Triton reads its own libraries whole for the key of its cache, longer than most programs take: once, and not in
+    # every process
+    for family in {family for _, family, _ in listed}:
+        examine(Specimen("nothing", _nothing, {}, {}), family)
     context = multiprocessing.get_context("fork")
     waiting = list(reversed(listed))
     running: dict[Any, _Run] = {}
