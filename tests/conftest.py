@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from filelock import FileLock
 
 
 # Without a GPU, Triton's programs are interpreted on the CPU. Triton reads this for its own functions when it is
@@ -144,25 +145,11 @@ def training_bytes():
     return torch.tensor(list(TRAINING_TEXT.encode()))
 
 
-@pytest.fixture(scope="session")
-def _trained(tiny_config, training_bytes):
+def _train(config, training_bytes):
     torch.manual_seed(0)
-    config = tiny_config(
-        vocab_size=258,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=32,
-        kv_lora_rank=32,
-        q_lora_rank=32,
-        num_hidden_layers=2,
-        mtp_loss_weight=0.3,
-        initializer_range=0.05,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        max_position_embeddings=1024,
-    )
-    model = transformers_dsv3.Dsv3ForCausalLM(config).train()
+    # At this size the plainest implementations are the fastest
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = transformers_dsv3.Dsv3ForCausalLM._from_config(copy.deepcopy(config), **plain).train()
     steps, batch, length = 600, 3, 128
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps, pct_start=0.1)
@@ -178,6 +165,34 @@ def _trained(tiny_config, training_bytes):
         optimizer.zero_grad()
         schedule.step()
     assert output.loss < 0.3, f"the shared model did not learn: loss {output.loss:.2f}"
+    return model
+
+
+@pytest.fixture(scope="session")
+def _trained(tiny_config, training_bytes, tmp_path_factory):
+    config = tiny_config(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        kv_lora_rank=32,
+        q_lora_rank=32,
+        num_hidden_layers=2,
+        mtp_loss_weight=0.3,
+        initializer_range=0.05,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        max_position_embeddings=1024,
+    )
+    # Trained by the first of xdist's workers that needs it, for all of them
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with FileLock(folder / "trained.lock"):
+        if not (folder / "trained.pt").exists():
+            torch.save(_train(config, training_bytes).state_dict(), folder / "trained.pt")
+    model = transformers_dsv3.Dsv3ForCausalLM(config)
+    model.load_state_dict(torch.load(folder / "trained.pt", weights_only=True))
     return model.eval()
 
 
