@@ -1,7 +1,5 @@
 """Registration over `deepseek_v3`: on by import, given back on request."""
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -10,6 +8,7 @@ import transformers
 from transformers import AutoConfig, DeepseekV3Config
 
 import transformers_dsv3
+from tests import programs
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_only_an_import_is_needed(saved):
         print(before, type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__.split(".")[0])
         """
     )
-    run = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, timeout=240)
+    run = programs.run(["-c", code, saved])
     assert run.stdout.split() == ["transformers", "transformers_dsv3"], run.stderr
 
 

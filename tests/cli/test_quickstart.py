@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import transformers_dsv3
+from tests import programs
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3.data.text_files import TextError
 from transformers_dsv3.evaluation.checkpoint_identity import checkpoint_digest
@@ -148,7 +147,8 @@ def test_plain_transformers_opens_the_folder(finished):
         "torch.save(model(**tokenizer('note 3', return_tensors='pt')).logits, sys.argv[2])\n"
     )
     logits = output.parent / "logits.pt"
-    subprocess.run([sys.executable, "-c", code, str(output), str(logits)], check=True, timeout=120, cwd=output)
+    done = programs.run(["-c", code, output, logits], cwd=output)
+    assert done.returncode == 0, done.stderr
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     with torch.inference_mode():
         ours = model(**tokenizer("note 3", return_tensors="pt")).logits
@@ -188,9 +188,10 @@ def test_the_same_command_trains_on(tmp_path, notes):
     assert len(list((output / "training").glob("checkpoint-*"))) <= 2
 
 
-KILLED = """
+KILLED = f"""
 import sys
 from pathlib import Path
+sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_quickstart import TINY, run_quickstart
 run_quickstart(Path(sys.argv[1]), text=Path(sys.argv[2]), steps=40, seed=None, settings=TINY)
 """
@@ -199,18 +200,13 @@ run_quickstart(Path(sys.argv[1]), text=Path(sys.argv[2]), steps=40, seed=None, s
 def test_killed_at_any_moment_it_ends_at_the_same_weights(tmp_path, notes):
     start(tmp_path / "whole", notes, steps=40)
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(killed), str(notes)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])},
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 90
+    process = programs.Program(["-c", KILLED, killed, notes])
     # The second checkpoint may be half-written at that moment; the first is whole.
     while len(list((killed / "training").glob("checkpoint-*"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None, process.read()
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not (killed / "config.json").exists()  # nothing loads a folder whose training has not ended
     results = start(killed, notes)
     assert results["steps"] == 40

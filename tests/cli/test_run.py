@@ -5,6 +5,7 @@ import pytest
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
+from tests import programs
 from transformers_dsv3_cli.main import app
 
 
@@ -22,12 +23,7 @@ Path(sys.argv[1]).write_text(json.dumps([sys.argv, __name__, class_name, helper.
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "transformers_dsv3.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return programs.run(["-m", "transformers_dsv3.cli", *arguments])
 
 
 @pytest.mark.parametrize("verb", [[], ["quickstart"], ["run"], ["explain"], ["bench"]])
@@ -150,7 +146,7 @@ def test_the_form_that_works_registers_the_plugin_in_every_process(launcher, tmp
     module, *options = launcher
     arguments = [*options, "-m", "transformers_dsv3.cli", "run", tmp_path / "script.py", tmp_path]
     result = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
     ranks = {path.name: path.read_text() for path in tmp_path.glob("rank_*")}

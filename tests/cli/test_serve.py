@@ -1,10 +1,8 @@
-import functools
 import inspect
 import json
 import re
+import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.import_utils import is_serve_available
 
 import transformers_dsv3  # noqa: F401
+from tests import programs
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 
 
@@ -57,37 +56,30 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def server(checkpoint, tmp_path):
+def server(checkpoint):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path / "server.log"
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "transformers_dsv3.cli", "serve", str(checkpoint)]
-            + ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-            stdout=sink,
-            stderr=sink,
-        )
+    address = ["--host", "127.0.0.1", "--port", port, "--device", "cpu"]
+    process = programs.Program(["-m", "transformers_dsv3.cli", "serve", checkpoint, *address])
     try:
         deadline = time.monotonic() + 600
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60).close()
                 break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}", log
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                assert process.poll() is None and time.monotonic() < deadline, process.read()
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}", process
     finally:
-        process.terminate()
-        process.wait(timeout=600)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
 
 
 @needs_server
 def test_a_completion_comes_from_the_plugins_class(server, checkpoint):
-    address, log = server
+    address, process = server
     body = {"model": str(checkpoint), "prompt": "def main(", "max_tokens": 5, "temperature": 0}
     request = urllib.request.Request(
         f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -96,17 +88,12 @@ def test_a_completion_comes_from_the_plugins_class(server, checkpoint):
         answer = json.load(response)
     assert answer["object"] == "text_completion"
     assert isinstance(answer["choices"][0]["text"], str)
-    assert re.search(r"Serving .* with transformers_dsv3\.\S+\.DeepseekV3ForCausalLM", log.read_text())
+    assert re.search(r"Serving .* with transformers_dsv3\.\S+\.DeepseekV3ForCausalLM", "".join(process.read()))
 
 
 @needs_server
 def test_serve_help_lists_the_servers_own_options():
-    result = subprocess.run(
-        [sys.executable, "-m", "transformers_dsv3.cli", "serve", "--help"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    result = programs.run(["-m", "transformers_dsv3.cli", "serve", "--help"])
     assert result.returncode == 0
     assert "--port" in result.stdout and "Examples:" in result.stdout
 
@@ -116,9 +103,10 @@ def test_help_behind_a_checkpoint_is_the_servers():
     """Of the installed Transformers, which a light --help cannot ask; what that one names has to be there."""
     from transformers.cli.serve import Serve
 
-    command = [sys.executable, "-m", "transformers_dsv3.cli", "serve"]
-    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=600, check=True)
-    light, full = run([*command, "--help"]).stdout, run([*command, "./model", "--help"]).stdout
+    command = ["-m", "transformers_dsv3.cli", "serve"]
+    done = [programs.run([*command, *arguments, "--help"]) for arguments in ([], ["./model"])]
+    assert [each.returncode for each in done] == [0, 0]
+    light, full = (each.stdout for each in done)
     options = {f"--{name.replace('_', '-')}" for name in inspect.signature(Serve).parameters}
     named = set(re.findall(r"--[a-z-]+", light)) - {"--help"}
     assert len(named) >= 6 and named <= options
@@ -149,8 +137,7 @@ def test_missing_server_packages_are_named(monkeypatch):
 )
 def test_what_cannot_be_served_is_named_in_one_line(arguments, message, tmp_path):
     (tmp_path / "EMPTY").mkdir()
-    arguments = [sys.executable, "-m", "transformers_dsv3.cli", "serve", *arguments]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    result = programs.run(["-m", "transformers_dsv3.cli", "serve", *arguments], cwd=tmp_path)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith(message)

@@ -1,15 +1,13 @@
 """What tests of the adapting examples share: a small checkpoint, and a script run as users run it."""
 
-import os
 import random
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests import programs
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 
 
@@ -35,8 +33,6 @@ class Example:
 
     def __init__(self, name: str, options: str):
         self.script, self.options = EXAMPLES / name, options.split()
-        path = os.pathsep.join([str(EXAMPLES.parent), *sys.path])
-        self.environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
     def command(self, base, output, *options):
         given = ["--model", base / "model", "--general", base / "general.txt", "--output_dir", output, *options]
@@ -44,25 +40,14 @@ class Example:
 
     def run(self, base, output, *options):
         """What the script prints to its end."""
-        result = subprocess.run(
-            self.command(base, output, *options), capture_output=True, text=True, timeout=240, env=self.environment
-        )
+        result = programs.run(self.command(base, output, *options)[1:])
         assert result.returncode == 0, result.stderr[-3000:]
         return result.stdout
 
     def kill_at(self, base, output, place):
         """Ends the script by SIGKILL as soon as something of this name is in its folder."""
-        process = subprocess.Popen(
-            self.command(base, output),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=self.environment,
-        )
-        while process.poll() is None and not (output / place).exists():
-            time.sleep(0.001)
-        assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        killed = programs.run(self.command(base, output)[1:], signal_when=(output / place, signal.SIGKILL))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
 
 
 @pytest.fixture(scope="session")

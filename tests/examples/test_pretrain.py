@@ -2,13 +2,11 @@
 
 import importlib.util
 import json
-import os
 import random
 import re
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, LlamaConfig, pipeline
 
+from tests import programs
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3.evaluation.training_record import read_training_record
 
@@ -52,7 +51,6 @@ TINY = {
 # Windows of 16 blocks: a run reads several of them, and its text more than once
 SMALL = "--block_size 32 --shuffle_window 16 --per_device_train_batch_size 4 --logging_steps 4 --save_steps 4".split()
 SMALL += "--eval_strategy no --disable_tqdm true --warmup_steps 2".split()
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *sys.path]), "HF_HUB_OFFLINE": "1"}
 
 
 def command(script, output, *options):
@@ -60,9 +58,7 @@ def command(script, output, *options):
 
 
 def run(script, output, *options):
-    result = subprocess.run(
-        command(script, output, *options), capture_output=True, text=True, timeout=240, env=ENVIRONMENT
-    )
+    result = programs.run(command(script, output, *options)[1:])
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -144,7 +140,7 @@ def test_trains_and_saves_an_official_checkpoint(whole):
     assert len(text[0]["generated_text"]) > 3
 
 
-def kill_when(process, moment, deadline=120):
+def kill_when(process, moment, deadline=600):
     """Kills the process at the first instant at which `moment()` holds; whether it still ran then."""
     end = time.monotonic() + deadline
     while process.poll() is None and not moment():
@@ -156,10 +152,14 @@ def kill_when(process, moment, deadline=120):
     return running
 
 
+def killed_at(path, output, *options):
+    """The program is killed by itself, so that it is nowhere else however busy the machine is."""
+    result = programs.run(command("pretrain.py", output, *options)[1:], signal_when=(path, signal.SIGKILL))
+    return result.returncode == -signal.SIGKILL
+
+
 def killed(output, moment, *options, script="pretrain.py"):
-    process = subprocess.Popen(
-        command(script, output, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
-    )
+    process = programs.Program(command(script, output, *options)[1:])
     return kill_when(process, moment)
 
 
@@ -167,10 +167,10 @@ def test_killed_in_several_places_it_ends_at_the_same_weights(tmp_path, whole, n
     output = tmp_path / "out"
     options = ["--config", tiny, "--text", notes, "--max_steps", 60]
     # Within the writing of a checkpoint: its folder is there, its last file is not
-    assert killed(output, lambda: (output / "checkpoint-8").exists(), *options)
+    assert killed_at(output / "checkpoint-8", output, *options)
     assert not (output / "config.json").exists()  # nothing loads a folder whose training has not ended
     # Behind a checkpoint, in the middle of a window of the stream
-    assert killed(output, lambda: (output / "checkpoint-44" / "trainer_state.json").exists(), *options)
+    assert killed_at(output / "checkpoint-44" / "trainer_state.json", output, *options)
     # A checkpoint as a kill leaves it at its worst, nothing lacking but the end of the last file
     latest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     shutil.copytree(latest, output / "checkpoint-52")
@@ -180,7 +180,7 @@ def test_killed_in_several_places_it_ends_at_the_same_weights(tmp_path, whole, n
     (output / "checkpoint-4").mkdir()
     (output / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
     # After the last step, while the official checkpoint is put together
-    assert killed(output, lambda: (output / "saving.partial").exists(), *options)
+    assert killed_at(output / "saving.partial", output, *options)
     assert not (output / "config.json").exists()
     printed = run("pretrain.py", output, *options)
     assert f"From {output / 'checkpoint-60'}" in printed
@@ -191,16 +191,11 @@ def test_killed_in_several_places_it_ends_at_the_same_weights(tmp_path, whole, n
 def test_interrupted_it_says_how_to_go_on(tmp_path, notes, tiny):
     output = tmp_path / "out"
     options = ["--config", tiny, "--text", notes, "--max_steps", 60, "--save_steps", 2]
-    process = subprocess.Popen(
-        command("pretrain.py", output, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # A shell's background jobs are started with Ctrl-C ignored, and so would be what they start
-        env=ENVIRONMENT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    while process.poll() is None and not (output / "checkpoint-4").exists():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=600)
-    assert process.returncode == 130, said
+    stopped = programs.run(
+        command("pretrain.py", output, *options)[1:], signal_when=(output / "checkpoint-4", signal.SIGINT)
+    )
+    said = stopped.stderr
+    assert stopped.returncode == 130, said
     assert "Traceback" not in said
     assert re.search(rf"Stopped. The same command goes on from the last checkpoint, {output}/checkpoint-\d+\.$", said)
 

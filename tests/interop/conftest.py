@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 import transformers_dsv3
+from tests import programs
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 
 
@@ -112,7 +113,7 @@ class Peer:
     def __init__(self, variable: str, module: str, install: str, below: int | None = None):
         self.python = os.environ.get(variable, sys.executable)
         # The peer decides what it imports; offline, and quiet about it
-        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
         if below is not None:
             probe = f"import {module} as m, sys; sys.exit(int(m.__version__.split('.')[0]) >= {below})"
@@ -125,14 +126,17 @@ class Peer:
 
     def run(self, *arguments, timeout=600, **environment):
         """Runs the interpreter with `arguments`; fails the test with the output where it fails. Returns stdout."""
-        done = subprocess.run(
-            [self.python, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**self.environment, **environment},
-            check=False,
-        )
+        if self.python == sys.executable:
+            done = programs.run(arguments, timeout, **self.environment, **environment)
+        else:
+            done = subprocess.run(
+                [self.python, *map(str, arguments)],
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                env={**os.environ, **self.environment, **environment},
+                check=False,
+            )
         if done.returncode:
             pytest.fail(f"{' '.join(map(str, arguments))} failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
         return done.stdout

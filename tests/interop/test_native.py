@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, pipeline
 
 import transformers_dsv3
+from tests import programs
 from transformers_dsv3.models.dsv3 import checkpoint_dsv3
 
 
@@ -58,7 +57,7 @@ def native_config(**overrides):
 def run_native(jobs, file):
     """Native Transformers does `jobs` in one process that has not imported the plugin."""
     file.write_text(json.dumps(jobs))
-    done = subprocess.run([sys.executable, SCRIPT, file], capture_output=True, text=True, timeout=300, check=False)
+    done = programs.run([SCRIPT, file])
     assert done.returncode == 0, done.stderr[-8000:]
 
 

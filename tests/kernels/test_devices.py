@@ -1,15 +1,13 @@
 """What serves a model on each kind of device: the table of examples/gpu.md is what `explain` says there."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import transformers_dsv3
+from tests import programs
 from transformers_dsv3.kernels.backends import ABSORBED, EXPANDED, EXPERTS, LINEAR, NORM, STEP
 from transformers_dsv3.kernels.cpu import library as cpu_library
 from transformers_dsv3.kernels.triton_src.tuned import FAMILIES
@@ -54,8 +52,7 @@ def fake():
     def serve(device):
         if device not in known:
             script = ROOT / "tests" / "kernels" / "fake_device.py"
-            variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-            done = subprocess.run([sys.executable, script, device], env=variables, capture_output=True, text=True)
+            done = programs.run([script, device])
             assert done.returncode == 0, done.stderr
             known[device] = json.loads(done.stdout)
         return known[device]

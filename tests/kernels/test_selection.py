@@ -1,15 +1,13 @@
 """Who serves a call: the environment's choice, the caller's, and the reasons why the compiled backend refuses."""
 
 import json
-import os
-import subprocess
-import sys
 
 import peft
 import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
+from tests import programs
 from transformers_dsv3.kernels import selection
 from transformers_dsv3.kernels.cpu import attention as mla_cpu
 from transformers_dsv3.kernels.cpu import library as cpu_library
@@ -284,13 +282,7 @@ print(json.dumps([selection.chosen, implementations]))
 
 
 def in_a_process(value, code=IN_A_PROCESS):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, selection.VARIABLE: value},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return programs.run(["-c", code], **{selection.VARIABLE: value})
 
 
 def test_the_variable_replaces_the_default_but_not_an_argument():

@@ -1,23 +1,18 @@
 """Models that two processes share by heads and experts: logits, gradients, text and file are those of one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import programs
 
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-COMMAND += [str(Path(__file__).with_name("sharded_models.py"))]
+
+SCRIPT = Path(__file__).with_name("sharded_models.py")
 
 
 def compare(*folders):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HF_HUB_OFFLINE": "1"}
-    command = [*COMMAND, *map(str, folders)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    run = programs.run_ranks(2, [SCRIPT, *folders])
     assert run.returncode == 0, run.stderr[-4000:]
     for folder in folders:
         assert f"compared {folder.name} eager tp" in run.stdout and f"compared {folder.name} sdpa ep" in run.stdout

@@ -4,8 +4,6 @@ import copy
 import itertools
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Trainer, TrainingArguments
 
 import transformers_dsv3
+from tests import programs
 from transformers_dsv3.compression.int8_weights import quantize_int8
 from transformers_dsv3.training.esft import SelectedExperts, TrainedShare
 from transformers_dsv3.training.expert_scores import SELECTION_FILE, ExpertScores
@@ -233,8 +232,7 @@ def test_training_is_that_of_the_slices_alone(make_model, tmp_path, measured):
 
 def test_two_ranks_train_as_one():
     script = Path(__file__).with_name("ddp_esft_steps.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = programs.run_ranks(2, [script])
     assert run.returncode == 0, run.stderr[-3000:]
     assert "as one process" in run.stdout
 

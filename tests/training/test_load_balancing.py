@@ -1,11 +1,7 @@
 """The correction bias moves once an optimizer step by what was counted in it, and by nothing else."""
 
 import logging
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 import transformers_dsv3
+from tests import programs
 from transformers_dsv3 import LoadBalancingCallback, MtpObjectiveCallback
 from transformers_dsv3.training.load_balancing import move_correction_bias, routers, take_loads
 from transformers_dsv3.training.routing_statistics import routing_statistics
@@ -566,15 +563,8 @@ def test_two_ranks_move_as_one(make_model, tmp_path, how):
     tokens = torch.tensor(random_rows(8))
     torch.save(tokens, tmp_path / "tokens.pt")
     (tmp_path / "ranks.py").write_text(TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = [tmp_path / name for name in ("ranks.py", "model", "tokens.pt")]
-    result = subprocess.run(
-        [*command, *map(str, paths), how.split()[0], str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(transformers_dsv3.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = programs.run_ranks(2, [*paths, how.split()[0], tmp_path])
     assert result.returncode == 0, result.stderr[-3000:]
     move_correction_bias(model, counted(model, tokens), 0.01)
     for rank in (0, 1):

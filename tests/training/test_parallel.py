@@ -17,15 +17,13 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, PreTrained
 from transformers.distributed import DistributedConfig
 
 import transformers_dsv3
+from tests import programs
 from transformers_dsv3.models.dsv3.distributed_dsv3 import check_divisible, with_data_parallel_size
 from transformers_dsv3.training.parallel import ParallelArguments
 
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("parallel_steps.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-LAUNCH += ["--config_file", str(ROOT / "examples" / "accelerate_fsdp2.yaml")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HF_HUB_OFFLINE": "1"}
 
 trainer_shards = pytest.mark.skipif(
@@ -34,10 +32,21 @@ trainer_shards = pytest.mark.skipif(
 )
 
 
-def run(*command):
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
+def one_process(arguments):
+    return programs.run(arguments)
+
+
+def two_processes(arguments):
+    return programs.run_ranks(2, arguments)
+
+
+def accelerate_launch(arguments):
+    """Two processes too, with the settings that this launcher hands them in the environment."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "examples" / "accelerate_fsdp2.yaml")]
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=600, env=ENVIRONMENT
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,8 @@ def train(checkpoint):
     """Function from a launcher, a folder and options to the losses and so on, and the tensors that were saved."""
 
     def run_script(launcher, output, *options):
-        run(*launcher, SCRIPT, "--model", checkpoint, "--output", output, *options)
+        done = launcher([SCRIPT, "--model", checkpoint, "--output", output, *options])
+        assert done.returncode == 0, done.stderr[-4000:]
         report = json.loads((output / "steps.json").read_text())
         report["config"] = json.loads((output / "config.json").read_text())
         return report, load_file(output / "model.safetensors")
@@ -62,7 +72,7 @@ def train(checkpoint):
 
 @pytest.fixture(scope="module")
 def alone(train, tmp_path_factory):
-    return train([sys.executable], tmp_path_factory.mktemp("alone"))
+    return train(one_process, tmp_path_factory.mktemp("alone"))
 
 
 def assert_same_run(seen, expected, start, measured, mode, atol=1e-6):
@@ -92,17 +102,22 @@ def assert_same_run(seen, expected, start, measured, mode, atol=1e-6):
 
 # The launcher, options, the class that trains, and how much of the model each process holds at most
 MODES = {
-    "DDP": (TORCHRUN, [], "DistributedDataParallel", 1.0),
-    "FSDP2": (LAUNCH, ["--in-memory"], "FSDPDeepseekV3ForCausalLM", 0.51),
-    "TP=2": (TORCHRUN, ["--distributed", '{"tp_size": 2}'], "DeepseekV3ForCausalLM", 0.6),
-    "EP=2": (TORCHRUN, ["--distributed", '{"ep_size": 2}'], "FSDPDeepseekV3ForCausalLM", 0.51),
+    "DDP": (two_processes, [], "DistributedDataParallel", 1.0),
+    "FSDP2": (accelerate_launch, ["--in-memory"], "FSDPDeepseekV3ForCausalLM", 0.51),
+    "TP=2": (two_processes, ["--distributed", '{"tp_size": 2}'], "DeepseekV3ForCausalLM", 0.6),
+    "EP=2": (two_processes, ["--distributed", '{"ep_size": 2}'], "FSDPDeepseekV3ForCausalLM", 0.51),
 }
 MORE = {
-    "FSDP2 by accelerate": (LAUNCH, ["--accelerate-fsdp"], "FSDPDeepseekV3ForCausalLM", 0.51),
-    "TP=2, EP=2": (TORCHRUN, ["--distributed", '{"tp_size": 2, "ep_size": 2}'], "DeepseekV3ForCausalLM", 0.6),
-    "TP=2 in memory": (TORCHRUN, ["--distributed", '{"tp_size": 2}', "--in-memory"], "DeepseekV3ForCausalLM", 0.6),
+    "FSDP2 by accelerate": (accelerate_launch, ["--accelerate-fsdp"], "FSDPDeepseekV3ForCausalLM", 0.51),
+    "TP=2, EP=2": (two_processes, ["--distributed", '{"tp_size": 2, "ep_size": 2}'], "DeepseekV3ForCausalLM", 0.6),
+    "TP=2 in memory": (
+        two_processes,
+        ["--distributed", '{"tp_size": 2}', "--in-memory"],
+        "DeepseekV3ForCausalLM",
+        0.6,
+    ),
     "EP=2 in memory": (
-        TORCHRUN,
+        two_processes,
         ["--distributed", '{"ep_size": 2}', "--in-memory"],
         "FSDPDeepseekV3ForCausalLM",
         0.51,
@@ -154,7 +169,7 @@ def test_other_ways_to_share_train_as_one(mode, train, alone, checkpoint, tmp_pa
 )
 def test_settings_of_the_trainer(options, atol, train, checkpoint, tmp_path, measured):
     start = load_file(checkpoint / "model.safetensors")
-    expected = train([sys.executable], tmp_path / "alone", *options)
+    expected = train(one_process, tmp_path / "alone", *options)
     for mode, (launcher, more, *_) in MODES.items():
         seen = train(launcher, tmp_path / mode.replace("=", ""), *more, *options)
         assert_same_run(seen, expected, start, measured, f"{mode}, {' '.join(options)}", atol)
@@ -167,7 +182,7 @@ def test_tensor_and_expert_parallelism_of_older_transformers(train, alone, check
         pytest.skip("this version has `ep_size`")
     start = load_file(checkpoint / "model.safetensors")
     for name, config in {"tp": {"tp_size": 2}, "ep": {"tp_size": 2, "enable_expert_parallel": True}}.items():
-        seen = train(TORCHRUN, tmp_path / name, "--distributed", json.dumps(config), "--save-everywhere")
+        seen = train(two_processes, tmp_path / name, "--distributed", json.dumps(config), "--save-everywhere")
         assert_same_run(seen, alone, start, measured, f"{name}, older Transformers")
 
 
