@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from typing import Any
@@ -169,8 +170,12 @@ def multiplied_parameters(model: nn.Module) -> int:
     return count + (0 if head is None else head.weight.numel() * (1 + len(trained)))
 
 
+@functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a square matrix product on a device, the best of five."""
+    """Floating-point operations a second of a square matrix product on a device, the best of five.
+
+    Measured once in a process, since it takes a second.
+    """
 
     def seconds(size: int) -> float:
         left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
