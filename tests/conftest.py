@@ -53,6 +53,13 @@ TINY = {
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+
+def pytest_configure(config):
+    """xdist's own choice gives a file's tests to all workers, and each sets up what they share."""
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "worksteal"
+
+
 MEASURED = pytest.StashKey()
 
 
