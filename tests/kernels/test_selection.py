@@ -14,6 +14,7 @@ from transformers_dsv3.kernels.cpu import library as cpu_library
 from transformers_dsv3.kernels.cpu import linear as linear_cpu
 from transformers_dsv3.kernels.cpu import mixture as experts_cpu
 from transformers_dsv3.kernels.selection import cpu_refusal, parse
+from transformers_dsv3.models.dsv3 import decoding_dsv3
 
 
 TOKENS = torch.tensor([[5, 17, 2, 44, 8, 9]])
@@ -225,6 +226,10 @@ def test_implementation_of_experts(spy, make_model, implementation, monkeypatch)
     assert model.config._experts_implementation == "auto"
     model.set_experts_implementation(implementation)
     compiled = run(model)
+    assert spy.calls.count("dsv3_step") == (implementation != "eager")
+    spy.calls.clear()
+    monkeypatch.setattr(decoding_dsv3, "MOST_TOKENS", 0)  # a program of a step makes the layers' calls itself
+    torch.testing.assert_close(run(model), compiled, rtol=1e-4, atol=1e-5)
     # One for each layer's network and call; with "eager", a mixture's are the shared experts alone
     assert spy.calls.count("dsv3_mixture") == 2 * model.config.num_hidden_layers
     assert {"dsv3_linear", "dsv3_route", "dsv3_attention_expanded", "dsv3_attention_absorbed"} <= set(spy.calls)
