@@ -35,6 +35,7 @@ NAMES = [
     "model_card",
     "pull_from_hub",
     "push_to_hub",
+    "quantize",
     "quantize_int8",
     "register",
     "routing_report",

@@ -52,8 +52,8 @@ def bench(
     weights: Annotated[
         str,
         typer.Option(
-            help="Forms of the plugin's weights, any of plain, int8 (a scale an output channel), int8-activations "
-            "(activations of many rows are rounded to 8 bits as well)."
+            help="Forms of the plugin's weights, any of plain, int8 and int4 (in groups of 32, activations rounded to "
+            "8 bits), int8-whole-activations and int4-whole-activations."
         ),
     ] = "plain",
     rounds: Annotated[int, typer.Option(help="Turns of each contender.")] = 6,

@@ -78,10 +78,32 @@ def rms_error():
 
 @pytest.fixture(scope="session")
 def quantize():
-    """Function from `(..., N, K)` to INT8 weights and their scales `(..., N)`."""
+    """Function from `(..., N, K)` and 8 or 4 bits to whole numbers as they are stored and scales `(..., N, K / 32)`.
+    """
 
-    def to_int8(weight):
-        scale = weight.abs().amax(-1).clamp_min(1e-12) / 127
-        return (weight / scale[..., None]).round().to(torch.int8), scale.float()
+    def to_groups(weight, bits):
+        groups = weight.float().unflatten(-1, (-1, 32))
+        largest = 127 if bits == 8 else 7
+        scale = (groups.abs().amax(-1).clamp_min(1e-4) / largest).half()
+        whole = (groups / scale.float()[..., None]).round().clamp(-largest, largest)
+        if bits == 8:
+            return whole.to(torch.int8).flatten(-2), scale
+        first, second = (whole + 8).to(torch.uint8).chunk(2, -1)
+        return (first + 16 * second).flatten(-2), scale
 
-    return to_int8
+    return to_groups
+
+
+@pytest.fixture(scope="session")
+def stands_for():
+    """Function from what `quantize` gives to `(..., N, K)` in float64."""
+
+    def from_groups(values, scale):
+        if values.dtype == torch.uint8:
+            pairs = values.unflatten(-1, (-1, 16)).int()
+            whole = torch.cat([pairs % 16, pairs // 16], -1) - 8
+        else:
+            whole = values.unflatten(-1, (-1, 32))
+        return (whole.double() * scale.double()[..., None]).flatten(-2)
+
+    return from_groups

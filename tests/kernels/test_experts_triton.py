@@ -19,7 +19,8 @@ import transformers_dsv3
 from tests.fake_gpu import Launches, fake_gpu, on_gpu
 from tests.kernels.test_experts_grouped import NAMES, choose, error, exact, inputs_for, make_experts, plain, run
 from tests.kernels.test_explain import block
-from transformers_dsv3.compression.int8_weights import Int8Experts, dequantize, quantize_int8
+from transformers_dsv3.compression.quantize import quantize
+from transformers_dsv3.compression.quantized_weights import QuantizedExperts, dequantize
 from transformers_dsv3.kernels import backends, experts_auto, experts_triton, triton_support
 from transformers_dsv3.kernels.experts_triton import experts_refusal, module_refusal, triton_experts
 
@@ -255,10 +256,9 @@ def test_checkpointing(reentrant):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("tokens", [5, 70])
 def test_int8_weights(tokens, dtype, poisoned):
-    """Scales come after the sums, so that weights are not rounded to the activations' dtype."""
-    experts, hidden, index, weights = case(tokens, num_experts=3, among=[0, 1, 3], dims=(40, 24), dtype=dtype)
+    experts, hidden, index, weights = case(tokens, num_experts=3, among=[0, 1, 3], dims=(96, 32), dtype=dtype)
     experts.config._experts_implementation = "triton"
-    quantized = Int8Experts(experts, int8_activations=False)
+    quantized = QuantizedExperts(experts, bits=8)
     for name in ("gate_up_proj", "down_proj"):
         weight, scale = getattr(quantized, name), getattr(quantized, f"{name}_scale")
         getattr(experts, name).data = dequantize(weight, scale, torch.float32)
@@ -273,8 +273,7 @@ def test_int8_weights(tokens, dtype, poisoned):
 
 
 def test_int8_model(make_model):
-    model = make_model()
-    quantize_int8(model)
+    model = quantize(make_model(moe_intermediate_size=32))
     tokens = torch.arange(1, 8)[None]
     with torch.no_grad():
         model.set_experts_implementation("eager")
@@ -410,13 +409,16 @@ def test_modules_that_are_refused():
 
 
 def test_calls_that_are_left_to_auto(monkeypatch):
-    experts, hidden, index, weights = on_device(*case())
+    experts, hidden, index, weights = on_device(*case(dims=(32, 32)))
     assert experts_refusal(experts, hidden, weights) is None
     assert "activations of the weights' dtype" in experts_refusal(experts, hidden.bfloat16(), weights)
     assert "not torch.float64" in experts_refusal(experts, hidden.double(), weights)
     assert "not meta" in experts_refusal(experts, hidden.to("meta"), weights)
-    quantized = Int8Experts(experts, int8_activations=False)
+    quantized = QuantizedExperts(experts, bits=8)
     assert experts_refusal(quantized, hidden, weights) is None
+    assert "INT8 weights, gate_up_proj is torch.uint8" in experts_refusal(
+        QuantizedExperts(experts, bits=4).to(DEVICE), hidden, weights
+    )
     assert "no gradients with INT8" in experts_refusal(quantized, hidden.clone().requires_grad_(), weights)
 
     def transformed(x):

@@ -10,7 +10,7 @@ from transformers.integrations import deepgemm, sonicmoe
 
 import transformers_dsv3
 from tests.fake_gpu import fake_gpu, on_gpu
-from transformers_dsv3.compression import int8_weights
+from transformers_dsv3.compression.quantize import quantize
 from transformers_dsv3.kernels import (
     experts_lora,
     explain,
@@ -284,12 +284,11 @@ def test_choosing_among_what_refuses_loads_nothing(make_model, gpu, monkeypatch)
 
 
 def test_experts_that_compute_themselves(make_model):
-    """INT8 experts ask for no function of Transformers: what is set changes nothing."""
-    model = make_model()
-    int8_weights.quantize_int8(model)
+    """Quantised experts ask for no function of Transformers: what is set changes nothing."""
+    model = quantize(make_model(moe_intermediate_size=32), head_bits=None)
     text = transformers_dsv3.explain(model)
     for name in ("grouped_mm", "batched_mm", "liger", "sonicmoe"):
-        assert "no: Int8Experts computes its experts itself" in block(text, "experts")[name][1]
+        assert "no: QuantizedExperts computes its experts itself" in block(text, "experts")[name][1]
     model.config._experts_implementation = "grouped_mm"
     assert [n for n, (used, _) in block(transformers_dsv3.explain(model), "experts").items() if used] == ["eager"]
 

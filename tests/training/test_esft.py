@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Trainer, T
 
 import transformers_dsv3
 from tests import programs
-from transformers_dsv3.compression.int8_weights import quantize_int8
+from transformers_dsv3.compression.quantize import quantize
 from transformers_dsv3.training.esft import SelectedExperts, TrainedShare
 from transformers_dsv3.training.expert_scores import SELECTION_FILE, ExpertScores
 
@@ -408,8 +408,7 @@ def test_bad_input(make_model, native_twin, tmp_path):
         train_selected(adapted, SELECTION)
     with pytest.raises(ValueError, match="wrapped by PEFT"):
         train(adapted, tmp_path)
-    quantised = make_model(**THREE_LAYERS)
-    quantize_int8(quantised)
+    quantised = quantize(make_model(**THREE_LAYERS, moe_intermediate_size=32))
     with pytest.raises(ValueError, match="not plain floating-point"):
         train_selected(quantised, SELECTION)
 

@@ -12,7 +12,7 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_deepseek_v3
 
-from ..compression.int8_weights import quantize_int8
+from ..compression.quantize import quantize
 from ..models.dsv3 import DeepseekV3ForCausalLM
 from .devices import Device
 from .rounds import Turn
@@ -37,15 +37,17 @@ class Variant:
     copies: float = 0.0
 
 
-def _int8(activations: str) -> Callable[[DeepseekV3ForCausalLM], DeepseekV3ForCausalLM]:
+def _quantized(bits: int, activations: str | None) -> Callable[[DeepseekV3ForCausalLM], DeepseekV3ForCausalLM]:
     # A twin on the same weights is rounded, since the model as it is is measured too
-    return lambda model: quantize_int8(share_weights(model, DeepseekV3ForCausalLM), activations)
+    return lambda model: quantize(share_weights(model, DeepseekV3ForCausalLM), bits, activations=activations)
 
 
 VARIANTS = {
     "plain": Variant(lambda model: model),
-    "int8": Variant(_int8("bf16"), copies=0.5),
-    "int8-activations": Variant(_int8("int8"), torch.int8, copies=0.5),
+    "int8": Variant(_quantized(8, "8"), torch.int8, copies=0.53),
+    "int4": Variant(_quantized(4, "8"), torch.int8, copies=0.35),
+    "int8-whole-activations": Variant(_quantized(8, "16"), copies=0.53),
+    "int4-whole-activations": Variant(_quantized(4, "16"), copies=0.35),
 }
 STATIC = "static"
 NATIVE = "transformers"

@@ -61,9 +61,10 @@ def count_weights(model: PreTrainedModel, in_bytes: bool) -> Weights:
     every_token = head = embedding = experts = 0
     moe_layers = set()
     for name, tensor in model.state_dict().items():
-        size = (
-            tensor.nbytes if in_bytes else (tensor.numel() if tensor.dim() >= 2 and not name.endswith("_scale") else 0)
-        )
+        size = tensor.nbytes
+        if not in_bytes:
+            size = tensor.numel() if tensor.dim() >= 2 and not name.endswith("_scale") else 0
+            size *= 2 if tensor.dtype == torch.uint8 else 1  # two of 4 bits in a byte
         layer = re.search(r"\blayers\.(\d+)\.", name)
         if re.search(r"\bmtp\.\d+\.", name):
             continue

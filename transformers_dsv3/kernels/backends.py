@@ -59,8 +59,11 @@ def _absorbed(module: nn.Module) -> str | None:
 
 def _compiled(operation: str, module: nn.Module) -> str | None:
     """Why the compiled CPU backend serves no call of a module, be it without gradients; None if it serves some."""
+    like = _floating(module)
+    if like.dtype in selection.QUANTIZED:
+        like = torch.empty(0, device=like.device)  # activations alone have a dtype there
     with torch.no_grad():
-        return cpu_refusal(operation, _floating(module))
+        return cpu_refusal(operation, like)
 
 
 def _program(model: nn.Module) -> str | None:

@@ -229,8 +229,8 @@ def triton_experts(
     Under autocast, products are in its dtype, sums over experts in fp32 and the result as without.
 
     Args:
-        module: has `gate_up_proj` `(E, 2I, D)` and `down_proj` `(E, D, I)`, with fp32 `..._scale` of their first two
-            dimensions where they are INT8.
+        module: has `gate_up_proj` `(E, 2I, D)` and `down_proj` `(E, D, I)`, with fp16 `..._scale`
+            `(E, 2I, D / 32)` and `(E, D, I / 32)` where they are INT8.
         hidden_states: `(T, D)`.
         top_k_index: `(T, K)`; what is none of the E experts is left out, as index E under expert parallelism.
         top_k_weights: `(T, K)`, of any floating dtype.

@@ -241,6 +241,30 @@ def _place(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
+def _quantized_weights(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """A line on weights of few bits, or None where there are none."""
+    kinds: dict[int, list[str]] = {}
+    rounded = set()
+    for module in model.modules():
+        bits = getattr(module, "bits", None)
+        if getattr(module, "weight_scale", None) is None and getattr(module, "down_proj_scale", None) is None:
+            continue
+        kinds.setdefault(bits, []).append(type(module).__name__)  # type: ignore[arg-type]
+        rounded |= {dtype in dtypes for dtypes in (getattr(module, "rounded_dtypes", None),) if dtypes is not None}
+    if not kinds:
+        return None
+    counted = (
+        f"{bits} bits in {', '.join(f'{names.count(name)} {name}' for name in dict.fromkeys(names))}"
+        for bits, names in sorted(kinds.items())
+    )
+    activations = "rounded to 8 bits by the compiled CPU backend" if True in rounded else "whole"
+    return f"weights in groups of 32: {'; '.join(counted)}; activations of {_name(dtype)} are {activations}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def explain(model: PreTrainedModel) -> str:
     """Tells which backend serves each operation of a model, and why the others do not.
 
@@ -250,15 +274,17 @@ def explain(model: PreTrainedModel) -> str:
         model: any DeepSeek-V3 model of this package, or a model that holds one (PEFT's wrappers do).
 
     Returns:
-        Lines of text, a block for each operation: the backend in use is marked `*`, the others carry the reason they
-        cannot serve, or how to choose them.
+        Lines of text: the widths of quantised weights, then a block for each operation: the backend in use is marked
+        `*`, the others carry the reason they cannot serve, or how to choose them.
 
     Raises:
         ValueError: for a model without multi-head latent attention of this package.
     """
     parts = _parts(model)
-    parameter = next(model.parameters())
-    lines = [f"{type(model).__name__} on {_place(parameter.device)}, {str(parameter.dtype).removeprefix('torch.')}"]
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), next(model.parameters()))
+    lines = [f"{type(model).__name__} on {_place(parameter.device)}, {_name(parameter.dtype)}"]
+    if (quantized := _quantized_weights(model, parameter.dtype)) is not None:
+        lines.append(quantized)
     for section in PAGE:
         serves = section.serves(parts)
         if serves is None:

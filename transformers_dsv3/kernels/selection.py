@@ -86,6 +86,10 @@ def use(**choices: str) -> Iterator[None]:
         epoch += 1
 
 
+# What the whole numbers of quantised weights are stored in: of 8 bits, and two of 4 bits in one
+QUANTIZED = (torch.int8, torch.uint8)
+
+
 def cpu_refusal(operation: str, x: torch.Tensor, *weights: torch.Tensor) -> str | None:
     """The reason why the compiled CPU backend does not take a call, or None where it does.
 
@@ -93,7 +97,7 @@ def cpu_refusal(operation: str, x: torch.Tensor, *weights: torch.Tensor) -> str 
 
     Args:
         operation: "linear", "attention" or "experts".
-        x: activations. weights: of their dtype, or INT8; a cache's tensors count as weights.
+        x: activations. weights: of their dtype, or quantised; a cache's tensors count as weights.
     """
     # Experts are chosen by the model's configuration, which the environment has a say in when the model is made
     choice = "auto" if operation == "experts" else chosen[operation]
@@ -295,7 +299,7 @@ def _cpu_refusal(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
     for weight in weights:
         if type(weight) not in PLAIN:
             return f"takes plain tensors, not {type(weight).__name__}"
-        if weight.dtype is not dtype and weight.dtype is not torch.int8:
+        if weight.dtype is not dtype and weight.dtype not in QUANTIZED:
             return f"takes weights and caches of the activations' dtype ({dtype}), not {weight.dtype}"
         if not weight.is_cpu:
             return f"needs weights in the CPU's memory, not on {weight.device.type}"

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1]
 FOLDER_VARIABLE = "TRANSFORMERS_DSV3_CPU_LIBRARY"
 # The build writes into this file why there is no library; see setup.py
 BUILD_FAILURE = "_cpu_build_failure.txt"
-VERSION = 4  # dsv3_version() of csrc/library.c
+VERSION = 5  # dsv3_version() of csrc/library.c
 
 pointer, integer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # What `csrc/dsv3.h` declares, which a test compares with this

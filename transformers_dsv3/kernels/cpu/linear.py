@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..selection import cpu_refusal
+from ..selection import QUANTIZED, cpu_refusal
 from . import library
 from .operators import TYPES, addresses, define, out_of_memory, refuse_dtype
 
@@ -14,9 +14,6 @@ from .operators import TYPES, addresses, define, out_of_memory, refuse_dtype
 MOST_BF16_ROWS = 64
 # Weights that stay in the processor's second-level cache gain nothing from being streamed, and the call costs more
 FEWEST_BYTES = 2**18
-# Where 8-bit activations are asked for, fewer rows than this have 16 bits all the same: reading the weights is the
-# limit then, and more bits are free.
-FEWEST_INT8_ROWS = 16
 
 
 def linear_refusal(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> str | None:
@@ -32,7 +29,7 @@ def layer_refusal(
     int8_activations: bool = False,
 ) -> str | None:
     """The part of `linear_refusal` that stays the same from call to call."""
-    if weight.dtype is not torch.int8 and weight.numel() * weight.element_size() < FEWEST_BYTES:
+    if weight.dtype not in QUANTIZED and weight.numel() * weight.element_size() < FEWEST_BYTES:
         return "does not pay for weights this small"
     if not weight.is_contiguous():
         return "takes contiguous weights only"
@@ -43,7 +40,7 @@ def layer_refusal(
 
 def rows_refusal(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
     """The part of `linear_refusal` that the number of rows decides, which changes from call to call."""
-    if x.dtype is torch.bfloat16 and x.numel() > MOST_BF16_ROWS * x.shape[-1] and weight.dtype is not torch.int8:
+    if x.dtype is torch.bfloat16 and x.numel() > MOST_BF16_ROWS * x.shape[-1] and weight.dtype not in QUANTIZED:
         return f"pays up to {MOST_BF16_ROWS} rows of bf16"
     return None
 
@@ -58,12 +55,14 @@ def linear(
     """`x` `(..., K)` times the transpose of `weight` `(N, K)`, plus `bias` `(N,)`: `(..., N)`.
 
     Args:
-        scale: fp32 `(N,)`, for INT8 weights.
-        int8_activations: whether activations are rounded to 8 bits where the weights are INT8, instead of 16.
+        scale: fp16 `(N, K / 32)`, for quantised weights; of 4 bits they are uint8 `(N, K / 2)`.
+        int8_activations: whether activations are rounded to 8 bits where the weights are quantised.
     """
     if x.dtype not in (torch.float32, torch.bfloat16):
         refuse_dtype("x", x)
     N, K = weight.shape
+    if weight.dtype is torch.uint8:
+        K *= 2
     if x.shape[-1] != K:
         raise ValueError(f"x has rows of {x.shape[-1]}, weight of {K}")
     if weight.dtype is x.dtype and scale is None and weight.is_contiguous():

@@ -13,7 +13,6 @@ from torch import nn
 from ..experts_grouped import is_silu
 from ..selection import bypass_refusal, cpu_refusal, is_plain, plain_refusal
 from . import library
-from .linear import FEWEST_INT8_ROWS
 from .operators import TYPES, addresses, define, fake_like, out_of_memory, refuse_dtype, refuse_shape
 
 
@@ -173,8 +172,8 @@ def mixture(
 
     Args:
         x: `(T, D)`.
-        experts: `gate_up_proj` `(E, 2I, D)`, `down_proj` `(E, D, I)`, with `..._scale` of their first two dimensions
-            where they are INT8; None for the dense network alone.
+        experts: `gate_up_proj` `(E, 2I, D)`, `down_proj` `(E, D, I)`, with `..._scale` where they are quantised; None
+            for the dense network alone.
         top_k_index, top_k_weights: `(T, K)`; an index that is none of the E experts is left out.
         shared: has `gate_proj`, `up_proj`, `down_proj`; None for the experts alone.
         kernel: the operator, or what it calls.
@@ -198,7 +197,7 @@ def mixture(
             *(down.weight, getattr(down, "weight_scale", None)),
         )
         owner = down if experts is None else experts
-    int8_activations = x.shape[0] >= FEWEST_INT8_ROWS and getattr(owner, "int8_activations", False)
+    int8_activations = x.dtype in getattr(owner, "rounded_dtypes", ())
     return kernel(x, *routed, top_k_index, top_k_weights, *dense, int8_activations)
 
 

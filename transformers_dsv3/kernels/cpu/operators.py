@@ -5,9 +5,10 @@ torch.export trace through it, and checks shapes and types before any memory is 
 `selection` leaves calls that need one to PyTorch. Where nothing looks at operators, its kernel is called without
 PyTorch's dispatcher, which costs more than a small step of decoding.
 
-INT8 weights are whole numbers times an fp32 scale for each output channel. Activations then meet them as 16-bit whole
-numbers with a scale for each row, which lose less than bf16 does, or, for many rows at once, as 8-bit ones
-(`int8_activations`), which are about twice as fast.
+Quantised weights `(..., N, K)` are whole numbers of 8 bits, int8, or of 4 bits, uint8 `(..., N, K / 2)`, with fp16
+scales `(..., N, K / 32)`, one for each group of 32 along the input: the values of GGUF's Q8_0 and Q4_0. Byte b < 16 of
+a group of 4 bits holds elements b and b + 16, each plus 8, the first in its lower half. Activations meet them rounded
+to 8 bits in groups of 32 (`int8_activations`), or as they are, weights then in the activations' dtype.
 
 In decoding each call from Python to Python counts: checks are written out where they are needed, and only what they
 find is told by functions of their own.
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+GROUP = 32  # of csrc/inner_loops.h
 LONGEST_HEAD = 2048  # K_BLOCK of csrc/inner_loops.h
 MOST_ROTATED = 1024  # of csrc/rows.c
 
@@ -64,7 +66,8 @@ def addresses(
 
     Args:
         x: the activations.
-        weights: name, weight, scale and shape. In x's dtype, or INT8 with contiguous fp32 scales for the rows.
+        weights: name, weight, scale and shape, of 4-bit ones before they are packed. In x's dtype, or quantised with
+            scales.
 
     Raises:
         ValueError: for anything else.
@@ -75,22 +78,26 @@ def addresses(
         if weight is None:
             found += (None, None)
             continue
-        if weight.shape != shape:
-            refuse_shape(name, weight, shape)
+        stored = (*shape[:-1], shape[-1] // 2) if weight.dtype is torch.uint8 else shape
+        if weight.shape != stored:
+            refuse_shape(name, weight, stored)
         if not weight.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
         if weight.dtype is dtype:
             if scale is not None:
-                raise ValueError(f"{name} has a scale, but is not INT8")
+                raise ValueError(f"{name} has a scale, but is not quantised")
             found += (weight.data_ptr(), None)
             continue
-        if weight.dtype is not torch.int8:
+        if weight.dtype is not torch.int8 and weight.dtype is not torch.uint8:
             raise ValueError(f"{name} is {weight.dtype}, the activations are {dtype}")
+        if shape[-1] % GROUP:
+            raise ValueError(f"{name} is quantised in rows of {shape[-1]}, not a multiple of {GROUP}")
+        groups = (*shape[:-1], shape[-1] // GROUP)
         if scale is None:
-            raise ValueError(f"{name} is INT8 without a scale")
-        if scale.dtype is not torch.float32 or scale.shape != shape[:-1] or not scale.is_contiguous():
+            raise ValueError(f"{name} is quantised without a scale")
+        if scale.dtype is not torch.float16 or scale.shape != groups or not scale.is_contiguous():
             raise ValueError(
-                f"the scale of {name} is {scale.dtype} of {tuple(scale.shape)}, not contiguous fp32 of {shape[:-1]}"
+                f"the scale of {name} is {scale.dtype} of {tuple(scale.shape)}, not contiguous fp16 of {groups}"
             )
         found += (weight.data_ptr(), scale.data_ptr())
     return found

@@ -9,7 +9,6 @@ from torch import nn
 
 from ..selection import chosen, cpu_refusal, plain_refusal
 from . import library
-from .linear import FEWEST_INT8_ROWS
 from .operators import MOST_ROTATED, TYPES, addresses, define, out_of_memory, refuse_dtype, require_angles
 
 
@@ -199,7 +198,7 @@ def project(
         sin,
         interleave,
         q_b.weight.shape[0] // attention.qk_head_dim,
-        x.shape[0] * x.shape[1] >= FEWEST_INT8_ROWS and getattr(kv_a, "int8_activations", False),
+        x.dtype in getattr(kv_a, "rounded_dtypes", ()),
     )
     return query.transpose(1, 2), latent, k_rope
 

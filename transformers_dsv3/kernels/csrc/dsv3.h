@@ -41,13 +41,13 @@ typedef struct {
 
 /* The operations; what their arguments are stands with each definition */
 int dsv3_linear(const void *x, int x_type, ptrdiff_t ldx, const void *w, int w_type, ptrdiff_t ldw,
-                const float *w_scale, const void *bias, void *y, ptrdiff_t ldy, int64_t M, int64_t N, int64_t K,
+                const void *w_scale, const void *bias, void *y, ptrdiff_t ldy, int64_t M, int64_t N, int64_t K,
                 int int8_activations, int threads);
 int dsv3_mixture(const void *x, int type, int64_t T, int64_t D, int w_type, const void *gate_up,
-                 const float *gate_up_scale, const void *down, const float *down_scale, int64_t E, int64_t I,
+                 const void *gate_up_scale, const void *down, const void *down_scale, int64_t E, int64_t I,
                  const int64_t *expert, const float *weight, int64_t K, const void *shared_gate,
-                 const float *shared_gate_scale, const void *shared_up, const float *shared_up_scale,
-                 const void *shared_down, const float *shared_down_scale, int64_t S, void *out, int int8_activations,
+                 const void *shared_gate_scale, const void *shared_up, const void *shared_up_scale,
+                 const void *shared_down, const void *shared_down_scale, int64_t S, void *out, int int8_activations,
                  int threads);
 int dsv3_attention_absorbed(const void *q_nope, const ptrdiff_t *q_nope_of, const void *q_rope,
                             const ptrdiff_t *q_rope_of, const void *latent, const ptrdiff_t *latent_of,
@@ -68,9 +68,9 @@ int dsv3_rms_norm(const void *x, int type, ptrdiff_t ldx, const void *weight, fl
 void dsv3_rotate(const void *x, const ptrdiff_t *x_of, const void *cos, const void *sin, const ptrdiff_t *angle_of,
                  int type, int interleave, void *y, const ptrdiff_t *y_of, int64_t B, int64_t H, int64_t Q, int64_t P,
                  int threads);
-int dsv3_project(const void *x, int type, int64_t D, int w_type, const void *q_a, const float *q_a_scale,
+int dsv3_project(const void *x, int type, int64_t D, int w_type, const void *q_a, const void *q_a_scale,
                  const void *q_a_bias, const void *q_norm, float q_eps, int64_t L, const void *q_b,
-                 const float *q_b_scale, const void *kv_a, const float *kv_a_scale, const void *kv_a_bias,
+                 const void *q_b_scale, const void *kv_a, const void *kv_a_scale, const void *kv_a_bias,
                  const void *kv_norm, float kv_eps, const void *cos, const void *sin, const ptrdiff_t *angle_of,
                  int interleave, int64_t B, int64_t Q, int64_t H, int64_t N, int64_t P, int64_t R, void *q,
                  void *latent, void *k_rope, int int8_activations, int threads);

@@ -115,18 +115,6 @@ static void scaled_product(const float *x, const float *w, float factor, float *
         y[i] = x[i] * factor * w[i];
 }
 
-static void f32_to_s16(const float *restrict x, int16_t *restrict y, float factor, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++)
-        y[i] = (int16_t)(int32_t)rintf(x[i] * factor);
-}
-
-static void f32_to_u8(const float *restrict x, uint8_t *restrict y, float factor, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++)
-        y[i] = (uint8_t)((int32_t)rintf(x[i] * factor) + 128);
-}
-
 static float sum(const float *x, int64_t n)
 {
     float lane[LANES] = {0}, total = 0;

@@ -14,10 +14,12 @@
 #include <stdint.h>
 
 typedef uint16_t bf16; /* the upper half of an IEEE float */
+typedef uint16_t fp16; /* IEEE's half precision */
 
-/* Longest piece of a dot product done at a time: rows of the tile in use stay in the first-level cache, and integer
- * sums cannot overflow: 2048 products of 15 and 7 bits over 8 lanes or more need 30 bits. */
+/* Longest piece of a dot product done at a time: rows of the tile in use stay in the first-level cache */
 enum { K_BLOCK = 2048 };
+/* Neighbouring weights, along the input, that share a scale; as many quantised activations share one */
+enum { GROUP = 32 };
 /* Most rows of values that `mix_*` takes at a time */
 enum { MIX_BLOCK = 128 };
 
@@ -27,6 +29,13 @@ enum { MIX_BLOCK = 128 };
 #define DOT_ARGUMENTS(A_T, W_T) \
     const A_T *const *a, int64_t M, int64_t k0, const W_T *w, ptrdiff_t ldw, int64_t N, int64_t K, float *c, \
         ptrdiff_t ldc, int accumulate, const W_T *next
+/* c[i * ldc + j] = sum over groups of a's scale * w's scale * the sum over the group of whole numbers a * w, for i < M,
+ * j < N. a: rows as the table's own `quantize_row` leaves them. w: rows of K weights one after another, of 8 bits as they
+ * are, or of 4 bits plus 8: byte b < 16 of a group holds its elements b, in the lower half, and b + 16. scale: K / GROUP
+ * for each row of w. K is a multiple of GROUP. `next` as above. */
+#define GROUPS_ARGUMENTS(W_T) \
+    const void *const *a, int64_t M, const W_T *w, const fp16 *scale, int64_t N, int64_t K, float *c, ptrdiff_t ldc, \
+        const W_T *next
 /* acc[i * ldacc + r] += sum over s of p[i * ldp + s] * v[s * ldv + r], for i < M, s < S <= MIX_BLOCK, r < R */
 #define MIX_ARGUMENTS(V_T) \
     const float *p, ptrdiff_t ldp, int64_t M, const V_T *v, ptrdiff_t ldv, int64_t S, int64_t R, float *acc, \
@@ -43,8 +52,8 @@ typedef struct {
     const char *name;
     void (*dot_bf16)(DOT_ARGUMENTS(bf16, bf16));
     void (*dot_f32)(DOT_ARGUMENTS(float, float));
-    void (*dot_s16s8)(DOT_ARGUMENTS(int16_t, int8_t)); /* |a| <= 32767, exact but for the last rounding */
-    void (*dot_u8s8)(DOT_ARGUMENTS(uint8_t, int8_t));  /* a is 128 too large: the sum is of (a - 128) * w */
+    void (*dot_q8)(GROUPS_ARGUMENTS(int8_t));
+    void (*dot_q4)(GROUPS_ARGUMENTS(uint8_t));
     void (*scores_bf16)(SCORES_ARGUMENTS(bf16));
     void (*scores_f32)(SCORES_ARGUMENTS(float));
     void (*mix_bf16)(MIX_ARGUMENTS(bf16));
@@ -60,10 +69,12 @@ typedef struct {
     float (*sum_of_squares)(const float *x, int64_t n);
     /* y[i] = x[i] * factor * w[i] */
     void (*scaled_product)(const float *x, const float *w, float factor, float *y, int64_t n);
-    float (*abs_max)(const float *x, int64_t n);
-    /* y[i] = x[i] * factor to the nearest whole number, in s16 as it is, in u8 plus 128 */
-    void (*f32_to_s16)(const float *x, int16_t *y, float factor, int64_t n);
-    void (*f32_to_u8)(const float *x, uint8_t *y, float factor, int64_t n);
+    /* Rounds each group of x to whole numbers up to 127 times a scale, for weights of 8 or 4 bits. `row` has room for
+     * `quantized_row_bytes(n)`, n a multiple of GROUP. A group that is not finite becomes zeros times what it is. */
+    void (*quantize_row)(const float *x, int weight_bits, void *row, int64_t n);
+    /* What n weights of 8 or 4 bits stand for, exactly or rounded to bf16 */
+    void (*dequantize_f32)(int weight_bits, const void *w, const fp16 *scale, float *y, int64_t n);
+    void (*dequantize_bf16)(int weight_bits, const void *w, const fp16 *scale, bf16 *y, int64_t n);
     /* A step of online softmax (arXiv 1805.02867) over x[0..n): x becomes exp(scale * x - max), where max is the larger
      * of the row's own and *max, which it replaces; *sum is rescaled and grows. Returns the factor for what was summed
      * before. Entries of -infinity count nothing. */
@@ -82,5 +93,8 @@ extern const inner_loops *loops;
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Whole numbers, and beside each group up to 32 bytes for its scale and sums, whatever the instruction set keeps */
+static inline size_t quantized_row_bytes(int64_t n) { return (size_t)ceil_div(n, 4 * GROUP) * 4 * GROUP * 2; }
 
 #endif

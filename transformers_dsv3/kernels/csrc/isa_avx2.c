@@ -10,8 +10,21 @@
 
 #include <immintrin.h>
 
-/* Sixteen products of 16 bits a step, added in pairs; it makes `vectors.h` load that many */
-#define MAC_S16(acc, a, w) ((acc) + (s32x8)_mm256_madd_epi16((__m256i)(a), (__m256i)(w)))
+static inline __m256i load_nibbles(const uint8_t *p)
+{
+    __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    __m256i each = _mm256_srlv_epi64(twice, _mm256_setr_epi64x(0, 0, 4, 4));
+    return _mm256_sub_epi8(_mm256_and_si256(each, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+}
+
+/* The instruction takes unsigned by signed bytes: w's sign goes over to a, which is never -128, and pairs of products
+ * stay within 16 bits */
+#define PRODUCTS(w, a) \
+    (s32x8) _mm256_madd_epi16( \
+        _mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(a, w)), _mm256_set1_epi16(1))
+#define WHOLE __m256i
+#define LOAD_WHOLE(p) _mm256_loadu_si256((const __m256i *)(p))
+#define LOAD_NIBBLES load_nibbles
 #define LOOPS loops_avx2
 #define NAME "avx2"
 #include "vectors.h"

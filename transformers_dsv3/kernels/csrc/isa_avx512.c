@@ -43,30 +43,6 @@ static inline __attribute__((always_inline)) void store_sums(float *c, const __m
     }
 }
 
-static inline __attribute__((always_inline)) void store_integer_sums(
-    float *c, const __m512i *acc, const int n, const int add)
-{
-    __m512 lanes[8];
-#pragma GCC unroll 8
-    for (int j = 0; j < n; j++)
-        lanes[j] = _mm512_cvtepi32_ps(acc[j]);
-    store_sums(c, lanes, n, add);
-}
-
-/* GCC 12 keeps a copy of every accumulator of these two on the stack, at half the speed, unless told that the
- * instruction works in place. */
-static inline __attribute__((always_inline)) __m512i add_products_s16(__m512i acc, __m512i a, __m512i w)
-{
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(w));
-    return acc;
-}
-
-static inline __attribute__((always_inline)) __m512i add_products_u8s8(__m512i acc, __m512i a, __m512i w)
-{
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(w));
-    return acc;
-}
-
 #define DOT dot_bf16
 #define A_T bf16
 #define W_T bf16
@@ -107,105 +83,6 @@ static inline __attribute__((always_inline)) __m512i add_products_u8s8(__m512i a
 #define STORE_ADD(c, acc, n) store_sums(c, acc, n, 1)
 #include "dot_rows.h"
 
-#define DOT dot_s16s8
-#define A_T int16_t
-#define W_T int8_t
-#define MR 3
-#define NR 8
-#define ALONE 1
-#define STEP 32
-#define ACC __m512i
-#define ZERO _mm512_setzero_si512()
-#define A_VEC __m512i
-#define W_VEC __m512i
-#define LOAD_A(p) _mm512_loadu_si512(p)
-#define LOAD_W(p) _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(p)))
-#define LOAD_A_TAIL(p, n) _mm512_maskz_loadu_epi16(first32(n), p)
-#define LOAD_W_TAIL(p, n) _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(first32(n), p))
-#define MAC(acc, a, w) add_products_s16(acc, a, w)
-#define STORE(c, acc, n) store_integer_sums(c, acc, n, 0)
-#define STORE_ADD(c, acc, n) store_integer_sums(c, acc, n, 1)
-#include "dot_rows.h"
-
-/* VNNI multiplies unsigned by signed bytes, so the a side is 128 too large; 128 * w is taken off again at the start of
- * each sum. The sum of a row of w costs as much as one row of a, and is done once for all rows of a. */
-static inline __m512i bytes_tail(const void *p, int n)
-{
-    return _mm512_maskz_loadu_epi8(n == 64 ? ~0ull : (1ull << n) - 1, p);
-}
-
-static inline __attribute__((always_inline)) void dot_u8s8_tile(
-    const uint8_t *const *a, int64_t k0, const int8_t *w, ptrdiff_t ldw, int64_t K, const __m512i *start, float *c,
-    ptrdiff_t ldc, int accumulate, const int mr, const int nr)
-{
-    __m512i acc[3][8], av[3];
-#pragma GCC unroll 8
-    for (int i = 0; i < mr; i++)
-#pragma GCC unroll 8
-        for (int j = 0; j < nr; j++)
-            acc[i][j] = start[j];
-    int64_t k = 0;
-    for (; k + 64 <= K; k += 64) {
-#pragma GCC unroll 8
-        for (int i = 0; i < mr; i++)
-            av[i] = _mm512_loadu_si512(a[i] + k0 + k);
-#pragma GCC unroll 8
-        for (int j = 0; j < nr; j++) {
-            __m512i wv = _mm512_loadu_si512(w + j * ldw + k);
-#pragma GCC unroll 8
-            for (int i = 0; i < mr; i++)
-                acc[i][j] = add_products_u8s8(acc[i][j], av[i], wv);
-        }
-    }
-    if (k < K) {
-#pragma GCC unroll 8
-        for (int i = 0; i < mr; i++)
-            av[i] = bytes_tail(a[i] + k0 + k, (int)(K - k));
-#pragma GCC unroll 8
-        for (int j = 0; j < nr; j++) {
-            __m512i wv = bytes_tail(w + j * ldw + k, (int)(K - k));
-#pragma GCC unroll 8
-            for (int i = 0; i < mr; i++)
-                acc[i][j] = add_products_u8s8(acc[i][j], av[i], wv);
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < mr; i++)
-        store_integer_sums(c + i * ldc, acc[i], nr, accumulate);
-}
-
-static void dot_u8s8(DOT_ARGUMENTS(uint8_t, int8_t))
-{
-    (void)next; /* for many rows, where memory is not the limit */
-    const __m512i offset = _mm512_set1_epi8((char)128);
-    for (int64_t j = 0; j < N; j += 8) {
-        const int8_t *tile = w + j * ldw;
-        int64_t rows = min_i64(8, N - j);
-        __m512i start[8];
-        for (int64_t r = 0; r < rows; r++) {
-            __m512i sums = _mm512_setzero_si512();
-            for (int64_t k = 0; k < K; k += 64)
-                sums = _mm512_dpbusd_epi32(sums, offset, bytes_tail(tile + r * ldw + k, (int)min_i64(64, K - k)));
-            start[r] = _mm512_sub_epi32(_mm512_setzero_si512(), sums);
-        }
-        for (int64_t i = 0; i < M; i += 3) {
-            float *out = c + i * ldc + j;
-            int64_t mr = min_i64(3, M - i);
-            if (rows < 8) {
-                for (int64_t r = 0; r < rows; r++)
-                    for (int64_t q = 0; q < mr; q++)
-                        dot_u8s8_tile(a + i + q, k0, tile + r * ldw, ldw, K, start + r, out + q * ldc + r, ldc,
-                                      accumulate, 1, 1);
-            } else if (mr == 3)
-                dot_u8s8_tile(a + i, k0, tile, ldw, K, start, out, ldc, accumulate, 3, 8);
-            else if (mr == 2)
-                dot_u8s8_tile(a + i, k0, tile, ldw, K, start, out, ldc, accumulate, 2, 8);
-            else
-                dot_u8s8_tile(a + i, k0, tile, ldw, K, start, out, ldc, accumulate, 1, 8);
-        }
-    }
-}
-
 static inline __attribute__((always_inline)) void transpose_16x16(__m512i row[16])
 {
     __m512i t[16];
@@ -238,6 +115,8 @@ static inline __attribute__((always_inline)) void transpose_16x16(__m512i row[16
     for (int i = 0; i < 16; i++)
         row[i] = t[i];
 }
+
+#include "groups_avx512.h"
 
 /* room[p * MIX_BLOCK + j] = the pair p of row j of k; rows from N up to a multiple of 16 are zeros */
 static void pack_pairs(const bf16 *k, ptrdiff_t ld, int64_t n, int64_t N, uint32_t *room)
@@ -447,8 +326,9 @@ static void mix_f32(MIX_ARGUMENTS(float))
 }
 
 const inner_loops loops_avx512 = {
-    "avx512", dot_bf16, dot_f32, dot_s16s8, dot_u8s8, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, add_scaled,
-    scale, sum_of_squares, scaled_product, abs_max, f32_to_s16, f32_to_u8, softmax_step, xor_of,
+    "avx512", dot_bf16, dot_f32, dot_q8, dot_q4, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16,
+    swiglu, add_scaled, scale, sum_of_squares, scaled_product, quantize_row, dequantize_f32, dequantize_bf16, softmax_step,
+    xor_of,
 };
 
 #if defined(__clang__)

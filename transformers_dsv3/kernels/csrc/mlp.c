@@ -11,11 +11,11 @@
 enum { M_BLOCK = 96, N_BLOCK = 64, SLAB = 2048 };
 
 typedef struct {
-    const void *gate, *up, *down;
-    const float *gate_scale, *up_scale, *down_scale;
+    matrix gate, up, down;
     int64_t width;           /* I */
     int64_t first, count;    /* its pairs of token and expert */
     int64_t h;               /* where its rows of h begin, in elements */
+    size_t h_quantized;      /* the same for quantised ones, in bytes */
     int64_t first_task;      /* of phase 1 */
 } network;
 
@@ -29,15 +29,11 @@ typedef struct {
     float *weight;      /* [pairs] */
     const void **x_row; /* [pairs], rows of x as they meet the weights */
     const void **h_row; /* [pairs] */
-    float *x_scale;     /* [T], for INT8 weights */
-    float *h_scale;     /* [pairs], the same */
     char *x_quantized, *h_quantized, *h;
     size_t h_size;      /* of an element of h before quantisation */
     row_kind kind;
     atomic_int failed;
 } mixture;
-
-static size_t quantized_size(row_kind kind) { return kind == ROWS_S16 ? 2 : 1; }
 
 /* The network that a task of phase 1 belongs to */
 static const network *network_of(const mixture *m, int64_t task)
@@ -52,28 +48,20 @@ static const network *network_of(const mixture *m, int64_t task)
 static const void *gate_rows(const mixture *m, int64_t task)
 {
     const network *n = network_of(m, task);
-    return at(n->gate, (task - n->first_task) * m->n_block * m->D, weight_size(m->w_type));
+    return rows_from(n->gate, (task - n->first_task) * m->n_block).values;
 }
 
 /* `next`: the gate rows of the thread's next task, or NULL */
 static void gate_and_up(const mixture *m, const network *n, int64_t j, int64_t columns, const void *next, float *gate,
                         float *up)
 {
-    size_t size = weight_size(m->w_type);
-    const void *w_gate = at(n->gate, j * m->D, size), *w_up = at(n->up, j * m->D, size);
+    matrix w_gate = rows_from(n->gate, j), w_up = rows_from(n->up, j);
     for (int64_t i = 0; i < n->count; i += M_BLOCK) {
         int64_t block = min_i64(M_BLOCK, n->count - i), pair = n->first + i;
-        product(m->kind, m->x_row + pair, block, w_gate, m->D, columns, m->D, gate, N_BLOCK, w_up);
-        product(m->kind, m->x_row + pair, block, w_up, m->D, columns, m->D, up, N_BLOCK, next);
+        product_with(w_gate, m->kind, m->x_row + pair, block, columns, m->D, gate, N_BLOCK, w_up.values);
+        product_with(w_up, m->kind, m->x_row + pair, block, columns, m->D, up, N_BLOCK, next);
         for (int64_t r = 0; r < block; r++) {
             float *g = gate + r * N_BLOCK, *u = up + r * N_BLOCK;
-            if (n->gate_scale) {
-                float scale = m->x_scale[m->token[pair + r]];
-                for (int64_t q = 0; q < columns; q++) {
-                    g[q] *= scale * n->gate_scale[j + q];
-                    u[q] *= scale * n->up_scale[j + q];
-                }
-            }
             loops->swiglu(g, u, g, columns);
             void *h = m->h + (size_t)(n->h + (i + r) * n->width + j) * m->h_size;
             store_as(g, h, m->h_size == 4 ? F32 : BF16, columns);
@@ -85,21 +73,15 @@ static void down_and_sum(const mixture *m, int64_t j, int64_t columns, float *c,
 {
     memset(sums, 0, (size_t)(m->T * N_BLOCK) * 4);
     for (const network *n = m->networks; n < m->networks + m->n_networks; n++) {
-        const void *w = at(n->down, j * n->width, weight_size(m->w_type)), *next = NULL;
+        matrix w = rows_from(n->down, j);
+        const void *next = NULL;
         if (n + 1 < m->networks + m->n_networks && n[1].width == n->width)
-            next = at(n[1].down, j * n->width, weight_size(m->w_type));
+            next = rows_from(n[1].down, j).values;
         for (int64_t i = 0; i < n->count; i += M_BLOCK) {
             int64_t block = min_i64(M_BLOCK, n->count - i), pair = n->first + i;
-            product(m->kind, m->h_row + pair, block, w, n->width, columns, n->width, c, N_BLOCK, next);
-            for (int64_t r = 0; r < block; r++) {
-                float *row = c + r * N_BLOCK, weight = m->weight[pair + r];
-                if (n->down_scale) {
-                    weight *= m->h_scale[pair + r];
-                    for (int64_t q = 0; q < columns; q++)
-                        row[q] *= n->down_scale[j + q];
-                }
-                loops->add_scaled(sums + m->token[pair + r] * N_BLOCK, row, weight, columns);
-            }
+            product_with(w, m->kind, m->h_row + pair, block, columns, n->width, c, N_BLOCK, next);
+            for (int64_t r = 0; r < block; r++)
+                loops->add_scaled(sums + m->token[pair + r] * N_BLOCK, c + r * N_BLOCK, m->weight[pair + r], columns);
         }
     }
     for (int64_t i = 0; i < m->T; i++)
@@ -121,8 +103,7 @@ static void work(void *context, team *t)
     if (m->x_quantized) {
         while (c && (task = take_task(t, 0, m->T)) >= 0) {
             const float *x = as_f32(at(m->x, task * m->D, float_size(m->type)), m->type, m->D, c);
-            char *row = m->x_quantized + (size_t)(task * m->D) * quantized_size(m->kind);
-            m->x_scale[task] = quantize_row(x, m->kind, row, m->D);
+            quantize_row(x, m->w_type, m->x_quantized + (size_t)task * quantized_row_bytes(m->D), m->D);
         }
         wait_for_team(t);
     }
@@ -140,9 +121,9 @@ static void work(void *context, team *t)
             const network *n = m->networks + m->n_networks - 1;
             while (n->first > task)
                 n--;
-            int64_t place = n->h + (task - n->first) * n->width;
-            m->h_scale[task] = quantize_row((const float *)m->h + place, m->kind,
-                                            m->h_quantized + (size_t)place * quantized_size(m->kind), n->width);
+            int64_t row = task - n->first;
+            quantize_row((const float *)m->h + n->h + row * n->width, m->w_type,
+                         m->h_quantized + n->h_quantized + (size_t)row * quantized_row_bytes(n->width), n->width);
         }
         wait_for_team(t);
     }
@@ -152,8 +133,7 @@ static void work(void *context, team *t)
 }
 
 typedef struct {
-    const void *gate, *up, *down;
-    const float *gate_scale, *up_scale, *down_scale;
+    matrix gate, up, down;
     int64_t width;
 } network_weights;
 
@@ -162,14 +142,14 @@ static int run(mixture *m, const network_weights *experts, int64_t E, const netw
                const int64_t *expert, const float *weight, int64_t K, int int8_activations, int threads)
 {
     int64_t T = m->T, most_pairs = T * K + (shared ? T : 0);
-    m->kind = kind_for(m->w_type, int8_activations);
-    int quantized = m->w_type == W_INT8;
+    m->kind = kind_for(m->type, m->w_type, int8_activations);
+    int quantized = m->kind == ROWS_Q8;
     m->h_size = quantized ? 4 : float_size(m->type);
 
     /* Sort the pairs by expert; in this order a token's experts are summed */
     int64_t *start = calloc((size_t)E + 1, sizeof *start);
     m->networks = malloc((size_t)(min_i64(E, most_pairs) + 1) * sizeof *m->networks);
-    char *lists = malloc((size_t)most_pairs * (2 * sizeof(void *) + 4 + 4 + 4) + (size_t)T * 4 + 64);
+    char *lists = malloc((size_t)most_pairs * (2 * sizeof(void *) + 4 + 4) + 64);
     if (!start || !m->networks || !lists) {
         free(start), free(m->networks), free(lists);
         return 1;
@@ -178,8 +158,6 @@ static int run(mixture *m, const network_weights *experts, int64_t E, const netw
     m->h_row = m->x_row + most_pairs;
     m->token = (int32_t *)(m->h_row + most_pairs);
     m->weight = (float *)(m->token + most_pairs);
-    m->h_scale = m->weight + most_pairs;
-    m->x_scale = m->h_scale + most_pairs;
     for (int64_t i = 0; i < T * K; i++)
         if (expert[i] >= 0 && expert[i] < E)
             start[expert[i] + 1]++;
@@ -189,8 +167,7 @@ static int run(mixture *m, const network_weights *experts, int64_t E, const netw
         if (count) {
             const network_weights *w = experts + e;
             m->networks[m->n_networks++] = (network){
-                .gate = w->gate, .up = w->up, .down = w->down, .gate_scale = w->gate_scale, .up_scale = w->up_scale,
-                .down_scale = w->down_scale, .width = w->width, .first = start[e], .count = count,
+                .gate = w->gate, .up = w->up, .down = w->down, .width = w->width, .first = start[e], .count = count,
             };
         }
     }
@@ -204,8 +181,7 @@ static int run(mixture *m, const network_weights *experts, int64_t E, const netw
     free(start);
     if (shared) {
         m->networks[m->n_networks++] = (network){
-            .gate = shared->gate, .up = shared->up, .down = shared->down, .gate_scale = shared->gate_scale,
-            .up_scale = shared->up_scale, .down_scale = shared->down_scale, .width = shared->width, .first = m->pairs,
+            .gate = shared->gate, .up = shared->up, .down = shared->down, .width = shared->width, .first = m->pairs,
             .count = T,
         };
         for (int64_t i = 0; i < T; i++) {
@@ -218,57 +194,63 @@ static int run(mixture *m, const network_weights *experts, int64_t E, const netw
     /* Few tokens: small tasks, evenly shared out; many: each row of x meets more rows of weights while it is at hand */
     m->n_block = T > 16 ? N_BLOCK : 32;
     int64_t elements = 0;
+    size_t quantized_bytes = 0;
     for (network *n = m->networks; n < m->networks + m->n_networks; n++) {
         n->h = elements;
+        n->h_quantized = quantized_bytes;
         n->first_task = m->phase1_tasks;
         elements += n->count * n->width;
+        if (quantized)
+            quantized_bytes += (size_t)n->count * quantized_row_bytes(n->width);
         m->phase1_tasks += ceil_div(n->width, m->n_block);
     }
-    size_t whole = quantized ? quantized_size(m->kind) : 0;
-    m->h = malloc((size_t)elements * (m->h_size + whole) + (size_t)(T * m->D) * whole + 64);
-    if (!m->h) {
+    size_t x_bytes = quantized ? quantized_row_bytes(m->D) : (size_t)m->D * float_size(m->type);
+    char *memory = malloc(quantized_bytes + (quantized ? (size_t)T * x_bytes : 0) + (size_t)elements * m->h_size + 64);
+    if (!memory) {
         free(m->networks), free(lists);
         return 1;
     }
+    m->h = memory;
     if (quantized) {
-        m->h_quantized = m->h + (size_t)elements * m->h_size;
-        m->x_quantized = m->h_quantized + (size_t)elements * whole;
+        m->h_quantized = memory;
+        m->x_quantized = memory + quantized_bytes;
+        m->h = m->x_quantized + (size_t)T * x_bytes;
     }
-    const char *x = quantized ? m->x_quantized : (const char *)m->x, *h = quantized ? m->h_quantized : m->h;
-    size_t x_size = quantized ? whole : float_size(m->type), h_size = quantized ? whole : m->h_size;
     for (const network *n = m->networks; n < m->networks + m->n_networks; n++)
         for (int64_t i = 0; i < n->count; i++) {
-            m->x_row[n->first + i] = x + (size_t)(m->token[n->first + i] * m->D) * x_size;
-            m->h_row[n->first + i] = h + (size_t)(n->h + i * n->width) * h_size;
+            const char *x = quantized ? m->x_quantized : m->x;
+            m->x_row[n->first + i] = x + (size_t)m->token[n->first + i] * x_bytes;
+            m->h_row[n->first + i] =
+                quantized ? m->h_quantized + n->h_quantized + (size_t)i * quantized_row_bytes(n->width)
+                          : m->h + (size_t)(n->h + i * n->width) * m->h_size;
         }
     run_team(work, m, threads);
-    free(m->h), free(m->networks), free(lists);
+    free(memory), free(m->networks), free(lists);
     return atomic_load(&m->failed);
 }
 
 /* Returns 0, or 1 when memory ran out. x, out (T, D) contiguous, of `type`; routed experts: gate_up (E, 2I, D), gate
- * above up, and down (E, D, I) of w_type, with scales (E, 2I) and (E, D) for INT8; expert, weight (T, K). Shared: gate
- * and up (S, D), down (D, S), scales (S), (S), (D); S = 0 for none. */
+ * above up, and down (E, D, I) of w_type; expert, weight (T, K). Shared: gate and up (S, D), down (D, S); S = 0 for none.
+ * Scales of quantised weights are fp16, of their shapes with the last dimension divided by GROUP. */
 int dsv3_mixture(const void *x, int type, int64_t T, int64_t D, int w_type, const void *gate_up,
-                 const float *gate_up_scale, const void *down, const float *down_scale, int64_t E, int64_t I,
+                 const void *gate_up_scale, const void *down, const void *down_scale, int64_t E, int64_t I,
                  const int64_t *expert, const float *weight, int64_t K, const void *shared_gate,
-                 const float *shared_gate_scale, const void *shared_up, const float *shared_up_scale,
-                 const void *shared_down, const float *shared_down_scale, int64_t S, void *out, int int8_activations,
+                 const void *shared_gate_scale, const void *shared_up, const void *shared_up_scale,
+                 const void *shared_down, const void *shared_down_scale, int64_t S, void *out, int int8_activations,
                  int threads)
 {
-    size_t size = weight_size(w_type);
     network_weights *experts = malloc((size_t)(E + 1) * sizeof *experts);
     if (!experts)
         return 1;
+    matrix all_gate_up = {w_type, gate_up, gate_up_scale, D}, all_down = {w_type, down, down_scale, I};
     for (int64_t e = 0; e < E; e++)
         experts[e] = (network_weights){
-            .gate = at(gate_up, 2 * e * I * D, size), .up = at(gate_up, (2 * e + 1) * I * D, size),
-            .down = at(down, e * D * I, size), .gate_scale = gate_up_scale ? gate_up_scale + 2 * e * I : NULL,
-            .up_scale = gate_up_scale ? gate_up_scale + (2 * e + 1) * I : NULL,
-            .down_scale = down_scale ? down_scale + e * D : NULL, .width = I,
+            .gate = rows_from(all_gate_up, 2 * e * I), .up = rows_from(all_gate_up, (2 * e + 1) * I),
+            .down = rows_from(all_down, e * D), .width = I,
         };
     network_weights shared = {
-        shared_gate, shared_up, shared_down, shared_gate_scale, shared_up_scale, shared_down_scale, S,
+        .gate = {w_type, shared_gate, shared_gate_scale, D}, .up = {w_type, shared_up, shared_up_scale, D},
+        .down = {w_type, shared_down, shared_down_scale, S}, .width = S,
     };
     int failed = 0;
     for (int64_t t = 0; t < T && !failed; t += SLAB) {

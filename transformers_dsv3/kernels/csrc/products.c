@@ -1,30 +1,63 @@
 #include "products.h"
 
-#include <float.h>
 #include <string.h>
+
+/* A piece of at most K_BLOCK of each sum, from k on, which are added to c but for the first */
+static void product_at(row_kind kind, const void *const *a, int64_t M, int64_t k, const void *w, ptrdiff_t ldw, int64_t N,
+                       int64_t K, float *c, ptrdiff_t ldc, const void *next)
+{
+    if (kind == ROWS_F32)
+        loops->dot_f32((const float *const *)a, M, k, w, ldw, N, K, c, ldc, k > 0, next);
+    else
+        loops->dot_bf16((const bf16 *const *)a, M, k, w, ldw, N, K, c, ldc, k > 0, next);
+}
 
 void product(row_kind kind, const void *const *a, int64_t M, const void *w, ptrdiff_t ldw, int64_t N, int64_t K,
              float *c, ptrdiff_t ldc, const void *next)
 {
-    size_t size = kind == ROWS_F32 ? 4 : kind == ROWS_BF16 ? 2 : 1;
+    size_t size = kind == ROWS_F32 ? 4 : 2;
     for (int64_t k = 0; k < K || k == 0; k += K_BLOCK) {
-        int64_t n = min_i64(K_BLOCK, K - k);
         const void *ahead = k + K_BLOCK < K ? at(w, k + K_BLOCK, size) : next;
-        switch (kind) {
-        case ROWS_F32:
-            loops->dot_f32((const float *const *)a, M, k, (const float *)w + k, ldw, N, n, c, ldc, k > 0, ahead);
-            break;
-        case ROWS_BF16:
-            loops->dot_bf16((const bf16 *const *)a, M, k, (const bf16 *)w + k, ldw, N, n, c, ldc, k > 0, ahead);
-            break;
-        case ROWS_S16:
-            loops->dot_s16s8((const int16_t *const *)a, M, k, (const int8_t *)w + k, ldw, N, n, c, ldc, k > 0, ahead);
-            break;
-        case ROWS_U8:
-            loops->dot_u8s8((const uint8_t *const *)a, M, k, (const int8_t *)w + k, ldw, N, n, c, ldc, k > 0, ahead);
-            break;
-        }
+        product_at(kind, a, M, k, at(w, k, size), ldw, N, min_i64(K_BLOCK, K - k), c, ldc, ahead);
     }
+}
+
+/* Rows of floats with quantised weights, a piece of which at a time is turned to what it stands for */
+static void dequantized_product(matrix w, row_kind kind, const void *const *a, int64_t M, int64_t N, int64_t K, float *c,
+                                ptrdiff_t ldc)
+{
+    enum { ROWS = 8, LENGTH = 512 };
+    union {
+        float exact[ROWS * LENGTH];
+        bf16 rounded[ROWS * LENGTH];
+    } piece;
+    int bits = w.type == W_Q8 ? 8 : 4;
+    for (int64_t j = 0; j < N; j += ROWS)
+        for (int64_t k = 0; k < K || k == 0; k += LENGTH) {
+            int64_t rows = min_i64(ROWS, N - j), n = min_i64(LENGTH, K - k);
+            for (int64_t r = 0; r < rows; r++) {
+                matrix row = rows_from(w, j + r);
+                const void *values = (const char *)row.values + weight_bytes(w.type, k);
+                if (kind == ROWS_F32)
+                    loops->dequantize_f32(bits, values, row.scale + k / GROUP, piece.exact + r * LENGTH, n);
+                else
+                    loops->dequantize_bf16(bits, values, row.scale + k / GROUP, piece.rounded + r * LENGTH, n);
+            }
+            product_at(kind, a, M, k, &piece, LENGTH, rows, n, c + j, ldc, NULL);
+        }
+}
+
+void product_with(matrix w, row_kind kind, const void *const *a, int64_t M, int64_t N, int64_t K, float *c,
+                  ptrdiff_t ldc, const void *next)
+{
+    if (!is_quantized(w.type))
+        product(kind, a, M, w.values, w.ld, N, K, c, ldc, next);
+    else if (kind != ROWS_Q8)
+        dequantized_product(w, kind, a, M, N, K, c, ldc);
+    else if (w.type == W_Q8)
+        loops->dot_q8(a, M, w.values, w.scale, N, K, c, ldc, next);
+    else
+        loops->dot_q4(a, M, w.values, w.scale, N, K, c, ldc, next);
 }
 
 const float *as_f32(const void *x, int type, int64_t n, float *buffer)
@@ -43,17 +76,7 @@ void store_as(const float *x, void *y, int type, int64_t n)
         loops->f32_to_bf16(x, y, n);
 }
 
-float quantize_row(const float *x, row_kind kind, void *y, int64_t n)
+void quantize_row(const float *x, int weight_type, void *row, int64_t n)
 {
-    float largest = loops->abs_max(x, n), top = kind == ROWS_S16 ? 32767.0f : 127.0f;
-    if (!(largest <= FLT_MAX)) { /* has no whole numbers: zeros, times a scale of infinity or NaN, are NaN */
-        memset(y, kind == ROWS_S16 ? 0 : 128, (size_t)n * (kind == ROWS_S16 ? 2 : 1));
-        return largest;
-    }
-    float factor = largest > 1e-30f ? top / largest : 0; /* below, it could overflow */
-    if (kind == ROWS_S16)
-        loops->f32_to_s16(x, y, factor, n);
-    else
-        loops->f32_to_u8(x, y, factor, n);
-    return largest / top;
+    loops->quantize_row(x, weight_type == W_Q4 ? 4 : 8, row, n);
 }

@@ -9,9 +9,9 @@
  * of w_type: q_a (L, D), q_b (H * (N + P), L), kv_a (R + P, D); L = 0 for no query LoRA, then q_b is (H * (N + P), D).
  * Biases and scales may be NULL. Gives q (B, Q, H, N + P) with its last P rotated, latent (B * Q, R), normalised, and
  * k_rope (B * Q, P), rotated. */
-int dsv3_project(const void *x, int type, int64_t D, int w_type, const void *q_a, const float *q_a_scale,
+int dsv3_project(const void *x, int type, int64_t D, int w_type, const void *q_a, const void *q_a_scale,
                  const void *q_a_bias, const void *q_norm, float q_eps, int64_t L, const void *q_b,
-                 const float *q_b_scale, const void *kv_a, const float *kv_a_scale, const void *kv_a_bias,
+                 const void *q_b_scale, const void *kv_a, const void *kv_a_scale, const void *kv_a_bias,
                  const void *kv_norm, float kv_eps, const void *cos, const void *sin, const ptrdiff_t *angle_of,
                  int interleave, int64_t B, int64_t Q, int64_t H, int64_t N, int64_t P, int64_t R, void *q,
                  void *latent, void *k_rope, int int8_activations, int threads)

@@ -26,18 +26,8 @@ typedef uint8_t u8x8 __attribute__((vector_size(8)));
     }
 LOAD_AS(load_f32, f32x8, float)
 LOAD_AS(load_bits, u16x8, bf16)
-LOAD_AS(load_s16, s16x8, int16_t)
 LOAD_AS(load_s8, s8x8, int8_t)
 LOAD_AS(load_u8, u8x8, uint8_t)
-#if defined(MAC_S16)
-typedef int16_t s16x16 __attribute__((vector_size(32)));
-typedef int8_t s8x16 __attribute__((vector_size(16)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-LOAD_AS(load_s16x16, s16x16, int16_t)
-LOAD_AS(load_s8x16, s8x16, int8_t)
-LOAD_AS(load_u8x16, u8x16, uint8_t)
-#endif
-
 static inline f32x8 widen(u16x8 x)
 {
     u32x8 bits = __builtin_convertvector(x, u32x8) << 16;
@@ -52,15 +42,6 @@ static inline __attribute__((always_inline)) void store_sums(float *c, const f32
 {
     for (int j = 0; j < n; j++)
         c[j] = add ? c[j] + sum_of_lanes(acc[j]) : sum_of_lanes(acc[j]);
-}
-
-static inline __attribute__((always_inline)) void store_integer_sums(
-    float *c, const s32x8 *acc, const int n, const int add)
-{
-    f32x8 lanes[4];
-    for (int j = 0; j < n; j++)
-        lanes[j] = __builtin_convertvector(acc[j], f32x8);
-    store_sums(c, lanes, n, add);
 }
 
 #define DOT dot_bf16
@@ -103,68 +84,39 @@ static inline __attribute__((always_inline)) void store_integer_sums(
 #define STORE_ADD(c, acc, n) store_sums(c, acc, n, 1)
 #include "dot_rows.h"
 
-#define DOT dot_s16s8
-#define A_T int16_t
-#define W_T int8_t
-#define MR 2
-#define NR 4
-#define ALONE NR
-#if defined(MAC_S16)
-#define STEP 16
-#define A_VEC s16x16
-#define W_VEC s16x16
-#define LOAD_A(p) load_s16x16(p)
-#define LOAD_W(p) __builtin_convertvector(load_s8x16(p), s16x16)
-#define LOAD_A_TAIL(p, n) load_s16x16_tail(p, n)
-#define LOAD_W_TAIL(p, n) __builtin_convertvector(load_s8x16_tail(p, n), s16x16)
-#define MAC(acc, a, w) MAC_S16(acc, a, w)
-#else
-#define STEP 8
-#define A_VEC s32x8
-#define W_VEC s32x8
-#define LOAD_A(p) __builtin_convertvector(load_s16(p), s32x8)
-#define LOAD_W(p) __builtin_convertvector(load_s8(p), s32x8)
-#define LOAD_A_TAIL(p, n) __builtin_convertvector(load_s16_tail(p, n), s32x8)
-#define LOAD_W_TAIL(p, n) __builtin_convertvector(load_s8_tail(p, n), s32x8)
-#define MAC(acc, a, w) ((acc) + (a) * (w))
+#if !defined(PRODUCTS)
+/* Two products of 7 bits fit into 16 */
+typedef struct {
+    s16x8 of[4];
+} whole_numbers;
+static inline whole_numbers load_whole(const int8_t *p)
+{
+    whole_numbers x;
+    for (int i = 0; i < 4; i++)
+        x.of[i] = __builtin_convertvector(load_s8(p + 8 * i), s16x8);
+    return x;
+}
+static inline whole_numbers load_nibbles(const uint8_t *p)
+{
+    whole_numbers x;
+    for (int i = 0; i < 2; i++) {
+        s16x8 pairs = __builtin_convertvector(load_u8(p + 8 * i), s16x8);
+        x.of[i] = (pairs & 15) - 8;
+        x.of[2 + i] = (pairs >> 4) - 8;
+    }
+    return x;
+}
+static inline s32x8 products(whole_numbers w, whole_numbers a)
+{
+    s16x8 first = w.of[0] * a.of[0] + w.of[1] * a.of[1], second = w.of[2] * a.of[2] + w.of[3] * a.of[3];
+    return __builtin_convertvector(first, s32x8) + __builtin_convertvector(second, s32x8);
+}
+#define WHOLE whole_numbers
+#define LOAD_WHOLE load_whole
+#define LOAD_NIBBLES load_nibbles
+#define PRODUCTS products
 #endif
-#define ACC s32x8
-#define ZERO (s32x8){0}
-#define STORE(c, acc, n) store_integer_sums(c, acc, n, 0)
-#define STORE_ADD(c, acc, n) store_integer_sums(c, acc, n, 1)
-#include "dot_rows.h"
-
-#define DOT dot_u8s8
-#define A_T uint8_t
-#define W_T int8_t
-#define MR 2
-#define NR 4
-#define ALONE NR
-#if defined(MAC_S16)
-#define STEP 16
-#define A_VEC s16x16
-#define W_VEC s16x16
-#define LOAD_A(p) (__builtin_convertvector(load_u8x16(p), s16x16) - 128)
-#define LOAD_W(p) __builtin_convertvector(load_s8x16(p), s16x16)
-/* Bytes past the end are 0 - 128 on this side and 0 on the other */
-#define LOAD_A_TAIL(p, n) (__builtin_convertvector(load_u8x16_tail(p, n), s16x16) - 128)
-#define LOAD_W_TAIL(p, n) __builtin_convertvector(load_s8x16_tail(p, n), s16x16)
-#define MAC(acc, a, w) MAC_S16(acc, a, w)
-#else
-#define STEP 8
-#define A_VEC s32x8
-#define W_VEC s32x8
-#define LOAD_A(p) (__builtin_convertvector(load_u8(p), s32x8) - 128)
-#define LOAD_W(p) __builtin_convertvector(load_s8(p), s32x8)
-#define LOAD_A_TAIL(p, n) (__builtin_convertvector(load_u8_tail(p, n), s32x8) - 128)
-#define LOAD_W_TAIL(p, n) __builtin_convertvector(load_s8_tail(p, n), s32x8)
-#define MAC(acc, a, w) ((acc) + (a) * (w))
-#endif
-#define ACC s32x8
-#define ZERO (s32x8){0}
-#define STORE(c, acc, n) store_integer_sums(c, acc, n, 0)
-#define STORE_ADD(c, acc, n) store_integer_sums(c, acc, n, 1)
-#include "dot_rows.h"
+#include "dot_groups.h"
 
 static void scores_f32(SCORES_ARGUMENTS(float))
 {
@@ -216,6 +168,7 @@ MIX(mix_f32, float, load_f32, load_f32_tail)
 MIX(mix_bf16, bf16, WIDEN, WIDEN_TAIL)
 
 const inner_loops LOOPS = {
-    NAME, dot_bf16, dot_f32, dot_s16s8, dot_u8s8, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, add_scaled,
-    scale, sum_of_squares, scaled_product, abs_max, f32_to_s16, f32_to_u8, softmax_step, xor_of,
+    NAME, dot_bf16, dot_f32, dot_q8, dot_q4, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu,
+    add_scaled, scale, sum_of_squares, scaled_product, quantize_row, dequantize_f32, dequantize_bf16, softmax_step,
+    xor_of,
 };

@@ -30,6 +30,9 @@ from .experts_rows import (
 from .tuned import Specimen, family_of, tiles
 
 
+QUANTIZED = tl.constexpr(32)  # INT8 weights, along the summed dimension, that share a scale
+
+
 @triton.jit(do_not_specialize=["row_tiles"])
 def gate_up(
     hidden,
@@ -73,14 +76,16 @@ def gate_up(
         weight_RN = gate_N[None, :] + r[:, None]
         in_RN = (r[:, None] < D) & (n_N[None, :] < I)
         whole: tl.constexpr = D % BLOCK_R == 0 and I % BLOCK_N == 0
-        gate_RN = read(weight_RN, in_RN, whole).to(x_MR.dtype)
-        up_RN = read(weight_RN + I * D, in_RN, whole).to(x_MR.dtype)
+        gate_RN = read(weight_RN, in_RN, whole)
+        up_RN = read(weight_RN + I * D, in_RN, whole)
+        if SCALED:
+            scale_RN = scale + (expert * (2 * I) + n_N[None, :]) * (D // QUANTIZED) + r[:, None] // QUANTIZED
+            gate_RN = gate_RN.to(tl.float32) * read(scale_RN, in_RN, whole)
+            up_RN = up_RN.to(tl.float32) * read(scale_RN + I * (D // QUANTIZED), in_RN, whole)
+        gate_RN = gate_RN.to(x_MR.dtype)
+        up_RN = up_RN.to(x_MR.dtype)
         gate_MN = tl.dot(x_MR, gate_RN, gate_MN, input_precision=PRECISION)
         up_MN = tl.dot(x_MR, up_RN, up_MN, input_precision=PRECISION)
-    if SCALED:
-        scale_N = scale + expert * (2 * I) + n_N
-        gate_MN *= tl.load(scale_N, mask=n_N < I, other=0)[None, :]
-        up_MN *= tl.load(scale_N + I, mask=n_N < I, other=0)[None, :]
     in_MN = in_M[:, None] & (n_N[None, :] < I)
     # Within a tile 32 bits are enough, and take half the registers
     first = start.to(tl.int64) * I
@@ -133,10 +138,11 @@ def pair_product(
         x_MR = read(rows_M[:, None] + r[None, :], r[None, :] < R, R % BLOCK_R == 0)
         in_RN = (r[:, None] < R) & (n_N[None, :] < N)
         whole: tl.constexpr = R % BLOCK_R == 0 and N % BLOCK_N == 0
-        weight_RN = read(weight + (n_N[None, :] * STRIDE_N + r[:, None] * STRIDE_R), in_RN, whole).to(x_MR.dtype)
-        out_MN = tl.dot(x_MR, weight_RN, out_MN, input_precision=PRECISION)
-    if SCALED:
-        out_MN *= tl.load(scale + expert * N + n_N, mask=n_N < N, other=0)[None, :]
+        weight_RN = read(weight + (n_N[None, :] * STRIDE_N + r[:, None] * STRIDE_R), in_RN, whole)
+        if SCALED:
+            scale_RN = scale + (expert * N + n_N[None, :]) * (R // QUANTIZED) + r[:, None] // QUANTIZED
+            weight_RN = weight_RN.to(tl.float32) * read(scale_RN, in_RN, whole)
+        out_MN = tl.dot(x_MR, weight_RN.to(x_MR.dtype), out_MN, input_precision=PRECISION)
     pair_M = tl.load(order + row_M, mask=in_M, other=0).to(tl.int64)
     place_MN = out + pair_M[:, None] * N + n_N[None, :]
     tl.store(place_MN, out_MN.to(out.dtype.element_ty), mask=in_M[:, None] & (n_N[None, :] < N))
@@ -185,7 +191,7 @@ def activations(
     Args:
         hidden_TD: of the dtype of the products and of the results. mixing_TK: of any floating dtype.
         order_S, offsets_X: see `experts_sort.sort_pairs`.
-        gate_up_EID: of that dtype, fp32 or, with fp32 scales `(E, 2I)`, INT8.
+        gate_up_EID: of that dtype, fp32 or, with fp16 scales `(E, 2I, D / 32)`, INT8.
     """
     (T, K), (E, width, D), I = mixing_TK.shape, gate_up_EID.shape, gate_up_EID.shape[1] // 2
     S = T * K
@@ -228,7 +234,8 @@ def products(
     """Each pair's row times its expert's weight, `(S, N)`, where the pair lies among its token's; others unwritten.
 
     Args:
-        rows_SR: sorted by expert. weight: `(E, N, R)`, or `(E, R, N)` where `transposed`. scale: of INT8, `(E, N)`.
+        rows_SR: sorted by expert. weight: `(E, N, R)`, or `(E, R, N)` where `transposed`.
+        scale: of INT8, `(E, N, R / 32)`.
     """
     S, R = rows_SR.shape
     E = weight.shape[0]
@@ -293,7 +300,7 @@ def _shared_arguments(layer: str, kind: str, weight: str) -> dict[str, object]:
     E, scaled = LAYERS[layer][1], weight == "i8"
     return {
         **dict.fromkeys(("order", "offsets"), "*i32:16"),
-        **{"weight": f"*{weight}:16", "scale": "*fp32:16" if scaled else None, "SCALED": scaled},
+        **{"weight": f"*{weight}:16", "scale": "*fp16:16" if scaled else None, "SCALED": scaled},
         **{"row_tiles": "i32", "E": E, "PAD_E": padded(E), "PRECISION": precision_of(kind)},
     }
 

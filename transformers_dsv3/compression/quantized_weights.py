@@ -1,0 +1,206 @@
+"""Weights of 8 or 4 bits in groups of 32 along the input, and layers that compute with them.
+
+A group is whole numbers q times a scale s: |q| <= 127, or -8 <= q <= 7, which are the values of GGUF's Q8_0 and Q4_0.
+Two whole numbers of 4 bits share a byte: byte b < 16 of a group holds elements b, in the lower half, and b + 16, each
+plus 8.
+
+Scales are stored in fp16, rounded to what bf16 holds too. From 2^-14 on that is all of bf16 up to 65,280. Smaller ones
+are multiples of 2^-24: what a group of smallest weights loses is at most 127 * 2^-25 (4e-6) a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..kernels.backends import LINEAR
+from ..kernels.cpu.operators import GROUP
+from ..kernels.dispatch import serve
+from ..kernels.experts_auto import serve_experts
+from ..kernels.selection import register_plain
+from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
+
+
+# Which activations are rounded to 8 bits where they meet quantised weights, by the choice of a user
+ROUNDED_DTYPES = {None: (torch.bfloat16,), "8": (torch.bfloat16, torch.float32), "16": ()}
+
+
+def quantize_groups(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds weights to the nearest whole numbers of their group's scale.
+
+    The scale of 8 bits makes the largest of a group 127, that of 4 bits makes it -8, with the sign that takes.
+
+    Args:
+        weight: `(..., N, K)`, any floating dtype, K a multiple of 32.
+        bits: 8 or 4.
+
+    Returns:
+        int8 `(..., N, K)` or uint8 `(..., N, K / 2)`, and fp16 scales `(..., N, K / 32)`.
+
+    Raises:
+        ValueError: for weights that are not finite, or so large that fp16 does not hold their scale.
+    """
+    groups = weight.detach().float().unflatten(-1, (-1, GROUP))
+    if bits == 8:
+        exact_scale = groups.abs().amax(dim=-1) / 127
+    else:
+        exact_scale = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True)).squeeze(-1) / -8
+    scale = exact_scale.bfloat16().half()
+    if not bool(scale.isfinite().all()):
+        raise ValueError(f"the largest weight is {groups.abs().max().item():g}, which {bits} bits do not hold")
+    inverse = torch.where(scale == 0, 0.0, 1 / scale.float()).unsqueeze(-1)
+    if bits == 8:
+        scaled = groups * inverse
+        # Halves away from zero, as GGUF's are
+        whole = scaled.abs().add_(0.5).floor_().clamp_(max=127).copysign_(scaled)
+        return whole.to(torch.int8).flatten(-2), scale
+    nibbles = (groups * inverse).add_(8.5).floor_().clamp_(0, 15).to(torch.uint8)
+    first, second = nibbles.chunk(2, dim=-1)
+    return (first | second << 4).flatten(-2), scale
+
+
+def dequantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What quantised weights stand for, `(..., N, K)`, rounded to a dtype. Arguments as `quantize_groups` returns
+    them.
+    """
+    if values.dtype == torch.uint8:
+        pairs = values.unflatten(-1, (-1, GROUP // 2))
+        whole = torch.cat([pairs & 15, pairs >> 4], dim=-1).to(torch.int8) - 8
+    else:
+        whole = values.unflatten(-1, (-1, GROUP))
+    return (whole * scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+class _Quantized(nn.Module):
+    """Holds whole numbers as parameters without gradient, which memory reports and device moves see.
+
+    Scales are buffers: the first floating parameter of a model is what Transformers takes for its dtype.
+    """
+
+    def _hold(self, name: str, values: torch.Tensor, scale: torch.Tensor) -> None:
+        shared = values if isinstance(values, nn.Parameter) else nn.Parameter(values, requires_grad=False)
+        self.register_parameter(name, shared)
+        self.register_buffer(f"{name}_scale", scale)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> _Quantized:
+        """Follows `.to` and the like, but scales stay in fp16: bf16 need not hold those of other programs' files."""
+        scales = {name: scale for name, scale in self._buffers.items() if name.endswith("_scale")}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            moved = self._buffers[name]
+            if scale is not None and moved is not None and moved.dtype != scale.dtype:
+                self._buffers[name] = scale.to(moved.device)
+        return self
+
+    def _dequantized(self, name: str, dtype: torch.dtype, *index: int) -> torch.Tensor:
+        values, scale = getattr(self, name), getattr(self, f"{name}_scale")
+        return dequantize(values[index], scale[index], dtype)
+
+
+class QuantizedLinear(_Quantized):
+    """A linear layer with quantised weights.
+
+    Args:
+        values, scale: of the weight `(N, K)`, as `quantize_groups` returns them.
+        bias: `(N,)` or None.
+        activations: None, "8" or "16", see `quantize`.
+    """
+
+    def __init__(
+        self, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, activations: str | None = None
+    ):
+        super().__init__()
+        self.out_features, self.in_features = scale.shape[0], scale.shape[1] * GROUP
+        self.bits = 4 if values.dtype == torch.uint8 else 8
+        self.rounded_dtypes = ROUNDED_DTYPES[activations]
+        self._hold("weight", values, scale)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`(..., K)` to `(..., N)`."""
+        rounded = input.dtype in self.rounded_dtypes
+        y = serve(LINEAR, self, input, self.weight, self.weight_scale, self.bias, rounded)
+        if y is not None:
+            return y
+        return F.linear(input, self._dequantized("weight", input.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+        return f"{sizes}, bias={self.bias is not None}"
+
+
+class QuantizedEmbedding(_Quantized):
+    """An embedding with quantised weights, which gives rows of the dtype that it was made from or moved to.
+
+    Args:
+        values, scale: of the weight `(vocabulary, D)`, as `quantize_groups` returns them.
+        embedding: what it replaces.
+    """
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor, embedding: nn.Embedding):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+        self.bits = 4 if values.dtype == torch.uint8 else 8
+        self._hold("weight", values, scale)
+        like = torch.empty(0, dtype=embedding.weight.dtype, device=values.device)
+        self.register_buffer("_like", like, persistent=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Token ids `(...)` to `(..., D)`."""
+        return dequantize(self.weight[input], self.weight_scale[input], self._like.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
+
+
+class QuantizedExperts(_Quantized):
+    """Routed experts with quantised weights: of `gate_up_proj` `(E, 2I, D)` and `down_proj` `(E, D, I)`.
+
+    Args:
+        experts: what it replaces.
+        bits: 8 or 4. activations: None, "8" or "16", see `quantize`.
+
+    Raises:
+        ValueError: as `quantize_groups` does.
+    """
+
+    def __init__(self, experts: DeepseekV3Experts, bits: int, activations: str | None = None):
+        super().__init__()
+        self.config = experts.config
+        self.num_experts, self.act_fn = experts.num_experts, experts.act_fn
+        self.bits, self.rounded_dtypes = bits, ROUNDED_DTYPES[activations]
+        for name in ("gate_up_proj", "down_proj"):
+            # One expert after another: the fp32 copy of all of them would be four times the result and more
+            each = [quantize_groups(weight, bits) for weight in getattr(experts, name)]
+            self._hold(name, torch.stack([values for values, _ in each]), torch.stack([scale for _, scale in each]))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`(T, D)`, `(T, K)`, `(T, K)` to `(T, D)`."""
+        implementation = self.config._experts_implementation
+        served = serve_experts(implementation, self, hidden_states, top_k_index, top_k_weights)
+        if served is not None:
+            return served
+        dtype = hidden_states.dtype
+        output = torch.zeros_like(hidden_states, dtype=torch.float32)
+        for expert in top_k_index.unique().tolist():
+            if not 0 <= expert < self.num_experts:
+                continue  # of another rank
+            tokens, places = torch.where(top_k_index == expert)
+            gate_up, down = (self._dequantized(name, dtype, expert) for name in ("gate_up_proj", "down_proj"))
+            gate, up = F.linear(hidden_states[tokens], gate_up).chunk(2, dim=-1)
+            result = F.linear(self.act_fn(gate) * up, down).float()
+            output.index_add_(0, tokens, result * top_k_weights[tokens, places].float().unsqueeze(-1))
+        return output.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, bits={self.bits}"
+
+
+register_plain("linear", QuantizedLinear)
+register_plain("experts", QuantizedExperts)
