@@ -11,7 +11,7 @@
  * order in which four groups of weights meet them: the first halves of all four groups, then the second ones. */
 #include <float.h>
 
-enum { FOUR = 4 * GROUP, MANY_ROWS = 4, ROWS_AT_ONCE = 96, GROUPS_AT_ONCE = 32, COLUMNS = 16, TALL = 12 };
+enum { FOUR = 4 * GROUP, ROWS_AT_ONCE = 96, GROUPS_AT_ONCE = 32, COLUMNS = 16, TALL = 12 };
 
 typedef struct {
     const int8_t *values;
@@ -288,7 +288,7 @@ static inline __attribute__((always_inline)) void turned_tile(
     } \
     static void DOT(GROUPS_ARGUMENTS(W_T)) \
     { \
-        if (M < MANY_ROWS) { \
+        if (M < (BITS == 8 ? 4 : 8)) { /* turning the weights pays from there on */ \
             DOT##_few(a, M, w, scale, N, K, c, ldc, next); \
             return; \
         } \
