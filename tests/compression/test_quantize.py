@@ -25,6 +25,7 @@ from transformers_dsv3.compression.quantized_weights import (
 )
 from transformers_dsv3.kernels import selection
 from transformers_dsv3.kernels.cpu import library
+from transformers_dsv3.kernels.cpu.step import Program
 
 
 QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedExperts)
@@ -212,6 +213,23 @@ def test_generates(make_wide, bits, dtype):
     assert plain.shape == drafted.shape == (1, 15)
     if dtype == torch.float32:
         assert torch.equal(plain, drafted)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("activations", ["8", "16"])
+def test_steps_by_the_program_are_those_of_the_layers(make_wide, monkeypatch, bits, activations):
+    model = quantize(make_wide().to(torch.bfloat16), bits, activations=activations)
+    ids = torch.arange(2, 40)[None]
+    steps = []
+    run = Program.run
+    monkeypatch.setattr(Program, "run", lambda *arguments: steps.append(1) or run(*arguments))
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        by_program = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        assert steps or library.unavailable
+        del steps[:]
+        model.model.layers[0].register_forward_hook(lambda *arguments: None)
+        assert torch.equal(model(ids[:, :1], past_key_values=cache).logits, by_program) and not steps
 
 
 def test_no_weight_is_held_twice(make_wide):

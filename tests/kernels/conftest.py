@@ -78,7 +78,7 @@ def rms_error():
 
 @pytest.fixture(scope="session")
 def quantize():
-    """Function from `(..., N, K)` and 8 or 4 bits to whole numbers as they are stored and scales `(..., N, K / 32)`."""
+    """Function from `(..., N, K)` and 8 or 4 bits to stored whole numbers and scales `(..., N, K / 32)`."""
 
     def to_groups(weight, bits):
         groups = weight.float().unflatten(-1, (-1, 32))

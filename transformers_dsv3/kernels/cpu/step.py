@@ -128,6 +128,9 @@ class Program:
             R=attention.kv_lora_rank,
             V=attention.v_head_dim,
             interleave=interleave,
+            activations=any(
+                dtype in getattr(part, "rounded_dtypes", ()) for layer in layers for part in layer.modules()
+            ),
         )
         self._model_address = ctypes.addressof(self._model)
         self.layers, self.positions = len(layers), 0
