@@ -136,7 +136,11 @@ def _quantized(module: nn.Module, bits: int, activations: str | None, shared: di
 
 
 def quantize_int8(model: PreTrainedModel, activations: str = "bf16", progress: bool = False) -> PreTrainedModel:
-    """`quantize(model, bits=8)` under its name before, with `activations` "bf16" for "16" and "int8" for "8".
+    """`quantize(model, bits=8)` under its name before; the next release has it no more.
+
+    Args:
+        model, progress: as `quantize` takes them.
+        activations: "bf16", which leaves them whole, or "int8".
 
     Raises:
         ValueError: for other activations, and as `quantize` does.
