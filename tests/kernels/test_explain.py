@@ -22,7 +22,7 @@ from transformers_dsv3.kernels import (
 )
 from transformers_dsv3.kernels.backends import ABSORBED
 from transformers_dsv3.kernels.cpu import library as cpu_library
-from transformers_dsv3.models.dsv3 import attention_dsv3
+from transformers_dsv3.models.dsv3 import attention_dsv3, decoding_dsv3
 
 
 def block(text, operation):
@@ -61,6 +61,8 @@ def test_marked_backends_are_those_that_run(make_model, implementation, monkeypa
     with torch.no_grad():
         cache = model(torch.ones(1, 8, dtype=torch.long)).past_key_values
         assert not calls
+        assert block(text, "decoding step")["program"][0] == bool(compiled)
+        monkeypatch.setattr(decoding_dsv3, "MOST_TOKENS", 0)  # a program of a step attends by itself
         model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
     assert len(calls) == model.config.num_hidden_layers
 
@@ -130,7 +132,12 @@ def test_wrapped_models_are_explained(make_model):
     model = make_model()
     before = transformers_dsv3.explain(model).split("\n")[1:]
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], r=2))
-    assert transformers_dsv3.explain(wrapped).split("\n")[1:] == before
+    text = transformers_dsv3.explain(wrapped)
+    after = text.split("\n")[1:]
+    last = next(place for place, line in enumerate(before) if line.startswith("decoding step"))
+    assert after[:last] == before[:last]
+    used, line = block(text, "decoding step")["program"]
+    assert not used and "o_proj is a peft.tuners.lora.layer.Linear" in line or cpu_library.unavailable is not None
 
 
 def test_dense_models_have_no_experts(make_model):

@@ -206,7 +206,7 @@ def test_layers_of_other_classes_are_run(spy, make_model):
     layer.weight = shared.up_proj.weight
     shared.up_proj = layer
     with torch.no_grad():
-        assert experts_cpu.mlp_refusal(shared) == "takes plain layers, up_proj is a Doubled"
+        assert experts_cpu.mlp_refusal(shared).startswith("takes plain layers, up_proj is a ")
     assert (run(model) - before).abs().max() > 1e-3
 
 

@@ -196,7 +196,7 @@ def plain_refusal(name: str, module: Any, kind: str) -> str | None:
             return bypass_refusal(name, inner)
         if type(module) in PLAIN_CLASSES and PLAIN_CLASSES[type(module)][0] == kind:
             return f"takes plain layers, the forward of {type(module).__name__} was replaced"
-        return f"takes plain layers, {name} is a {type(module).__name__}"
+        return f"takes plain layers, {name} is a {type(module).__module__}.{type(module).__qualname__}"
     return bypass_refusal(name, module)
 
 
