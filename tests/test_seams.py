@@ -121,6 +121,23 @@ class TestTransformers:
         checking = parameters(GenerationMixin._validate_generation_mode)
         assert checking == ["self", "generation_mode", "generation_config", "generation_mode_kwargs"]
         assert hasattr(GenerationConfig(), "use_mtp")
+        assert parameters(GenerationMixin._prepare_generation_config) == ["self", "generation_config", "kwargs"]
+
+    def test_decoding_loop(self):
+        """Of the loop on a CPU: what it replaces, what it calls, and the parts of processors that it takes over."""
+        from transformers.generation import logits_process
+
+        names = ["input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"]
+        assert parameters(GenerationMixin._sample) == ["self", *names, "model_kwargs"]
+        prefill = ["self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"]
+        assert parameters(GenerationMixin._prefill) == prefill
+        assert hasattr(GenerationMixin, "_update_model_kwargs_for_generation")
+        penalty = logits_process.RepetitionPenaltyLogitsProcessor(1.5)
+        assert penalty.penalty == 1.5 and penalty.prompt_ignore_length is None
+        kept = {"filter_value": -float("inf"), "min_tokens_to_keep": 1}
+        for name, cls in (("top_k", "TopK"), ("top_p", "TopP"), ("min_p", "MinP")):
+            warper = getattr(logits_process, f"{cls}LogitsWarper")(1)
+            assert {name: 1, **kept}.items() <= vars(warper).items()
 
     def test_caches(self, make_model):
         model = make_model()

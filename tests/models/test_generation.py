@@ -17,6 +17,13 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessor, StoppingCriteria, logits_process
 
 from transformers_dsv3.models.dsv3.mtp_decoding_dsv3 import REMEMBERING_PROCESSORS
+from transformers_dsv3.models.dsv3.mtp_pacing_dsv3 import DraftPacing
+
+
+@pytest.fixture(autouse=True)
+def every_pass_drafts(monkeypatch):
+    """Whatever the time says: what is tested here are drafts."""
+    monkeypatch.setattr(DraftPacing, "next_drafts", lambda self: self.drafts)
 
 
 def prompts(batch, length, vocab=96, seed=0):
@@ -406,11 +413,16 @@ def exact_distribution(model, prompt, length, warp):
     return table
 
 
-@pytest.mark.parametrize("depths", [1, 2])
-def test_sampled_distribution_is_exact(make_model, depths):
+@pytest.mark.parametrize("depths, passes", [(1, "draft"), (2, "draft"), (1, "pause first"), (0, None)])
+def test_sampled_distribution_is_exact(make_model, monkeypatch, depths, passes):
+    """With drafts in every pass, after one without, and without any."""
+    decisions = iter([0, 1, 1, 1])
+    if passes == "pause first":
+        monkeypatch.setattr(DraftPacing, "next_drafts", lambda self: next(decisions))
     model = make_model(vocab_size=6, num_nextn_predict_layers=depths, eos_token_id=None, pad_token_id=0, seed=3)
     model.lm_head.weight.data.mul_(2)  # away from uniform
-    prompt, samples, length = [1, 2, 3], 6000, 3
+    # The first token is the prompt's and the last pass has nothing to draft: after a pause there has to be one more
+    prompt, samples, length = [1, 2, 3], 6000, 4 if passes == "pause first" else 3
 
     def warp(scores):
         scores = scores / 0.8
@@ -420,14 +432,14 @@ def test_sampled_distribution_is_exact(make_model, depths):
     torch.manual_seed(0)
     output = model.generate(
         torch.tensor([prompt] * samples),
-        use_mtp=True,
+        use_mtp=depths > 0,
         do_sample=True,
         temperature=0.8,
         top_k=5,
         max_new_tokens=length,
         return_dict_in_generate=True,
     )
-    assert 0 < output.mtp_acceptance_rate < 1
+    assert depths == 0 or 0 < output.mtp_acceptance_rate < 1
     seen: dict = {}
     for row in output.sequences[:, 3:].tolist():
         seen[tuple(row)] = seen.get(tuple(row), 0) + 1

@@ -83,7 +83,8 @@ def mtp_acceptance_rate(model: PreTrainedModel, prompts: torch.Tensor, new_token
 
     Sampling is from the model's own distribution (temperature 1, no cut).
     """
-    output = decode(model, prompts, new_tokens, do_sample=do_sample, use_mtp=True)
+    # Every pass drafts: otherwise times would say where acceptance is measured
+    output = decode(model, prompts, new_tokens, do_sample=do_sample, use_mtp=True, sampling="exact")
     return float(output.mtp_acceptance_rate)
 
 

@@ -1,4 +1,4 @@
-"""Generation: input checks, prompts padded on the right, and what `use_mtp=True` cannot be combined with."""
+"""Generation: input checks, prompts padded on the right, which loop runs, what `use_mtp=True` cannot go with."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ from transformers.generation import GenerationConfig, GenerationMixin, LogitsPro
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import ModelOutput
 
+from .decoding_loop_dsv3 import decode, loop_refusal
 from .inputs_dsv3 import check_inputs
 from .mtp_decoding_dsv3 import MtpDecoding, drafting_refusal
+from .sampling_dsv3 import NextToken
 
 
 class Dsv3GenerationMixin(GenerationMixin):
@@ -22,13 +24,19 @@ class Dsv3GenerationMixin(GenerationMixin):
         returned sequences start with the prompt as it was given.
 
         `use_mtp=True` decodes by self-speculation with the model's MTP layers, at any batch size: the same text as
-        without for greedy decoding, the same distribution for sampling. See [`Dsv3MtpDecoderOnlyOutput`]. Logits
-        processors are called for drafts too, so one's own must not remember their calls; stopping criteria see no
-        drafts.
+        without for greedy decoding, the same distribution for sampling. Drafting pauses where it does not pay, which
+        is measured: so in bf16, whose rounding may depend on how many tokens a pass takes, and in sampling, texts may
+        differ from run to run, unless `sampling="exact"` asks for drafts in every pass. See
+        [`Dsv3MtpDecoderOnlyOutput`]. Logits processors are called for drafts too, so one's own must not remember their
+        calls; stopping criteria see no drafts.
+
+        On the CPU, `do_sample=True` draws from Transformers' distribution without sorting the vocabulary, so a seed
+        gives other draws than there. `sampling="exact"`, here or in the generation config, keeps its draws;
+        `sampling="fast"` is the default. Where scores or logits are to be returned, Transformers' own loop draws.
 
         Raises:
-            ValueError: for the inputs that [`DeepseekV3Model.forward`] refuses, and for what `use_mtp=True` cannot be
-                combined with.
+            ValueError: for the inputs that [`DeepseekV3Model.forward`] refuses, for what `use_mtp=True` cannot be
+                combined with, and for another `sampling`.
         """
         prompt_name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         prompt = inputs if inputs is not None else kwargs.get(prompt_name)
@@ -70,6 +78,41 @@ class Dsv3GenerationMixin(GenerationMixin):
             "Continuous batching (`generate_batch`, `transformers serve --continuous-batching`) has no pages for the "
             "latents of DeepSeek-V3 yet. Use `generate` with a batch of prompts."
         )
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        given = {"sampling": kwargs.pop("sampling")} if "sampling" in kwargs else {}
+        config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        # A field of this package's: Transformers keeps such fields of a config, and takes no argument for them
+        config.sampling = given.get("sampling", getattr(config, "sampling", None))
+        if config.sampling not in (None, "fast", "exact"):
+            raise ValueError(f"`sampling` must be 'fast' or 'exact', not {config.sampling!r}.")
+        return config, model_kwargs
+
+    def _sample(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        if loop_refusal(self, input_ids, stopping_criteria, generation_config, synced_gpus, model_kwargs):
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        exact = getattr(generation_config, "sampling", None) == "exact"  # a caller may have prepared none
+        choose = NextToken(logits_processor, generation_config.do_sample, exact)
+        return decode(self, input_ids, choose, stopping_criteria, generation_config, streamer, model_kwargs)
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]

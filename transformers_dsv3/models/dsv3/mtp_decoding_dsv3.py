@@ -5,9 +5,13 @@ kept (arXiv 2412.19437, section 5.4.3). Sampling is exact by rejection (arXiv 22
 
 Rows of a batch accept different numbers of drafts. The cache stays one rectangle: what is rejected in every row is
 cropped off, and what is rejected in some rows only is masked from then on, a "hole".
+
+Passes go without drafts while those do not pay ([`DraftPacing`]). The MTP layers see what they missed when drafting is
+tried again.
 """
 
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,6 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .cache_dsv3 import take_back
+from .mtp_pacing_dsv3 import DraftPacing
 
 
 logger = logging.get_logger(__name__)
@@ -101,6 +106,11 @@ class MtpDecoding:
         self.ended = [False] * batch_size
         self.rows = torch.arange(batch_size, device=device)
         self.drafted = self.accepted = 0
+        # Times differ from run to run and from rank to rank: none are asked where draws are to be the same, or ranks
+        # have to make the same passes
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        paced = alone and getattr(generation_config, "sampling", None) != "exact"
+        self.pacing = DraftPacing(len(self.layers)) if paced else None
         wants = generation_config.return_dict_in_generate
         self.scores: list[torch.Tensor] | None = [] if wants and generation_config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if wants and generation_config.output_logits else None
@@ -110,8 +120,15 @@ class MtpDecoding:
         cache = self._prefill(model_kwargs)
         while not all(self.ended):
             remaining = max(self.max_length - n for n, ended in zip(self.lengths, self.ended) if not ended)
-            drafts_BJ, draft_scores = self._draft(min(len(self.layers), remaining - 1))
-            self._verify(drafts_BJ, draft_scores, cache)
+            wanted = len(self.layers) if self.pacing is None else self.pacing.next_drafts()
+            count = min(wanted, remaining - 1)
+            catches_up, live, started = count > 0 and len(self.unseen) > 1, list(self.ended), perf_counter()
+            drafts_BJ, draft_scores = self._draft(count)
+            accepted = self._verify(drafts_BJ, draft_scores, cache)
+            if self.pacing is not None:
+                # Nothing is in flight any more: the pass has asked for what was accepted
+                seconds = None if catches_up else perf_counter() - started
+                self.pacing.record(count, seconds, [n for n, over in zip(accepted, live, strict=True) if not over])
         if self.croppable:
             self._settle(cache)
         return self._output(cache)
@@ -159,11 +176,12 @@ class MtpDecoding:
         positions = inputs["position_ids"]
         if positions is None:
             positions = torch.arange(self.mtp_offset, self.mtp_offset + width, device=hidden_BWD.device)[None]
-        self.positions_BW = positions[:, -width:].expand(len(self.lengths), -1)
-        self.hidden_BWD = hidden_BWD
+        positions_BW = positions[:, -width:].expand(len(self.lengths), -1)
         self.last_B = torch.full_like(self.rows, width - 1)
+        self.last_position_B = positions_BW[:, -1]
         next_embeds_B1D = self.model.model.embed_tokens(next_B[:, None].to(embeds_BWD.device))
-        self.next_embeds_BWD = torch.cat([embeds_BWD[:, 1:], next_embeds_B1D], dim=1)
+        # Of the passes that the MTP layers have not seen: hidden states, embeddings of the next tokens, positions
+        self.unseen = [(hidden_BWD, torch.cat([embeds_BWD[:, 1:], next_embeds_B1D], dim=1), positions_BW)]
         self._commit([0] * len(self.lengths), next_B, [scores_BV], [logits_BV])
         return cache
 
@@ -174,12 +192,14 @@ class MtpDecoding:
         drafts: list[torch.Tensor] = []
         all_scores: list[torch.Tensor] = []
         model = self.model.model
-        hidden_BWD, embeds_BWD = self.hidden_BWD, self.next_embeds_BWD
+        last_B = self.last_B + sum(hidden.shape[1] for hidden, _, _ in self.unseen[:-1])
+        hidden_BWD, embeds_BWD, positions_BW = (torch.cat(parts, dim=1) for parts in zip(*self.unseen, strict=True))
+        self.unseen = []
         mask = None if self.mask is None else self.mask[:, self.mtp_offset :]
-        layer_inputs = model.attention_inputs(embeds_BWD, mask, self.positions_BW, self.mtp_cache)
+        layer_inputs = model.attention_inputs(embeds_BWD, mask, positions_BW, self.mtp_cache)
         for depth in range(count):
             hidden_BWD = self.layers[depth](hidden_BWD, embeds_BWD, **layer_inputs)
-            scores_BV = self._process(self._head(hidden_BWD[self.rows, self.last_B][:, None])[:, 0], depth)
+            scores_BV = self._process(self._head(hidden_BWD[self.rows, last_B][:, None])[:, 0], depth)
             draft_B = self._choose(scores_BV)
             for row, length in enumerate(self.lengths):
                 if not self.ended[row]:
@@ -190,17 +210,20 @@ class MtpDecoding:
                 # One token further for the next layer: entries before the last move up, the last takes the draft. A
                 # deeper layer so caches drafts that may be rejected, which costs acceptance later, never exactness.
                 embeds_BWD = torch.cat([embeds_BWD[:, 1:], embeds_BWD[:, -1:]], dim=1)
-                embeds_BWD[self.rows, self.last_B] = model.embed_tokens(draft_B)
+                embeds_BWD[self.rows, last_B] = model.embed_tokens(draft_B)
         return torch.stack(drafts, dim=1), all_scores
 
-    def _verify(self, drafts_BJ: torch.Tensor, draft_scores: list[torch.Tensor], cache: Cache) -> None:
-        """Runs the main model on the last token and the drafts, and commits what it agrees with."""
+    def _verify(self, drafts_BJ: torch.Tensor, draft_scores: list[torch.Tensor], cache: Cache) -> list[int]:
+        """Runs the main model on the last token and the drafts, and commits what it agrees with.
+
+        Returns how many drafts each row accepted, 0 for those that had ended.
+        """
         count = drafts_BJ.shape[1]
         last_B = self.tokens[self.rows, torch.tensor(self.lengths, device=self.rows.device) - 1]
         input_BJ = torch.cat([last_B[:, None], drafts_BJ], dim=1)
         # Rows that are about to end may draft past their last position; those drafts are dropped, and are not to make
         # rotary embeddings grow that follow the longest position
-        last_position_B = self.positions_BW[self.rows, self.last_B]
+        last_position_B = self.last_position_B
         remaining_B = self.max_length - torch.tensor(self.lengths, device=self.rows.device)
         positions_BJ = last_position_B[:, None] + torch.arange(1, count + 2, device=self.rows.device)
         positions_BJ = torch.minimum(positions_BJ, (last_position_B + remaining_B.clamp(min=1))[:, None])
@@ -226,14 +249,15 @@ class MtpDecoding:
                 self.mask = used_BW.new_ones(len(self.lengths), cache.get_seq_length() - keep)
             self.mask = torch.cat([self.mask, used_BW.to(self.mask.dtype)], dim=1)
 
-        self.positions_BW, self.hidden_BWD, self.last_B = positions_BJ[:, :keep], hidden_BJD[:, :keep], accepted_B
+        self.last_B, self.last_position_B = accepted_B, positions_BJ[self.rows, accepted_B]
         following_BW = torch.cat([drafts_BJ, next_B[:, None]], dim=1)[:, :keep]
         following_BW[self.rows, accepted_B] = next_B
-        self.next_embeds_BWD = self.model.model.embed_tokens(following_BW)
+        self.unseen.append((hidden_BJD[:, :keep], self.model.model.embed_tokens(following_BW), positions_BJ[:, :keep]))
         live = self.ended.count(False)
         self.drafted += count * live
         self.accepted += sum(accepted)
         self._commit(accepted, next_B, scores, list(logits_BJV.unbind(1)))
+        return accepted
 
     def _accept(
         self, drafts_BJ: torch.Tensor, draft_scores: list[torch.Tensor], scores: torch.Tensor
