@@ -22,6 +22,7 @@ from torch import nn
 
 from .experts_plain import accumulator_dtype, differentiable_gradients, is_batched, plain_experts
 from .matmul_cpu import matmul
+from .operators import define
 from .selection import SILU, bypass_refusal, is_plain
 
 
@@ -97,7 +98,6 @@ def expert_segments(counts_E: torch.Tensor) -> Iterator[tuple[int, int, int, int
         start += count
 
 
-@torch.library.custom_op("transformers_dsv3::grouped_experts", mutates_args=())
 def _forward(
     hidden_TD: torch.Tensor,
     index_TK: torch.Tensor,
@@ -138,8 +138,7 @@ def _forward(
     return out_TD.to(hidden_TD.dtype), kept_SI, pairs_S, counts_E
 
 
-@_forward.register_fake
-def _(hidden_TD, index_TK, w_TK, gate_up_EID, down_EDI, dtype, keep):  # type: ignore[no-untyped-def]
+def _fake_forward(hidden_TD, index_TK, w_TK, gate_up_EID, down_EDI, dtype, keep):  # type: ignore[no-untyped-def]
     pairs = index_TK.numel()
     kept_shape = (pairs + ROWS if keep else 0, gate_up_EID.shape[1])
     return (
@@ -150,7 +149,6 @@ def _(hidden_TD, index_TK, w_TK, gate_up_EID, down_EDI, dtype, keep):  # type: i
     )
 
 
-@torch.library.custom_op("transformers_dsv3::grouped_experts_backward", mutates_args=())
 def _backward(
     grad_TD: torch.Tensor,
     hidden_TD: torch.Tensor,
@@ -209,8 +207,7 @@ def _backward(
     return d_hidden_TD.to(hidden_TD.dtype), d_w.view(w_TK.shape if needs_w else 0), d_gate_up_EID, d_down_EDI
 
 
-@_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
+def _fake_backward(  # type: ignore[no-untyped-def]
     grad_TD, hidden_TD, w_TK, gate_up_EID, down_EDI, kept_SI, pairs_S, counts_E, dtype, *needs
 ):
     inputs = (hidden_TD, w_TK, gate_up_EID, down_EDI)
@@ -239,12 +236,13 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
             grad_TD,
         )
         return d_hidden, None, d_w, d_gate_up, d_down, None, None
-    grads = torch.ops.transformers_dsv3.grouped_experts_backward(grad_TD, *saved, ctx.dtype, *needs)
+    grads = backward_operator(grad_TD, *saved, ctx.dtype, *needs)
     d_hidden, d_w, d_gate_up, d_down = (grad if needed else None for grad, needed in zip(grads, needs))
     return d_hidden, None, d_w, d_gate_up, d_down, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_keep_for_backward)
+forward_operator = define("grouped_experts", _forward, _fake_forward, gradients=(_gradients, _keep_for_backward))
+backward_operator = define("grouped_experts_backward", _backward, _fake_backward)
 
 
 def grouped_experts(
@@ -277,4 +275,4 @@ def grouped_experts(
     inputs = (hidden_states, top_k_weights, gate_up, down)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     with torch.autocast("cpu", enabled=False):
-        return _forward(hidden_states, top_k_index, top_k_weights, gate_up, down, dtype, keep)[0]
+        return forward_operator(hidden_states, top_k_index, top_k_weights, gate_up, down, dtype, keep)[0]

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .cpu.mixture import experts_refusal as stack_refusal
 from .experts_plain import differentiable_gradients, is_batched, plain_experts
+from .operators import define
 from .selection import PLAIN
 from .triton_support import device_refusal, on_device, triton_refusal
 
@@ -75,7 +76,6 @@ def _dtype_of_products(hidden_states: torch.Tensor) -> torch.dtype:
     return hidden_states.dtype
 
 
-@torch.library.custom_op("transformers_dsv3::triton_experts", mutates_args=())
 def _forward(
     hidden_TD: torch.Tensor,
     index_TK: torch.Tensor,
@@ -114,8 +114,7 @@ def _forward(
     return out_TD, kept_SI, *sorting
 
 
-@_forward.register_fake
-def _(hidden_TD, index_TK, mixing_TK, gate_up_EID, gate_up_scale, down_EDI, down_scale, dtype, keep):  # type: ignore[no-untyped-def]
+def _fake_forward(hidden_TD, index_TK, mixing_TK, gate_up_EID, gate_up_scale, down_EDI, down_scale, dtype, keep):  # type: ignore[no-untyped-def]
     return _empty(hidden_TD, index_TK, gate_up_EID, dtype, keep)
 
 
@@ -141,7 +140,6 @@ def _empty(
     return results
 
 
-@torch.library.custom_op("transformers_dsv3::triton_experts_backward", mutates_args=())
 def _backward(
     grad_TD: torch.Tensor,
     hidden_TD: torch.Tensor,
@@ -185,8 +183,9 @@ def _backward(
     return tuple(x.new_empty(0) if result is None else result for x, result in zip(inputs, results))
 
 
-@_backward.register_fake
-def _(grad_TD, hidden_TD, index_TK, mixing_TK, gate_up_EID, down_EDI, kept_SI, order_S, offsets_X, *needs):  # type: ignore[no-untyped-def]
+def _fake_backward(
+    grad_TD, hidden_TD, index_TK, mixing_TK, gate_up_EID, down_EDI, kept_SI, order_S, offsets_X, *needs
+):  # type: ignore[no-untyped-def]
     inputs = (hidden_TD, mixing_TK, gate_up_EID, down_EDI)
     return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs))
 
@@ -213,12 +212,13 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
             grad_TD,
         )
         return d_hidden, None, d_mixing, d_gate_up, None, d_down, None, None, None
-    grads = torch.ops.transformers_dsv3.triton_experts_backward(grad_TD, *ctx.saved_tensors, *needs)
+    grads = backward_operator(grad_TD, *ctx.saved_tensors, *needs)
     d_hidden, d_mixing, d_gate_up, d_down = (grad if needed else None for grad, needed in zip(grads, needs))
     return d_hidden, None, d_mixing, d_gate_up, None, d_down, None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_keep_for_backward)
+forward_operator = define("triton_experts", _forward, _fake_forward, gradients=(_gradients, _keep_for_backward))
+backward_operator = define("triton_experts_backward", _backward, _fake_backward)
 
 
 def triton_experts(
@@ -242,4 +242,6 @@ def triton_experts(
     scales = [getattr(module, f"{name}_scale", None) for name in WEIGHTS]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_states, top_k_weights, gate_up, down))
     dtype = _dtype_of_products(hidden_states)
-    return _forward(hidden_states, top_k_index, top_k_weights, gate_up, scales[0], down, scales[1], dtype, keep)[0]
+    return forward_operator(
+        hidden_states, top_k_index, top_k_weights, gate_up, scales[0], down, scales[1], dtype, keep
+    )[0]

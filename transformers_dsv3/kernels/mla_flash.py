@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .operators import define
 from .public_kernels import hub_refusal, nvidia_refusal
 from .selection import PLAIN, call_refusal, chosen, logger
 from .triton_support import compute_capability
@@ -294,11 +295,10 @@ def _fake(
     return q_latent_BQHR.new_empty(q_latent_BQHR.shape)
 
 
-_operators = torch.library.Library("transformers_dsv3", "FRAGMENT")
 for _name, _kernel in (("flash_mla", _flash_mla), ("flash_attention_3_mla", _flash_attention_3_mla)):
-    _operators.define(
+    define(
         f"{_name}(Tensor q_latent, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor? lengths, float scaling) "
-        "-> Tensor"
+        "-> Tensor",
+        _kernel,
+        _fake,
     )
-    _operators.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"transformers_dsv3::{_name}", _fake, lib=_operators)

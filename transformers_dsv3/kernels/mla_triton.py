@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import nn
 
+from .operators import define
 from .selection import mask_refusal
 from .triton_support import on_device, precision, triton_refusal
 
@@ -232,10 +233,9 @@ def _fake(q_latent: torch.Tensor, *arguments: object) -> torch.Tensor:
     return torch.empty_like(q_latent, memory_format=torch.contiguous_format)
 
 
-_operators = torch.library.Library("transformers_dsv3", "FRAGMENT")
-_operators.define(
+define(
     "mla_decode(Tensor q_latent, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor? mask, Tensor? lengths, "
-    "Tensor? pages, bool causal, float scaling) -> Tensor"
+    "Tensor? pages, bool causal, float scaling) -> Tensor",
+    _mla_decode,
+    _fake,
 )
-_operators.impl("mla_decode", _mla_decode, "CompositeExplicitAutograd")
-torch.library.register_fake("transformers_dsv3::mla_decode", _fake, lib=_operators)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .operators import define
 from .selection import bypass_refusal, is_plain
 from .triton_support import on_device, triton_refusal
 
@@ -124,19 +125,15 @@ def _latent_rows_fake(
     return torch.empty_like(q_rope, memory_format=torch.contiguous_format)
 
 
-_operators = torch.library.Library("transformers_dsv3", "FRAGMENT")
-_operators.define("rms_norm_triton(Tensor x, Tensor weight, float eps) -> Tensor")
-_operators.impl("rms_norm_triton", _rms_norm, "CompositeExplicitAutograd")
-torch.library.register_fake("transformers_dsv3::rms_norm_triton", _rms_norm_fake, lib=_operators)
+rms_norm_operator = define("rms_norm_triton(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _rms_norm_fake)
 # Latents `(B, 1, S, R)` and rotary keys `(B, 1, S, P)` of a cache, written from position `start` on, and behind what
 # `position` holds, an integer on the device. kv_a: `(B, Q, R + P)`. q_rope: `(B, H, Q, P)`, returned rotated.
-_operators.define(
+define(
     "latent_rows(Tensor kv_a, Tensor norm, float eps, Tensor q_rope, Tensor cos, Tensor sin, bool interleave, "
-    "Tensor(a!) latent, Tensor(b!) k_rope, Tensor? position, SymInt start) -> Tensor"
+    "Tensor(a!) latent, Tensor(b!) k_rope, Tensor? position, SymInt start) -> Tensor",
+    _latent_rows,
+    _latent_rows_fake,
 )
-_operators.impl("latent_rows", _latent_rows, "CompositeExplicitAutograd")
-torch.library.register_fake("transformers_dsv3::latent_rows", _latent_rows_fake, lib=_operators)
-rms_norm_operator = torch.ops.transformers_dsv3.rms_norm_triton
 
 
 def latent_rows(

@@ -9,18 +9,10 @@ from typing import Any
 
 import torch
 
+from ..operators import define
 from ..selection import PLAIN, cpu_refusal, mask_refusal
 from . import library
-from .operators import (
-    LONGEST_HEAD,
-    TYPES,
-    addresses,
-    define,
-    dense_rows,
-    out_of_memory,
-    refuse_dtype,
-    refuse_shape,
-)
+from .operators import LONGEST_HEAD, TYPES, addresses, dense_rows, out_of_memory, refuse_dtype, refuse_shape
 
 
 def absorbed_refusal(
@@ -259,10 +251,12 @@ absorbed_operator = define(
     "float scaling) -> Tensor",
     absorbed_attention,
     _fake_absorbed,
+    "CPU",
 )
 expanded_operator = define(
     "attention_expanded(Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope, Tensor? mask, int first_query, "
     "float scaling) -> Tensor",
     _expanded,
     _fake_expanded,
+    "CPU",
 )

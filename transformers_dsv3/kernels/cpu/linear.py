@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
+from ..operators import define
 from ..selection import QUANTIZED, cpu_refusal
 from . import library
-from .operators import TYPES, addresses, define, out_of_memory, refuse_dtype
+from .operators import TYPES, addresses, out_of_memory, refuse_dtype
 
 
 # With more rows PyTorch's own product is as fast in bf16, since then arithmetic is the limit. In fp32 it is not: on
@@ -104,4 +105,5 @@ operator = define(
     "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool int8_activations) -> Tensor",
     linear,
     _fake,
+    "CPU",
 )

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..experts_grouped import is_silu
+from ..operators import define
 from ..selection import bypass_refusal, cpu_refusal, is_plain, plain_refusal
 from . import library
-from .operators import TYPES, addresses, define, fake_like, out_of_memory, refuse_dtype, refuse_shape
+from .operators import TYPES, addresses, fake_like, out_of_memory, refuse_dtype, refuse_shape
 
 
 NAME = "cpu"
@@ -157,6 +158,7 @@ operator = define(
     "Tensor? shared_down, Tensor? shared_down_scale, bool int8_activations) -> Tensor",
     _mixture,
     fake_like,
+    "CPU",
 )
 
 

@@ -15,8 +15,6 @@ find is told by functions of their own.
 """
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -25,21 +23,6 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 GROUP = 32  # of csrc/inner_loops.h
 LONGEST_HEAD = 2048  # K_BLOCK of csrc/inner_loops.h
 MOST_ROTATED = 1024  # of csrc/rows.c
-
-_definitions = torch.library.Library("transformers_dsv3", "FRAGMENT")
-
-
-def define(schema: str, kernel: Callable, fake: Callable) -> Any:
-    """Makes an operator of a function on CPU tensors, and returns it.
-
-    Args:
-        schema: its name and arguments. fake: gives results of the right shape and dtype without computing them.
-    """
-    name = schema.partition("(")[0]
-    _definitions.define(schema)
-    _definitions.impl(name, kernel, "CPU")
-    torch.library.register_fake(f"transformers_dsv3::{name}", fake, lib=_definitions)
-    return getattr(torch.ops.transformers_dsv3, name)
 
 
 def fake_like(x, *rest):  # type: ignore[no-untyped-def]

@@ -7,9 +7,10 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..operators import define
 from ..selection import chosen, cpu_refusal, plain_refusal
 from . import library
-from .operators import MOST_ROTATED, TYPES, addresses, define, out_of_memory, refuse_dtype, require_angles
+from .operators import MOST_ROTATED, TYPES, addresses, out_of_memory, refuse_dtype, require_angles
 
 
 PLAIN_PARTS = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm")
@@ -156,6 +157,7 @@ operator = define(
     "Tensor sin, bool interleave, int heads, bool int8_activations) -> (Tensor, Tensor, Tensor)",
     _project,
     _fake,
+    "CPU",
 )
 
 

@@ -2,9 +2,10 @@
 
 import torch
 
+from ..operators import define
 from ..selection import cpu_refusal
 from . import library
-from .operators import TYPES, addresses, define, out_of_memory, refuse_dtype
+from .operators import TYPES, addresses, out_of_memory, refuse_dtype
 
 
 def route_refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *rest: object) -> str | None:
@@ -78,4 +79,5 @@ operator = define(
     "-> (Tensor, Tensor, Tensor)",
     route,
     _fake,
+    "CPU",
 )

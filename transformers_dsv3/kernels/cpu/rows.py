@@ -7,12 +7,12 @@ import ctypes
 
 import torch
 
+from ..operators import define
 from ..selection import cpu_refusal
 from . import library
 from .operators import (
     MOST_ROTATED,
     TYPES,
-    define,
     dense_rows,
     fake_like,
     out_of_memory,
@@ -91,5 +91,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bo
     return y
 
 
-rms_norm_operator = define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm, fake_like)
-rotate_operator = define("rotate(Tensor x, Tensor cos, Tensor sin, bool interleave) -> Tensor", rotate, fake_like)
+rms_norm_operator = define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm, fake_like, "CPU")
+rotate_operator = define(
+    "rotate(Tensor x, Tensor cos, Tensor sin, bool interleave) -> Tensor", rotate, fake_like, "CPU"
+)
