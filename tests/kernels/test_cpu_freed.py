@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from transformers_dsv3.kernels.cpu import attention, linear, mixture, project, router, rows
 
@@ -148,3 +149,19 @@ def test_views_that_use_all_of_their_storage_are_taken():
     result = linear.linear(x, weight[2])
     torch.testing.assert_close(result, (x.double() @ weight[2].double().T).float())
     assert linear.linear(torch.randn(4, D)[4:], weight[2]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("is_planned", [True, False])
+@pytest.mark.parametrize("freed", ["self_attn.o_proj.weight", "mlp.experts.down_proj", "input_layernorm.weight", None])
+def test_a_step_of_decoding_refuses_what_was_freed_before_or_since_it_was_planned(make_model, freed, is_planned):
+    model = make_model()
+    layer, token = model.model.layers[-1], torch.ones(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(torch.ones(1, 4, dtype=torch.long), past_key_values=cache)
+        if is_planned or freed is None:
+            model(token, past_key_values=cache)
+        tensor = cache.layers[-1].keys if freed is None else layer.get_parameter(freed)
+        tensor.untyped_storage().resize_(0)
+        with pytest.raises((ValueError, RuntimeError)):
+            model(token, past_key_values=cache)
