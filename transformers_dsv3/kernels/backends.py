@@ -21,6 +21,7 @@ from . import (
     mla_flash,
     mla_training,
     mla_triton,
+    pages,
     public_kernels,
     rows_triton,
     selection,
@@ -508,5 +509,14 @@ STEP = Operation(
             choice='generate(…, cache_implementation="static")',
         ),
         Backend("layers", "layer after layer, over a cache that grows"),
+    ),
+)
+
+# Not computed, but asked for where weights are read and caches grow
+PAGES = Operation(
+    "pages",
+    (
+        Backend("huge", "of 2 MiB, asked for by madvise", lambda model: pages.refusal()),
+        Backend("normal", "the system's own", choice="TRANSFORMERS_DSV3_BACKENDS=pages=normal"),
     ),
 )

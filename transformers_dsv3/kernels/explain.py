@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import experts_auto, experts_grouped, experts_liger, mla_flash, triton_support
+from . import experts_auto, experts_grouped, experts_liger, mla_flash, pages, triton_support
 from .backends import (
     ABSORBED,
     ADAPTED,
@@ -21,6 +21,7 @@ from .backends import (
     MIXTURE,
     MLP,
     NORM,
+    PAGES,
     PROJECTIONS,
     ROUTER,
     STEP,
@@ -119,6 +120,12 @@ def _step_in_use(parts: _Parts) -> dict[str, str]:
     return {"layers": "in use"}
 
 
+def _pages_in_use(parts: _Parts) -> dict[str, str]:
+    huge, total = pages.bytes_in_huge_pages(parts.model)
+    share = f"in use for {huge / 2**30:.2f} of {total / 2**30:.2f} GiB of the weights"
+    return _serving(PAGES, parts.model, {"huge": share} if huge else {}, "normal")
+
+
 class _Section(NamedTuple):
     """A block of the page.
 
@@ -199,6 +206,12 @@ PAGE = (
         _in_use(NORM, "torch", _model),
     ),
     _Section(STEP, lambda p: "all of the above, for one token in generate()", _model, _step_in_use),
+    _Section(
+        PAGES,
+        lambda p: "memory of weights that are read and of caches" if next(p.model.parameters()).is_cpu else None,
+        _model,
+        _pages_in_use,
+    ),
 )
 
 

@@ -5,7 +5,7 @@ backend out, with gradients or without: checkpointing that runs forward once wit
 compute the same twice. The environment variable `TRANSFORMERS_DSV3_BACKENDS` replaces the default where the caller
 chose nothing, as in
 
-    TRANSFORMERS_DSV3_BACKENDS=experts=eager,linear=torch,attention=torch,isa=avx2
+    TRANSFORMERS_DSV3_BACKENDS=experts=eager,linear=torch,attention=torch,isa=avx2,pages=normal
 """
 
 import contextlib
@@ -36,6 +36,7 @@ CHOICES = {
     "linear": ("auto", "torch", "cpu", "triton"),
     "attention": ("auto", "torch", "cpu", "triton", *PUBLIC_ATTENTION),
     "isa": ("avx512", "avx2", "portable"),
+    "pages": ("huge", "normal"),
 }
 
 
@@ -45,11 +46,12 @@ def parse(text: str) -> dict[str, str]:
     Raises:
         ValueError: for an unknown operation or backend, naming the variable.
     """
-    choices = {"experts": "auto", "linear": "auto", "attention": "auto"}
+    choices = {"experts": "auto", "linear": "auto", "attention": "auto", "pages": "huge"}
     for item in filter(None, (part.strip() for part in text.split(","))):
         operation, equals, name = (part.strip() for part in item.partition("="))
         if not equals or operation not in ("experts", *CHOICES):
-            raise ValueError(f"{VARIABLE}: {item!r} is not one of experts=..., linear=..., attention=..., isa=...")
+            operations = ", ".join(f"{each}=..." for each in ("experts", *CHOICES))
+            raise ValueError(f"{VARIABLE}: {item!r} is not one of {operations}")
         if operation in CHOICES and name not in CHOICES[operation]:
             raise ValueError(f"{VARIABLE}: {operation} is one of {', '.join(CHOICES[operation])}, not {name!r}")
         choices[operation] = name

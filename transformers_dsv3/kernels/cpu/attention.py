@@ -12,7 +12,16 @@ import torch
 from ..operators import define
 from ..selection import PLAIN, cpu_refusal, mask_refusal
 from . import library
-from .operators import LONGEST_HEAD, TYPES, addresses, dense_rows, out_of_memory, refuse_dtype, refuse_shape
+from .operators import (
+    LONGEST_HEAD,
+    TYPES,
+    addresses,
+    dense_rows,
+    out_of_memory,
+    refuse_dtype,
+    refuse_shape,
+    require_storage,
+)
 
 
 def absorbed_refusal(
@@ -69,6 +78,7 @@ def _mask_arguments(mask: torch.Tensor, shape: tuple[int, int, int]) -> tuple:
     B, Q, S = shape
     if mask.dim() != 4 or any(n not in (1, size) for n, size in zip(mask.shape, (B, 1, Q, S))):
         raise ValueError(f"the mask is of shape {tuple(mask.shape)}, not {(B, 1, Q, S)}")
+    require_storage(mask=mask)
     if mask.dtype != torch.bool:
         mask = mask.float()
     mask = mask.expand(B, 1, Q, S)
@@ -108,13 +118,19 @@ def absorbed_attention(
             refuse_shape(name, tensor, shape)
         if tensor.dtype is not dtype:
             raise ValueError("the dtypes of queries and cache differ")
-    if kv_b_weight.shape != (H * (N + V), R) or kv_b_weight.dtype is not dtype or not kv_b_weight.is_contiguous():
+    if (
+        kv_b_weight.shape != (H * (N + V), R)
+        or kv_b_weight.dtype is not dtype
+        or not kv_b_weight.is_contiguous()
+        or (kv_b_weight.storage_offset() + kv_b_weight.numel()) * dtype.itemsize
+        > kv_b_weight.untyped_storage().nbytes()
+    ):
         addresses(q_nope, ("kv_b_weight", kv_b_weight, None, (H * (N + V), R)))  # which says what is wrong
     if R > LONGEST_HEAD or P > LONGEST_HEAD:
         raise ValueError(f"latents or rotary parts are longer than {LONGEST_HEAD}")
     out = q_nope.new_empty(B, Q, H, V)
     (q_nope, q_nope_of), (q_rope, q_rope_of), (latent, latent_of), (k_rope, k_rope_of) = dense_rows(
-        q_nope, q_rope, latent, k_rope
+        q_nope=q_nope, q_rope=q_rope, latent=latent, k_rope=k_rope
     )
     mask, mask_address, is_bytes, mask_strides = (
         (None, None, 0, None) if attention_mask is None else _mask_arguments(attention_mask, (B, Q, S))
@@ -209,7 +225,9 @@ def _expanded(
     if max(N, P) > LONGEST_HEAD:
         raise ValueError(f"keys are longer than {LONGEST_HEAD}")
     out = q_nope.new_empty(B, Q, H, V)
-    (q_nope, q_nope_of), (q_rope, q_rope_of), (kv, kv_of), (k_rope, k_rope_of) = dense_rows(q_nope, q_rope, kv, k_rope)
+    (q_nope, q_nope_of), (q_rope, q_rope_of), (kv, kv_of), (k_rope, k_rope_of) = dense_rows(
+        q_nope=q_nope, q_rope=q_rope, kv=kv, k_rope=k_rope
+    )
     mask, mask_address, is_bytes, mask_strides = (
         (None, None, 0, None) if mask is None else _mask_arguments(mask, (B, Q, S))
     )

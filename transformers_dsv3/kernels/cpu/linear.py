@@ -7,7 +7,13 @@ import torch
 from ..operators import define
 from ..selection import QUANTIZED, cpu_refusal
 from . import library
-from .operators import TYPES, addresses, out_of_memory, refuse_dtype
+from .operators import (
+    TYPES,
+    addresses,
+    out_of_memory,
+    refuse_dtype,
+    require_storage,
+)
 
 
 # With more rows PyTorch's own product is as fast in bf16, since then arithmetic is the limit. In fp32 it is not: on
@@ -72,6 +78,14 @@ def linear(
         address, scale_address = addresses(x, ("weight", weight, scale, (N, K)))  # type: ignore[assignment]
     if bias is not None and (bias.dtype != x.dtype or bias.shape != (N,) or not bias.is_contiguous()):
         raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}, not contiguous {x.dtype} of ({N},)")
+    for tensor in (x, weight):
+        if (
+            not tensor.is_contiguous()
+            or (tensor.storage_offset() + tensor.numel()) * tensor.itemsize > tensor.untyped_storage().nbytes()
+        ):
+            require_storage(x=x, weight=weight)
+    if bias is not None:
+        require_storage(bias=bias)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], N)
     if y.numel():

@@ -14,7 +14,15 @@ from ..experts_grouped import is_silu
 from ..operators import define
 from ..selection import bypass_refusal, cpu_refusal, is_plain, plain_refusal
 from . import library
-from .operators import TYPES, addresses, fake_like, out_of_memory, refuse_dtype, refuse_shape
+from .operators import (
+    TYPES,
+    addresses,
+    fake_like,
+    out_of_memory,
+    refuse_dtype,
+    refuse_shape,
+    require_storage,
+)
 
 
 NAME = "cpu"
@@ -105,6 +113,9 @@ def _mixture(
         if down is None or expert is None or weight is None:
             raise ValueError("gate_up is given without down, expert or weight")
         E, inner, K = gate_up.shape[0], gate_up.shape[1] // 2, expert.shape[1]
+        for tensor in (expert, weight):
+            if not tensor.is_contiguous() or tensor.nbytes > tensor.untyped_storage().nbytes():
+                require_storage(expert=expert, weight=weight)
         expert, weight = expert.contiguous(), weight.float().contiguous()
         if expert.dtype != torch.int64 or expert.shape != (T, K):
             raise ValueError("expert is not int64 of (T, K)")

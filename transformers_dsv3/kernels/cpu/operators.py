@@ -42,6 +42,30 @@ def refuse_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:
     raise ValueError(f"{name} is of shape {tuple(tensor.shape)}, not {shape}")
 
 
+def _reach(tensor: torch.Tensor) -> int:
+    """Bytes of the storage up to the end of a tensor's last element."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+    return (tensor.storage_offset() + last + 1) * tensor.itemsize
+
+
+def require_storage(**tensors: torch.Tensor | None) -> None:
+    """Refuses tensors that reach beyond their storage: C reads what their shapes say.
+
+    Tensors are not told when their storage is freed or cut, as FSDP1 does by `untyped_storage().resize_(0)`.
+
+    Raises:
+        ValueError: with the tensor's name.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and _reach(tensor) > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{name} needs {_reach(tensor)} bytes of a storage of {tensor.untyped_storage().nbytes()}: it was "
+                "freed, as FSDP frees parameters, or cut"
+            )
+
+
 def addresses(
     x: torch.Tensor, *weights: tuple[str, torch.Tensor | None, torch.Tensor | None, tuple]
 ) -> list[int | None]:
@@ -56,6 +80,8 @@ def addresses(
         ValueError: for anything else.
     """
     dtype = x.dtype
+    if not x.is_contiguous() or (x.storage_offset() + x.numel()) * x.itemsize > x.untyped_storage().nbytes():
+        require_storage(x=x)
     found: list[int | None] = []
     for name, weight, scale, shape in weights:
         if weight is None:
@@ -66,6 +92,8 @@ def addresses(
             refuse_shape(name, weight, stored)
         if not weight.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
+        if (weight.storage_offset() + weight.numel()) * weight.itemsize > weight.untyped_storage().nbytes():
+            require_storage(**{name: weight})
         if weight.dtype is dtype:
             if scale is not None:
                 raise ValueError(f"{name} has a scale, but is not quantised")
@@ -82,15 +110,25 @@ def addresses(
             raise ValueError(
                 f"the scale of {name} is {scale.dtype} of {tuple(scale.shape)}, not contiguous fp16 of {groups}"
             )
+        require_storage(**{f"the scale of {name}": scale})
         found += (weight.data_ptr(), scale.data_ptr())
     return found
 
 
-def dense_rows(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ctypes.Array]]:
-    """Tensors, copied where their last dimension is not dense in memory, and the strides of all dimensions but it."""
+def dense_rows(**tensors: torch.Tensor) -> list[tuple[torch.Tensor, ctypes.Array]]:
+    """Tensors, copied where their last dimension is not dense in memory, and the strides of all dimensions but it.
+
+    Raises:
+        ValueError: as `require_storage`.
+    """
     found = []
-    for tensor in tensors:
+    for name, tensor in tensors.items():
         stride = tensor.stride()
+        last = tensor.storage_offset()
+        for n, step in zip(tensor.shape, stride):
+            last += (n - 1) * step
+        if (last + 1) * tensor.itemsize > tensor.untyped_storage().nbytes():
+            require_storage(**{name: tensor})
         if stride[-1] != 1 and tensor.shape[-1] != 1:
             tensor = tensor.contiguous()
             stride = tensor.stride()
@@ -107,6 +145,7 @@ def require_angles(
         ValueError: for angles of another dtype than x's, or another shape.
     """
     B, Q, P = shape
+    require_storage(cos=cos, sin=sin)
     if P > MOST_ROTATED or P % 2:
         raise ValueError(f"x has {P} dimensions to rotate, not an even number up to {MOST_ROTATED}")
     for name, tensor in (("cos", cos), ("sin", sin)):

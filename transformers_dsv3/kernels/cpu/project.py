@@ -10,7 +10,15 @@ from torch import nn
 from ..operators import define
 from ..selection import chosen, cpu_refusal, plain_refusal
 from . import library
-from .operators import MOST_ROTATED, TYPES, addresses, out_of_memory, refuse_dtype, require_angles
+from .operators import (
+    MOST_ROTATED,
+    TYPES,
+    addresses,
+    out_of_memory,
+    refuse_dtype,
+    require_angles,
+    require_storage,
+)
 
 
 PLAIN_PARTS = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm")
@@ -76,23 +84,6 @@ def _project(
     width = q_b.shape[0]
     if q_a is not None and q_norm is None:
         raise ValueError("q_a needs q_norm")
-    kv_a_address, kv_a_scale_address, kv_norm_address, _, q_b_address, q_b_scale_address, *low = addresses(
-        x,
-        ("kv_a", kv_a, kv_a_scale, (R + P, D)),
-        ("kv_norm", kv_norm, None, (R,)),
-        ("q_b", q_b, q_b_scale, (width, L or D)),
-        ("q_a", q_a, q_a_scale, (L, D)),
-        ("q_norm", q_norm, None, (L,)),
-    )
-    if kv_a.dtype != q_b.dtype or (q_a is not None and q_a.dtype != q_b.dtype):
-        raise ValueError("the weights are of several dtypes")
-    for name, bias, size in (("q_a_bias", q_a_bias, L), ("kv_a_bias", kv_a_bias, R + P)):
-        if bias is not None and (bias.dtype != x.dtype or bias.shape != (size,) or not bias.is_contiguous()):
-            raise ValueError(
-                f"{name} is {bias.dtype} of shape {tuple(bias.shape)}, not contiguous {x.dtype} of ({size},)"
-            )
-    if width % heads or width // heads < P:
-        raise ValueError(f"q_b has {width} rows, not a multiple of {heads} heads of at least {P}")
     if (
         cos.shape != (1, Q, P)
         or sin.shape != cos.shape
@@ -103,6 +94,27 @@ def _project(
         or not (cos.is_contiguous() and sin.is_contiguous())
     ):
         cos, sin = require_angles(x, cos, sin, (B, Q, P))
+    kv_a_address, kv_a_scale_address, kv_norm_address, _, q_b_address, q_b_scale_address, *low = addresses(
+        x,
+        ("kv_a", kv_a, kv_a_scale, (R + P, D)),
+        ("kv_norm", kv_norm, None, (R,)),
+        ("q_b", q_b, q_b_scale, (width, L or D)),
+        ("q_a", q_a, q_a_scale, (L, D)),
+        ("q_norm", q_norm, None, (L,)),
+        ("cos", cos, None, cos.shape),
+        ("sin", sin, None, sin.shape),
+    )
+    if kv_a.dtype != q_b.dtype or (q_a is not None and q_a.dtype != q_b.dtype):
+        raise ValueError("the weights are of several dtypes")
+    for name, bias, size in (("q_a_bias", q_a_bias, L), ("kv_a_bias", kv_a_bias, R + P)):
+        if bias is not None and (bias.dtype != x.dtype or bias.shape != (size,) or not bias.is_contiguous()):
+            raise ValueError(
+                f"{name} is {bias.dtype} of shape {tuple(bias.shape)}, not contiguous {x.dtype} of ({size},)"
+            )
+        if bias is not None:
+            require_storage(**{name: bias})
+    if width % heads or width // heads < P:
+        raise ValueError(f"q_b has {width} rows, not a multiple of {heads} heads of at least {P}")
     x = x.contiguous()
     q = x.new_empty(B, Q, heads, width // heads)
     latent, k_rope = x.new_empty(B, 1, Q, R), x.new_empty(B, 1, Q, P)

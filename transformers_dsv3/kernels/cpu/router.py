@@ -5,7 +5,13 @@ import torch
 from ..operators import define
 from ..selection import cpu_refusal
 from . import library
-from .operators import TYPES, addresses, out_of_memory, refuse_dtype
+from .operators import (
+    TYPES,
+    addresses,
+    out_of_memory,
+    refuse_dtype,
+    require_storage,
+)
 
 
 def route_refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *rest: object) -> str | None:
@@ -44,6 +50,12 @@ def route(
         raise ValueError(f"bias is not fp32 of ({E},)")
     if not (groups > 0 and E % groups == 0 and top_groups <= groups and top_k <= top_groups * (E // groups)):
         raise ValueError("groups do not fit")
+    for tensor in (x, weight, bias):
+        if (
+            not tensor.is_contiguous()
+            or (tensor.storage_offset() + tensor.numel()) * tensor.itemsize > tensor.untyped_storage().nbytes()
+        ):
+            require_storage(x=x, weight=weight, bias=bias)
     x, bias = x.contiguous(), bias.contiguous()
     logits = x.new_empty((T, E), dtype=torch.float32)
     chosen_weight = x.new_empty((T, top_k), dtype=torch.float32)

@@ -19,6 +19,7 @@ from .operators import (
     refuse_dtype,
     refuse_shape,
     require_angles,
+    require_storage,
 )
 
 
@@ -40,6 +41,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         raise ValueError(f"weight is {weight.dtype}, the activations are {dtype}")
     if not weight.is_contiguous():
         raise ValueError("weight is not contiguous")
+    for tensor in (x, weight):
+        if (
+            not tensor.is_contiguous()
+            or (tensor.storage_offset() + tensor.numel()) * tensor.itemsize > tensor.untyped_storage().nbytes()
+        ):
+            require_storage(x=x, weight=weight)
     if x.dim() == 3 and x.shape[0] == 1 and x.stride(2) == 1:
         row = x.stride(1)  # a part of wider rows, as the latents are of their projection
     else:
@@ -73,7 +80,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bo
         refuse_dtype("x", x)
     B, H, Q, P = x.shape
     cos, sin = require_angles(x, cos, sin, (B, Q, P))
-    ((x, x_strides),) = dense_rows(x)
+    ((x, x_strides),) = dense_rows(x=x)
     y = x.new_empty(B, H, Q, P)
     library.loaded.dsv3_rotate(
         x.data_ptr(),

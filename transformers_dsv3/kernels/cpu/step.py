@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import library
-from .operators import TYPES, out_of_memory
+from .operators import TYPES, out_of_memory, require_storage
 
 
 _pointer, _integer, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -63,6 +63,7 @@ def _matrix(layer: Any, name: str = "weight") -> _Matrix:
 
 
 def _describe(layer: Any) -> _Layer:
+    require_storage(**dict(layer.named_parameters()), **dict(layer.named_buffers()))
     attention, network = layer.self_attn, layer.mlp
     described = _Layer(
         input_norm=layer.input_layernorm.weight.data_ptr(),
@@ -110,9 +111,13 @@ class Program:
 
     Attributes:
         layers: how many. positions: how many there are angles of.
+
+    Raises:
+        ValueError: a weight whose storage was freed.
     """
 
     def __init__(self, layers: list[nn.Module], norm: nn.Module, dtype: torch.dtype, interleave: bool):
+        require_storage(**{f"the last norm's {name}": weight for name, weight in norm.named_parameters()})
         attention: Any = layers[0].self_attn
         self._layers = (_Layer * len(layers))(*(_describe(layer) for layer in layers))
         self._model = _Model(
@@ -160,8 +165,12 @@ class Program:
 
         Returns:
             `(B, Q, D)`, after the last norm.
+
+        Raises:
+            ValueError: a cache whose storage was freed.
         """
         B, Q, _ = x.shape
+        require_storage(latent=latent, k_rope=k_rope)
         hidden = torch.empty_like(x)
         of_latent, of_k_rope = latent.stride(), k_rope.stride()
         cache = _Cache(

@@ -7,6 +7,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from ...kernels.pages import in_huge_pages
+
 
 # Room is made for this many more tokens, or an eighth of those cached, whichever is more
 SPARE_TOKENS = 256
@@ -100,7 +102,7 @@ def _room_in(layer: DynamicLayer, end: int) -> _Room:
     ):
         return room
     size = end + max(SPARE_TOKENS, end // 8)
-    room = _Room(*(old.new_empty(*old.shape[:2], size, old.shape[3]) for old in (latents, k_rope)))
+    room = _Room(*(in_huge_pages(old.new_empty(*old.shape[:2], size, old.shape[3])) for old in (latents, k_rope)))
     room.keys[:, :, :length], room.values[:, :, :length] = latents, k_rope
     room.owner = id(layer)
     layer.spare_room = room
@@ -277,7 +279,8 @@ def _move_in(cache: Cache, layers: list[DynamicLayer], length: int, end: int, li
         for held, width in ((layer.keys, widths[0]), (layer.values, widths[1])):
             if held.shape != (batch, 1, length, width) or held.dtype is not like.dtype or held.device != like.device:
                 return None
-    room = SharedRoom(*(layers[0].keys.new_empty(len(layers), batch, 1, size, width) for width in widths))
+    shapes = [(len(layers), batch, 1, size, width) for width in widths]
+    room = SharedRoom(*(in_huge_pages(layers[0].keys.new_empty(shape)) for shape in shapes))
     for index, layer in enumerate(layers):
         room.latent[index, :, :, :length], room.k_rope[index, :, :, :length] = layer.keys, layer.values
         # What it held is let go before the next one is copied

@@ -8,9 +8,11 @@ rows first, and `experts.down_proj` is (E, H, I).
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,6 +28,7 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import logging
 
+from ...kernels.pages import in_huge_pages
 from .checkpoint_files_dsv3 import StoredTensor
 
 
@@ -35,11 +38,15 @@ logger = logging.get_logger(__name__)
 MTP_NORMS = {"embed_layernorm": "enorm", "hidden_layernorm": "hnorm"}
 
 
+# Threads that read experts into their places. Reading is copying, and one core does not copy as fast as memory is.
+READERS = min(8, os.cpu_count() or 1)
+
+
 class MergeExperts(MergeModulelist):
     """Per-expert tensors to one fused tensor.
 
-    Unread tensors (`StoredTensor`, as `Dsv3CheckpointMixin` hands them out) are read one by one straight into the
-    fused parameter, gate and up into the same one, so that loading needs the model plus one expert. Everything else
+    Unread tensors (`StoredTensor`, as `Dsv3CheckpointMixin` hands them out) are read straight into the fused
+    parameter, gate and up into the same one, so that loading needs the model and a little more. Everything else
     (sharded loading, PEFT adapters) takes the inherited path: a stack for each source pattern.
 
     It stays a `MergeModulelist` because Transformers and PEFT look for that type.
@@ -75,17 +82,37 @@ class MergeExperts(MergeModulelist):
         }
         first = columns[0][0]
         rows = sum(column[0].shape[0] for column in columns)
-        fused = torch.empty(
-            (len(columns[0]), rows, *first.shape[1:]),
-            dtype=model.get_parameter(full_layer_name).dtype,
-            device=first.device or "cpu",
+        fused = in_huge_pages(
+            torch.empty(
+                (len(columns[0]), rows, *first.shape[1:]),
+                dtype=model.get_parameter(full_layer_name).dtype,
+                device=first.device or "cpu",
+            )
         )
+        parts_of_fused = []
         for e, row_of_experts in enumerate(zip(*columns, strict=True)):
             start = 0
             for stored in row_of_experts:
                 part = fused[e, start : start + stored.shape[0]]
-                self.fill(part, stored, scales.get(f"{stored.key}_scale_inv"))
+                parts_of_fused.append((part, stored, scales.get(f"{stored.key}_scale_inv")))
                 start += stored.shape[0]
+        if (
+            fused.device.type != "cpu"
+            or scales
+            or any(part.dtype != stored.dtype for part, stored, _ in parts_of_fused)
+        ):
+            # Each needs memory of its own on its way, and is converted by all cores
+            for part, stored, scale in parts_of_fused:
+                self.fill(part, stored, scale)
+        else:
+            is_inference = torch.is_inference_mode_enabled()  # of a thread
+
+            def fill(arguments: tuple) -> None:
+                with torch.inference_mode(is_inference), torch.no_grad():
+                    self.fill(*arguments)
+
+            with ThreadPoolExecutor(READERS) as pool:
+                list(pool.map(fill, parts_of_fused))  # which raises what went wrong
         return {parts[0] if len(parts) > 1 else target_patterns[0]: fused}
 
     @staticmethod

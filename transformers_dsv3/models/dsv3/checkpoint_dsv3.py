@@ -1,8 +1,9 @@
 """Reading and writing official DeepSeek-V3 checkpoints through `from_pretrained` and `save_pretrained`.
 
 Reading: the headers of all files are compared with the config and the model before a weight is read, so that a
-checkpoint either loads whole or raises an error that names file and tensor. Tensors are then read one at a time
-into their place (see `StoredTensor`, `MergeExperts`): at the peak, memory holds the model and a little more.
+checkpoint either loads whole or raises an error that names file and tensor. Tensors are then read, some at a time,
+into their place in huge pages (see `StoredTensor`, `MergeExperts`): at the peak, memory holds the model and a little
+more.
 
 Writing: the official layout, MTP layers included, put in place in one step.
 """

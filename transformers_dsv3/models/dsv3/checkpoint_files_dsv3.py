@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from ...kernels.pages import in_huge_pages
+
 
 class CheckpointError(ValueError, RuntimeError):
     """A checkpoint that cannot be loaded as it stands. The message names every file and tensor at fault.
@@ -100,7 +102,7 @@ class StoredTensor:
 
     def read(self) -> torch.Tensor:
         """Read into a new tensor of the shape and dtype on disk, on the remembered device."""
-        out = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        out = in_huge_pages(torch.empty(self.shape, dtype=self.dtype, device="cpu"))
         self.read_into(out)
         return out if self.device is None else out.to(self.device)
 
