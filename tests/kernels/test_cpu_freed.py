@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from transformers_dsv3.kernels.cpu import attention, linear, mixture, project, router, rows
+from transformers_dsv3.kernels.cpu.operators import GROUP
 
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -23,6 +24,10 @@ def _rows_of_wider(*shape):
 
 def _int8(*shape):
     return torch.randint(-127, 127, shape, dtype=torch.int8)
+
+
+def _scales(*shape):
+    return torch.rand(*shape[:-1], shape[-1] // GROUP).half()
 
 
 def _project(*tensors):
@@ -55,7 +60,7 @@ OPERATORS = {
     "linear of int8": (
         linear.operator,
         linear.linear,
-        [lambda: _dense(Q, D), lambda: _int8(S, D), lambda: torch.rand(S)],
+        [lambda: _dense(Q, D), lambda: _int8(S, D), lambda: _scales(S, D)],
         lambda x, weight, scale: (x, weight, scale, None, False),
     ),
     "mixture": (
@@ -71,8 +76,8 @@ OPERATORS = {
         mixture.operator,
         mixture._mixture,
         [
-            *(lambda: _dense(Q, D), lambda: _int8(E, 2 * S, D), lambda: torch.rand(E, 2 * S)),
-            *(lambda: _int8(E, D, S), lambda: torch.rand(E, D), *EXPERTS),
+            *(lambda: _dense(Q, D), lambda: _int8(E, 2 * GROUP, D), lambda: _scales(E, 2 * GROUP, D)),
+            *(lambda: _int8(E, D, GROUP), lambda: _scales(E, D, GROUP), *EXPERTS),
         ],
         _quantised,
     ),

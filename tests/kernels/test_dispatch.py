@@ -18,6 +18,7 @@ from transformers_dsv3.kernels import backends, dispatch, explain, selection
 from transformers_dsv3.kernels.cpu import library
 from transformers_dsv3.kernels.cpu import linear as cpu_linear
 from transformers_dsv3.kernels.cpu.step import STRUCTURES
+from transformers_dsv3.models.dsv3 import decoding_dsv3
 
 
 TOKENS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -93,11 +94,14 @@ def test_backends_of_this_processor_are_among_those_tried(model, monkeypatch):
     for _, backend in BACKENDS:
         monkeypatch.setattr(backend, "is_proven", False)
     step(model)
+    monkeypatch.setattr(decoding_dsv3, "MOST_TOKENS", 0)  # a program of a step asks no row but its own
+    step(model)
     trained(model)
     proven = {f"{o.name}: {b.name}" for o, b in BACKENDS if b.is_proven}
     assert "experts: grouped_cpu" in proven
     if library.unavailable is None:
         assert {"norms: cpu", "attention, absorbed: cpu", "router: cpu", "projections of attention: cpu"} <= proven
+        assert "decoding step: program" in proven
 
 
 def test_gradients_in_evaluation_are_those_of_the_plain_path(model, plain):

@@ -182,16 +182,16 @@ def refusal_of_call(
     operation: Operation, backend: Backend, module: nn.Module, x: torch.Tensor, *arguments: Any
 ) -> str | None:
     """The reason why a backend does not serve a call, or None where it does."""
-    reason = _standing_refusal(operation, backend, module, x, *arguments)
+    reason = standing_refusal(operation, backend, module, x, *arguments)
     if reason is None and backend.call_refusal is not None:
         reason = backend.call_refusal(x, *arguments)
     return reason
 
 
-def _standing_refusal(
+def standing_refusal(
     operation: Operation, backend: Backend, module: nn.Module, x: torch.Tensor, *arguments: Any
 ) -> str | None:
-    """The part of it that stays as long as a decision holds."""
+    """The part of `refusal_of_call` that stays as long as a decision holds."""
     if backend.function is None:
         return "is called by Transformers, or is the plain path"
     if backend.failure is not None:
@@ -230,7 +230,7 @@ def launch(backend: Backend, function: Callable[..., Any] | None, x: torch.Tenso
 
 def _decide(operation: Operation, module: nn.Module, x: torch.Tensor, *arguments: Any) -> Any:
     """Serves a call and keeps what was found, where later calls can tell that it still holds."""
-    backends = tuple(b for b in operation.backends if _standing_refusal(operation, b, module, x, *arguments) is None)
+    backends = tuple(b for b in operation.backends if standing_refusal(operation, b, module, x, *arguments) is None)
     parts = _describe(operation, module)
     if parts is not None:
         operation.decisions[module] = _Decision(x.dtype, x.device, module.training, selection.epoch, parts, backends)

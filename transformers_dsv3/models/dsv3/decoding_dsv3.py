@@ -18,7 +18,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 from ...kernels import selection
 from ...kernels.backends import ABSORBED, MIXTURE, MLP, NORM, PROJECTIONS, ROUTER, STEP
 from ...kernels.cpu.step import Program
-from ...kernels.dispatch import launch, refusal_of_call
+from ...kernels.dispatch import Operation, launch, refusal_of_call, standing_refusal
 from ...kernels.experts_auto import GROUPED_MM
 from ...kernels.selection import cpu_refusal, is_undisturbed, plain_refusal
 from .attention_dsv3 import DeepseekV3Attention, is_known_attention
@@ -141,8 +141,17 @@ def _layer_refusal(layer: Any, x: torch.Tensor, cos: torch.Tensor) -> str | None
         asked.append((ROUTER, router, flat, router.weight, router.e_score_correction_bias, *settings))
     else:
         asked.append((MLP, network, x, network))
-    reasons = (refusal_of_call(op, op["cpu"], module, *arguments) for op, module, *arguments in asked)
-    return next((reason for reason in reasons if reason is not None), None)
+    return next((reason for call in asked if (reason := _refusal_of_compiled(*call)) is not None), None)
+
+
+def _refusal_of_compiled(operation: Operation, module: Any, x: torch.Tensor, *arguments: Any) -> str | None:
+    """Why it is not the compiled CPU backend that serves a call, or None where it is."""
+    for backend in operation.backends:
+        if backend.name == "cpu":
+            return refusal_of_call(operation, backend, module, x, *arguments)
+        if standing_refusal(operation, backend, module, x, *arguments) is None:
+            return f"{operation.name} may be served by {backend.name!r}"
+    return f"{operation.name} is not compiled"
 
 
 def decoding_refusal(model: Any, dtype: torch.dtype | None = None) -> str | None:
@@ -177,7 +186,7 @@ def decoding_refusal(model: Any, dtype: torch.dtype | None = None) -> str | None
     with torch.no_grad():
         x = torch.empty(1, 1, config.hidden_size, dtype=dtype or model.norm.weight.dtype, device="cpu")
         cos = x.new_empty(1, 1, config.qk_rope_head_dim)
-        if (reason := refusal_of_call(NORM, NORM["cpu"], model.norm, x, model.norm.weight, 0.0)) is not None:
+        if (reason := _refusal_of_compiled(NORM, model.norm, x, model.norm.weight, 0.0)) is not None:
             return reason
         for index, layer in enumerate(layers):
             if getattr(getattr(layer, "self_attn", None), "layer_idx", None) != index:
@@ -233,8 +242,8 @@ class Decoding:
             return None
         if model.training or not is_undisturbed(tokens):
             return None
-        length, dtype = cache.get_seq_length(), model.norm.weight.dtype
-        program = self._program_for(model, dtype, cache) if length else None
+        length, dtype = cache.get_seq_length(), getattr(getattr(model.norm, "weight", None), "dtype", None)
+        program = self._program_for(model, dtype, cache) if length and dtype is not None else None
         if program is None or not model.layers[0].self_attn.is_absorbed_cheaper(Q, length + Q):
             return None
         mask = None
