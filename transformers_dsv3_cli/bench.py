@@ -105,7 +105,7 @@ def bench(
     themselves, beside the error of each against float64.
 
     --against runs other programs too, in their own interpreters and between the same turns: vLLM's CPU build on the
-    checkpoint, llama.cpp on GGUF files (bf16 and Q8_0) that its own converter makes of it. They run on the CPU, with
+    checkpoint, llama.cpp on GGUF files (bf16, Q8_0, Q4_0) that its own programs make of it. They run on the CPU, with
     bf16 only. One that fails is reported with its reason.
 
     \b

@@ -133,7 +133,7 @@ def test_peers_without_their_programs_are_left_out_with_a_reason(make_model, tmp
     with ExitStack() as stack:
         ready, failed = peer_files.start_peers(settings, make_model(), 1, broken, stack, said.append)
     assert ready == []
-    assert set(failed) == {"llama.cpp bf16", "llama.cpp Q8_0", "vLLM bf16"}
+    assert set(failed) == {"llama.cpp bf16", "llama.cpp Q8_0", "llama.cpp Q4_0", "vLLM bf16"}
     assert "No module named 'conversion'" in failed["llama.cpp bf16"]
     assert "No module named 'vllm'" in failed["vLLM bf16"]
     saved = {path.name for path in (tmp_path / "kept" / "checkpoint").iterdir()}

@@ -36,5 +36,6 @@ def test_llama_cpp_takes_turns(peer, monkeypatch, tmp_path):
     assert results["contenders"]["llama.cpp bf16"]["version"].startswith("llama-cpp-python ")
     for entry in results["workloads"]:
         assert not entry["failed"]
-        assert {"plugin", "transformers", "llama.cpp bf16", "llama.cpp Q8_0"} == set(entry["contenders"])
+        peers = {f"llama.cpp {kind}" for kind in ("bf16", "Q8_0", "Q4_0")}
+        assert {"plugin", "transformers", *peers} == set(entry["contenders"])
         assert all(len(figures["seconds"]) == 2 for figures in entry["contenders"].values())

@@ -167,7 +167,9 @@ def test_projections_refuse_what_is_not_plain(make_model):
         handle.remove()
         assert project.project_refusal(x, attention, cos) is None
         attention.kv_a_layernorm = torch.nn.LayerNorm(attention.kv_lora_rank)
-        assert "kv_a_layernorm is a LayerNorm" in project.project_refusal(x, attention, cos)
+        assert "kv_a_layernorm is a torch.nn.modules.normalization.LayerNorm" in project.project_refusal(
+            x, attention, cos
+        )
     ops = torch.ops.transformers_dsv3
     weight = attention.kv_a_proj_with_mqa.weight.detach()
     with pytest.raises(ValueError, match="kv_a is of shape"):

@@ -308,7 +308,9 @@ def test_operators_are_registered_well():
     for keep in (True, False):
         tests = ("test_schema", "test_autograd_registration", "test_faketensor") if keep else ("test_faketensor",)
         torch.library.opcheck(
-            experts_grouped._forward, (*arguments, *experts.parameters(), torch.float32, keep), test_utils=tests
+            experts_grouped.forward_operator.default,
+            (*arguments, *experts.parameters(), torch.float32, keep),
+            test_utils=tests,
         )
 
 

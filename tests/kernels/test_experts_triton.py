@@ -264,9 +264,9 @@ def test_int8_weights(tokens, dtype, poisoned):
         getattr(experts, name).data = dequantize(weight, scale, torch.float32)
     expected = exact(experts, hidden, index, weights)[0]
     calls = []
-    original = experts_triton._forward
+    original = experts_triton.forward_operator
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts_triton, "_forward", lambda *a: calls.append(1) or original(*a))
+        patch.setattr(experts_triton, "forward_operator", lambda *a: calls.append(1) or original(*a))
         output = quantized.to(DEVICE)(*on_device(hidden, index, weights))
     assert calls and output.dtype == dtype
     assert error(output.cpu(), expected) <= {torch.float32: 1e-6, torch.float16: 7e-4, torch.bfloat16: 5e-3}[dtype]
@@ -289,7 +289,7 @@ def test_operators_are_registered_well():
     for keep in (True, False):
         tests = ("test_schema", "test_autograd_registration", "test_faketensor") if keep else ("test_faketensor",)
         arguments = (hidden, index, weights, gate_up, None, down, None, torch.float32, keep)
-        torch.library.opcheck(experts_triton._forward, arguments, test_utils=tests)
+        torch.library.opcheck(experts_triton.forward_operator.default, arguments, test_utils=tests)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # of a cached function, which gives the same when traced
@@ -340,11 +340,11 @@ def test_the_host_never_waits(tokens, sorting, launches):
         with pytest.raises(DataDependentOutputException):
             index.max().item()
         forward = (hidden, index, weights, gate_up, None, down, None, torch.bfloat16, True)
-        kept = experts_triton._forward._init_fn(*forward)[1:]
+        kept = experts_triton._forward(*forward)[1:]
         assert [name for name, _ in launches] == [*sorting, "gate_up", "pair_product", "sum_pairs"]
         assert all(0 < grid[0] <= 8 * tokens * 4 for _, grid in launches)
         launches.clear()
-        grads = experts_triton._backward._init_fn(hidden, hidden, index, weights, gate_up, down, *kept, *[True] * 4)
+        grads = experts_triton._backward(hidden, hidden, index, weights, gate_up, down, *kept, *[True] * 4)
         assert [grad.shape for grad in grads] == [x.shape for x in (hidden, weights, gate_up, down)]
     products = ["activation_gradient", "weight_gradient", "weight_gradient", "pair_product", "sum_pairs"]
     assert [name for name, _ in launches] == products

@@ -49,7 +49,7 @@ def run(model, tokens=TOKENS):
 
 
 def test_the_variable_is_parsed():
-    nothing = {"experts": "auto", "linear": "auto", "attention": "auto"}
+    nothing = {"experts": "auto", "linear": "auto", "attention": "auto", "pages": "huge"}
     assert parse("") == parse(" , ") == nothing
     assert parse(" experts = grouped_mm , isa=avx2,") == {**nothing, "experts": "grouped_mm", "isa": "avx2"}
     assert parse("linear=torch,attention=cpu") == {**nothing, "linear": "torch", "attention": "cpu"}
@@ -294,7 +294,8 @@ def test_the_variable_replaces_the_default_but_not_an_argument():
     done = in_a_process("experts=eager,linear=torch,attention=torch,isa=portable")
     assert done.returncode == 0, done.stderr
     chosen, implementations = json.loads(done.stdout.splitlines()[-1])
-    assert chosen == {"experts": "eager", "linear": "torch", "attention": "torch", "isa": "portable"}
+    asked_for = {"experts": "eager", "linear": "torch", "attention": "torch", "isa": "portable"}
+    assert chosen == {**asked_for, "pages": "huge"}
     assert implementations == ["eager", "grouped_mm"]
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ..kernels.cpu import library as cpu_library
 from ..kernels.cpu.linear import linear
+from ..kernels.cpu.operators import GROUP
 from ..kernels.matmul_cpu import matmul, uses_onednn
 from .devices import Device
 
@@ -64,8 +65,8 @@ def ways_to_multiply(dtype: torch.dtype) -> dict[str, Callable[[torch.Tensor, to
         "integer products by torch": lambda a, b: torch._int_mm(a, b.t())
     }
     if cpu_library.unavailable is None:
-        ones = torch.ones(GEMM_SHAPE[1])
-        ways["the compiled library"] = lambda a, b: linear(a.to(torch.bfloat16), b, ones, None, True)
+        scales = torch.ones(GEMM_SHAPE[1], GEMM_SHAPE[2] // GROUP, dtype=torch.float16)
+        ways["the compiled library"] = lambda a, b: linear(a.to(torch.bfloat16), b, scales, None, True)
     return ways
 
 

@@ -17,11 +17,12 @@ from .settings import BenchSettings
 
 
 VLLM = "vLLM bf16"
-LLAMA_CPP = {"llama.cpp bf16": "bf16", "llama.cpp Q8_0": "q8_0"}
+# Its converter writes the first two, its quantizer the last, of the first
+LLAMA_CPP = {"llama.cpp bf16": "bf16", "llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
 # How often each peer has the weights in memory, in copies of the bf16 ones
-COPIES = {"vllm": 1.0, "llama.cpp": 1.5}
+COPIES = {"vllm": 1.0, "llama.cpp": 1.8}
 # Its files on disk, in copies likewise, beside the checkpoint itself
-COPIES_ON_DISK = {"vllm": 0.0, "llama.cpp": 1.5}
+COPIES_ON_DISK = {"vllm": 0.0, "llama.cpp": 1.8}
 
 
 def check_disk(settings: BenchSettings, weight_bytes: int) -> None:
@@ -93,7 +94,10 @@ def start_peers(
             gguf = folder / f"model-{outtype}.gguf"
 
             def converted(name: str = name, gguf: Path = gguf, outtype: str = outtype) -> peers.Peer:
-                peers.convert(interpreter, converter, checkpoint, gguf, outtype)
+                if outtype == "q4_0":
+                    peers.quantize(interpreter, folder / "model-bf16.gguf", gguf, outtype)
+                else:
+                    peers.convert(interpreter, converter, checkpoint, gguf, outtype)
                 peer = peers.llama_cpp(name, interpreter, gguf, settings, threads, folder / f"{outtype}.log")
                 peer.weights = model if outtype == "bf16" else None
                 return peer

@@ -170,11 +170,27 @@ def convert(interpreter: str, converter: Path, checkpoint: Path, gguf: Path, out
     Raises:
         PeerError: with the converter's last words.
     """
-    command = [interpreter, str(WORKERS / "llama_cpp_worker.py"), "convert", str(converter), str(checkpoint)]
-    done = subprocess.run([*command, str(gguf), outtype], capture_output=True, text=True, check=False, env=_offline())
+    _run_worker("converter", interpreter, "convert", str(converter), str(checkpoint), str(gguf), outtype)
+
+
+def quantize(interpreter: str, source: Path, gguf: Path, kind: str) -> None:
+    """Writes a GGUF file of another one.
+
+    Args:
+        kind: what most of its tensors become, such as `q4_0`.
+
+    Raises:
+        PeerError: with the quantizer's last words.
+    """
+    _run_worker("quantizer", interpreter, "quantize", str(source), str(gguf), kind)
+
+
+def _run_worker(what: str, interpreter: str, *arguments: str) -> None:
+    command = [interpreter, str(WORKERS / "llama_cpp_worker.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_offline())
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
-        raise PeerError(f"llama.cpp's converter failed: {lines[-1] if lines else done.returncode}")
+        raise PeerError(f"llama.cpp's {what} failed: {lines[-1] if lines else done.returncode}")
 
 
 def _offline() -> dict[str, str]:

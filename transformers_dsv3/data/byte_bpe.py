@@ -48,7 +48,7 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int, model_max_length: int)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
-    """All texts as one row of token ids, each as begin token, text, end token.
+    """All texts as one row of token ids, each as begin token (where the tokenizer has one), text, end token.
 
     Returns:
         int64 `(n_tokens,)`.
@@ -56,8 +56,9 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> to
     # The backend's batch call uses every core and, unlike the wrapper, does not warn about texts past the context.
     encodings = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
     ids: list[int] = []
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for encoding in encodings:
-        ids.append(tokenizer.bos_token_id)
+        ids.extend(begin)
         ids.extend(encoding.ids)
         ids.append(tokenizer.eos_token_id)
     return torch.tensor(ids, dtype=torch.int64)

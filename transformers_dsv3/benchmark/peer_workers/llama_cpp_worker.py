@@ -1,4 +1,4 @@
-"""Run by an interpreter that has llama-cpp-python: `convert` a checkpoint to GGUF, or `serve` timings of one."""
+"""Run by an interpreter with llama-cpp-python: `convert` a checkpoint to GGUF, `quantize` it, or `serve` timings."""
 
 import argparse
 import random
@@ -31,6 +31,17 @@ def convert(arguments):
     TextModel.get_vocab_base_pre = named
     sys.argv = [str(converter), arguments.checkpoint, "--outfile", arguments.gguf, "--outtype", arguments.outtype]
     runpy.run_path(str(converter), run_name="__main__")
+
+
+def quantize(arguments):
+    """Runs llama.cpp's quantizer with its own defaults: Q4_0 has the head in Q6_K."""
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{arguments.type.upper()}")
+    status = llama_cpp.llama_model_quantize(arguments.source.encode(), arguments.gguf.encode(), parameters)
+    if status:
+        sys.exit(f"the quantizer ended with {status}")
 
 
 class Timings:
@@ -98,6 +109,11 @@ if __name__ == "__main__":
     command.add_argument("gguf")
     command.add_argument("outtype")
     command.set_defaults(run=convert)
+    command = commands.add_parser("quantize")
+    command.add_argument("source")
+    command.add_argument("gguf")
+    command.add_argument("type")
+    command.set_defaults(run=quantize)
     command = commands.add_parser("serve")
     command.add_argument("gguf")
     command.add_argument("positions", type=int)

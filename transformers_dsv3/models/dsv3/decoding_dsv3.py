@@ -256,7 +256,8 @@ class Decoding:
             position_ids = torch.arange(length, length + Q, device="cpu")[None]
         if position_ids.dim() != 2 or position_ids.shape[1] != Q or position_ids.dtype is not torch.int64:
             return None
-        check_inputs(model.config, model.embed_tokens, input_ids, inputs_embeds, attention_mask, position_ids, length)
+        embedding = getattr(model, "embed_tokens", None)
+        check_inputs(model.config, embedding, input_ids, inputs_embeds, attention_mask, position_ids, length)
         first, last = (int(value) for value in position_ids.aminmax())
         if first < 0:
             return None
