@@ -89,7 +89,7 @@ def test_choices_of_a_block_end_with_it():
 
 
 @torch.no_grad()
-def test_calls_that_are_refused_and_why(compiled):
+def test_calls_that_are_refused_and_why(compiled, monkeypatch):
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
     trained = torch.nn.Parameter(weight)
     with torch.enable_grad():
@@ -114,6 +114,7 @@ def test_calls_that_are_refused_and_why(compiled):
         assert "as chosen" in cpu_refusal("linear", x, weight)
         assert cpu_refusal("attention", x, weight) is None
     assert "contiguous" in linear_cpu.linear_refusal(x, torch.randn(9000, 8).T.contiguous().T[:, :8])
+    monkeypatch.delitem(linear_cpu.MOST_ROWS, torch.bfloat16, raising=False)
     many = torch.randn(linear_cpu.MOST_BF16_ROWS + 1, 512).bfloat16()
     assert "rows of bf16" in linear_cpu.linear_refusal(many, torch.randn(512, 512).bfloat16())
     assert linear_cpu.linear_refusal(many[:-1], torch.randn(512, 512).bfloat16()) is None
@@ -246,6 +247,19 @@ def test_implementation_of_experts(spy, make_model, implementation, monkeypatch)
         plain = run(model)
     assert not spy.calls
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_faster_units_multiply_are_left_to_them(spy, make_model, monkeypatch):
+    model = make_model(attn_implementation="sdpa")
+    monkeypatch.setattr(decoding_dsv3, "MOST_TOKENS", 0)
+    monkeypatch.delitem(linear_cpu.MOST_ROWS, torch.float32, raising=False)
+    expected = run(model)
+    assert spy.calls.count("dsv3_mixture") == 2 * model.config.num_hidden_layers
+    spy.calls.clear()
+    # Five tokens of three experts each are two an expert, and more than four rows of the dense network
+    monkeypatch.setitem(linear_cpu.MOST_ROWS, torch.float32, linear_cpu.Rows(4, 1))
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+    assert spy.calls.count("dsv3_mixture") == model.config.num_hidden_layers  # the step's
 
 
 def test_training_is_not_served(spy, make_model):

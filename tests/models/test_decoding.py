@@ -16,6 +16,8 @@ from transformers import DynamicCache
 import transformers_dsv3
 from transformers_dsv3.kernels import backends, selection
 from transformers_dsv3.kernels.cpu import library
+from transformers_dsv3.kernels.cpu import linear as cpu_linear
+from transformers_dsv3.kernels.cpu import mixture as cpu_mixture
 from transformers_dsv3.kernels.cpu.step import Program
 from transformers_dsv3.models.dsv3 import decoding_dsv3
 from transformers_dsv3.models.dsv3.cache_dsv3 import SPARE_TOKENS, take_back
@@ -118,6 +120,8 @@ def test_it_is_what_the_layers_compute(
                 inner.setattr(decoding_dsv3, "MOST_TOKENS", 0)
                 return function(*arguments)
 
+        patch.setattr(cpu_linear, "MOST_ROWS", {})
+        patch.setattr(cpu_mixture, "MOST_ROWS", {})
         count, run = [], Program.run
         patch.setattr(Program, "run", lambda self, *given: count.append(1) or run(self, *given))
         worst = beside_the_layers(model, by_layers, batch, tokens, padded)
@@ -332,6 +336,36 @@ def test_what_it_rests_on_counts_at_once(make_model, by_layers, runs, change):
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
     if change not in SILENT:
         assert float((got - unchanged).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("target", ["o_proj", "q_b_proj", "kv_b_proj", "kv_a_proj_with_mqa"])
+def test_adapters_that_are_switched_off_and_on(make_model, by_layers, target):
+    """A program may stand for layers whose adapters are off; it knows at once when they are not."""
+    settings = LoraConfig(target_modules=[target], init_lora_weights=False)
+    model = get_peft_model(make_model(), settings, adapter_name="first").eval()
+    model.add_adapter("second", settings)
+    new = torch.ones(2, 1, dtype=torch.long)
+
+    def logits(take_program):
+        with torch.no_grad():
+            cache, mask, _ = start(model)
+            return (step if take_program else lambda *given: by_layers(step, *given))(model, cache, mask, new)[0]
+
+    seen = []
+    for change in (
+        model.base_model.disable_adapter_layers,
+        model.base_model.enable_adapter_layers,
+        model.base_model.disable_adapter_layers,
+        lambda: model.set_adapter("second"),
+        model.base_model.disable_adapter_layers,
+        model.base_model.enable_adapter_layers,
+        model.base_model.merge_adapter,
+        model.base_model.disable_adapter_layers,
+    ):
+        change()
+        seen.append(logits(True))
+        torch.testing.assert_close(seen[-1], logits(False), atol=2e-5, rtol=1e-4)
+    assert float((seen[0] - seen[1]).abs().max()) > 1e-3 and float((seen[1] - seen[4]).abs().max()) > 1e-3
 
 
 def test_it_comes_back(make_model, runs):

@@ -361,6 +361,7 @@ MLP = Operation(
             partial(_compiled, "linear"),
             cpu_mixture.mlp,
             _compiled_mlp,
+            lambda x, mlp: cpu_mixture.rows_refusal(x, None, None, None, mlp),
             undispatched=cpu_mixture.undispatched_mlp,
         ),
         Backend("layers", "layer after layer"),
@@ -393,6 +394,7 @@ MIXTURE = Operation(
             cpu_mixture.moe_refusal,
             cpu_mixture.mixture,
             _compiled_mixture,
+            cpu_mixture.rows_refusal,
             undispatched=cpu_mixture.undispatched,
         ),
         Backend("parts", "routed experts and shared ones, each by itself"),
@@ -416,6 +418,7 @@ EXPERTS = Operation(
             _compiled_experts,
             function=cpu_mixture.routed,
             refusal=_compiled_routed,
+            call_refusal=cpu_mixture.rows_refusal,
             undispatched=cpu_mixture.undispatched_routed,
         ),
         _experts(

@@ -1,6 +1,6 @@
 """Linear layers by the compiled CPU backend: a few rows of activations, bound by reading the weights once."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,40 @@ from .operators import (
 MOST_BF16_ROWS = 64
 # Weights that stay in the processor's second-level cache gain nothing from being streamed, and the call costs more
 FEWEST_BYTES = 2**18
+
+
+class Rows(NamedTuple):
+    """Rows up to which weights are better met here, since beyond them PyTorch's own products use faster units.
+
+    Args:
+        dense: of one weight. routed: of each expert of a mixture, on average.
+    """
+
+    dense: int
+    routed: int
+
+
+def _rows_before_faster_units() -> dict[torch.dtype, Rows]:
+    told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    limits = {}
+    if told.get("amx_bf16") and torch.backends.mkldnn.is_available():
+        limits[torch.bfloat16] = Rows(8, 6)
+    if told.get("cpu_name", "").startswith("Intel") and torch.backends.mkl.is_available():
+        limits[torch.float32] = Rows(32, 12)
+    return limits
+
+
+# By the dtype of weights, what is limited on this processor: Intel's matrix units (AMX) multiply bf16 many times faster
+# than its vectors do, and MKL has fp32 code that only Intel's processors run
+MOST_ROWS = _rows_before_faster_units()
+
+
+def dense_rows_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """The reason why the rows of `x` `(..., K)` are too many for dense weights, or None."""
+    limit = MOST_ROWS.get(weight.dtype)
+    if limit is not None and x.numel() > limit.dense * x.shape[-1]:
+        return f"pays up to {limit.dense} rows of {weight.dtype} on this processor"
+    return None
 
 
 def linear_refusal(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> str | None:
@@ -49,7 +83,7 @@ def rows_refusal(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | 
     """The part of `linear_refusal` that the number of rows decides, which changes from call to call."""
     if x.dtype is torch.bfloat16 and x.numel() > MOST_BF16_ROWS * x.shape[-1] and weight.dtype not in QUANTIZED:
         return f"pays up to {MOST_BF16_ROWS} rows of bf16"
-    return None
+    return dense_rows_refusal(x, weight)
 
 
 def linear(

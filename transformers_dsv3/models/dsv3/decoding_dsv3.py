@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
@@ -25,9 +27,7 @@ from .attention_dsv3 import DeepseekV3Attention, is_known_attention
 from .cache_dsv3 import shared_room
 from .decoder_dsv3 import DeepseekV3DecoderLayer
 from .inputs_dsv3 import check_inputs
-from .linear_dsv3 import DeepseekV3MLP
-from .moe_dsv3 import DeepseekV3Experts, DeepseekV3MoE, DeepseekV3TopkRouter
-from .norm_dsv3 import DeepseekV3RMSNorm
+from .moe_dsv3 import DeepseekV3MoE, DeepseekV3TopkRouter
 
 
 # More tokens at once are better served layer by layer
@@ -41,14 +41,19 @@ _FORWARDS = tuple(
     for ours in (DeepseekV3DecoderLayer, DeepseekV3Attention, DeepseekV3MoE, DeepseekV3TopkRouter)
     for kind in (ours, ours.__base__)
 ) + ((native.DeepseekV3RotaryEmbedding, native.DeepseekV3RotaryEmbedding.forward),)
-# Those of them, and of their parts, whose attributes are settings
-_WITH_SETTINGS = frozenset(
-    (DeepseekV3Attention, DeepseekV3TopkRouter, DeepseekV3RMSNorm, DeepseekV3Experts, DeepseekV3MLP)
-    + (native.DeepseekV3RotaryEmbedding,)
+# Modules without settings of their own. What another library has put around a layer has some, such as whether PEFT's
+# adapters are switched off
+_WITHOUT_SETTINGS = frozenset(
+    (nn.Linear, nn.ModuleList, nn.SiLU, SiLUActivation, DeepseekV3DecoderLayer, DeepseekV3MoE)
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Angles of these follow the longest position of a call
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy that tells when a list in it has changed."""
+    return {name: list(value) if type(value) is list else value for name, value in state.items()}
 
 
 class _Grounds:
@@ -68,11 +73,11 @@ class _Grounds:
         self.modules, self.states = modules, states
         self.hooks = [state[name] for state in states for name in _HOOKS]
         self.held = [state[name] for state in states for name in ("_modules", "_parameters", "_buffers")]
-        self.settings = [state for module, state in zip(modules, states) if type(module) in _WITH_SETTINGS]
+        self.settings = [state for module, state in zip(modules, states) if type(module) not in _WITHOUT_SETTINGS]
         self.settings.append(model.config.__dict__)
         places = [state[name] for state in states for name in ("_parameters", "_buffers")]
         self.tensors = [tensor for place in places for tensor in place.values() if tensor is not None]
-        self.were: tuple = (list(map(dict, self.held)), list(map(dict, self.settings)), *self._rest())
+        self.were: tuple = (list(map(dict, self.held)), list(map(_copied, self.settings)), *self._rest())
 
     def _rest(self) -> tuple:
         tensors = self.tensors
