@@ -44,8 +44,8 @@ def _rows_before_faster_units() -> dict[torch.dtype, Rows]:
     return limits
 
 
-# By the dtype of weights, what is limited on this processor: Intel's matrix units (AMX) multiply bf16 many times faster
-# than its vectors do, and MKL has fp32 code that only Intel's processors run
+# By the dtype of weights, what is limited on this processor: Intel's matrix units (AMX) multiply bf16 several times as
+# fast as its vectors do, and MKL has fp32 code that only Intel's processors run
 MOST_ROWS = _rows_before_faster_units()
 
 
