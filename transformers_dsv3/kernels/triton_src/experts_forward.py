@@ -279,7 +279,7 @@ def specimens(family: str) -> list[Specimen]:
     """The programs above: every height of tiles, training, INT8 weights, fp32, autocast."""
     trained = kinds(family)
     served = {"16": ("bf16", "bf16"), "32": ("bf16", "bf16"), "128": ("bf16", "bf16")}
-    int8 = {"16": ("bf16", "i8"), "128": ("bf16", "i8")}
+    int8 = {"16": ("bf16", "i8"), "64": ("bf16", "i8")}
     found = [
         *(_gate_up_specimen(family, "Moonlight", kind, *dtypes, keep=True) for kind, dtypes in trained.items()),
         *(_gate_up_specimen(family, "Moonlight", kind, *dtypes, keep=False) for kind, dtypes in served.items()),

@@ -74,7 +74,7 @@ def row_of(program: str, height: int, dtype: torch.dtype, weight: torch.Tensor) 
     Args:
         program: "gate_up", "product" or "activation_gradient".
         height: see `height_of`; programs whose products are of fp32, or of fp32 weights that are rounded in registers
-            (under autocast), have tiles of one height.
+            (under autocast), have tiles of one height, those of INT8 weights of 64 rows at most.
         dtype: of the products. weight: the experts'.
     """
     kind = str(height)
@@ -82,6 +82,8 @@ def row_of(program: str, height: int, dtype: torch.dtype, weight: torch.Tensor) 
         kind = "fp32" if precision() == "ieee" else "tf32"
     elif weight.dtype == torch.float32:
         kind = "rounded"
+    elif weight.dtype == torch.int8:
+        kind = str(min(height, 64))  # higher ones have no registers left for the scales
     return tiles(f"experts_{program}/{kind}", family_of(weight.device))
 
 
