@@ -540,6 +540,20 @@ def test_two_models_in_two_threads(make_model):
         assert len(texts) == 5 and all(torch.equal(text, expected[place % 2]) for text in texts)
 
 
+def test_angles_never_become_fewer(make_model, runs):
+    """Another thread may be about to read the last of them."""
+    model = make_model()
+    with torch.no_grad():
+        cache, mask, _ = start(model)
+        step(model, cache, mask, torch.ones(2, 1, dtype=torch.long))
+    program = runs[0]
+    before = program.positions
+    program.set_angles(torch.zeros(3, 8), torch.zeros(3, 8))
+    assert program.positions == before > 3
+    program.set_angles(torch.zeros(before + 1, 8), torch.zeros(before + 1, 8))
+    assert program.positions == before + 1
+
+
 def test_a_failure_at_the_first_launch_is_a_refusal(make_model, by_layers, monkeypatch, caplog):
     model = make_model()
     program = backends.STEP["program"]

@@ -361,7 +361,7 @@ MLP = Operation(
             partial(_compiled, "linear"),
             cpu_mixture.mlp,
             _compiled_mlp,
-            lambda x, mlp: cpu_mixture.rows_refusal(x, None, None, None, mlp),
+            lambda x, mlp: cpu_linear.dense_rows_refusal(x, mlp.gate_proj.weight),
             undispatched=cpu_mixture.undispatched_mlp,
         ),
         Backend("layers", "layer after layer"),

@@ -6,7 +6,6 @@ those of the others never, and no weights are copied.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from ..experts_grouped import is_silu
 from ..operators import define
 from ..selection import bypass_refusal, cpu_refusal, is_plain, plain_refusal
 from . import library
-from .linear import MOST_ROWS, dense_rows_refusal
+from .linear import MOST_ROWS
 from .operators import (
     TYPES,
     addresses,
@@ -89,12 +88,8 @@ def mixture_refusal(
     return cpu_refusal("experts" if experts is not None else "linear", x, *tensors)
 
 
-def rows_refusal(
-    x: torch.Tensor, experts: nn.Module | None, index: torch.Tensor | None, weights: Any, mlp: Any = None
-) -> str | None:
-    """The reason why a call has too many tokens for the experts, or for the dense network alone, or None."""
-    if experts is None or index is None:
-        return dense_rows_refusal(x, mlp.gate_proj.weight)
+def rows_refusal(x: torch.Tensor, experts: nn.Module, index: torch.Tensor, *rest: object) -> str | None:
+    """The reason why a call has too many tokens for the experts, or None."""
     limit = MOST_ROWS.get(experts.gate_up_proj.dtype)
     if limit is not None and index.numel() > limit.routed * experts.gate_up_proj.shape[0]:
         return f"pays up to {limit.routed} tokens an expert of {experts.gate_up_proj.dtype} on this processor"

@@ -5,6 +5,7 @@ and settings. It owns nothing: whoever keeps one makes sure that what it was mad
 """
 
 import ctypes
+import threading
 from typing import Any
 
 import torch
@@ -140,12 +141,16 @@ class Program:
         self._model_address = ctypes.addressof(self._model)
         self.layers, self.positions = len(layers), 0
         self._angles: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._lock = threading.Lock()
 
     def set_angles(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Takes the rotary angles of all positions from now on, `(positions, P)` each, contiguous."""
-        self._angles.append((cos, sin))  # another thread may be reading those before
-        self._model.cos, self._model.sin = cos.data_ptr(), sin.data_ptr()
-        self.positions = len(cos)
+        """Takes the rotary angles of all positions from now on, `(positions, P)` each, contiguous; never fewer."""
+        with self._lock:
+            if len(cos) <= self.positions:
+                return  # another thread has brought more, and may be reading the last of them
+            self._angles.append((cos, sin))  # which other threads may be reading goes on to be there
+            self._model.cos, self._model.sin = cos.data_ptr(), sin.data_ptr()
+            self.positions = len(cos)
 
     def run(
         self,

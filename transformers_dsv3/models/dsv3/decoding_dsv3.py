@@ -215,10 +215,7 @@ class Decoding:
     def __reduce__(self) -> tuple:
         return Decoding, ()
 
-    @staticmethod
-    def refusal(model: Any) -> str | None:
-        """Why the steps of a model run layer by layer, for `explain`, or None."""
-        return decoding_refusal(model)
+    refusal = staticmethod(decoding_refusal)  # for `explain`, which knows models by their attributes
 
     def run(
         self,
