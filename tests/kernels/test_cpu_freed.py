@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from transformers_dsv3.kernels.cpu import attention, linear, mixture, project, router, rows
+from transformers_dsv3.kernels.cpu import attention, dequantize, linear, mixture, project, router, rows
 from transformers_dsv3.kernels.cpu.operators import GROUP
 
 
@@ -62,6 +62,12 @@ OPERATORS = {
         linear.linear,
         [lambda: _dense(Q, D), lambda: _int8(S, D), lambda: _scales(S, D)],
         lambda x, weight, scale: (x, weight, scale, None, False),
+    ),
+    "dequantize": (
+        dequantize.operator,
+        dequantize._dequantize,
+        [lambda: _int8(S, D), lambda: _scales(S, D)],
+        lambda values, scale: (values, scale, torch.bfloat16),
     ),
     "mixture": (
         mixture.operator,

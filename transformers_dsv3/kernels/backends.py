@@ -29,6 +29,7 @@ from . import (
     whole_step,
 )
 from .cpu import attention as cpu_attention
+from .cpu import dequantize as cpu_dequantize
 from .cpu import linear as cpu_linear
 from .cpu import mixture as cpu_mixture
 from .cpu import project as cpu_project
@@ -76,6 +77,13 @@ def _program(model: nn.Module) -> str | None:
 
 def _compiled_experts(module: nn.Module) -> str | None:
     return cpu_mixture.experts_refusal(module) or _compiled("experts", module)
+
+
+def _widened(module: nn.Module) -> str | None:
+    """Why no call of a module of quantised weights, or of a model with some, has them turned to bf16."""
+    weights = [p for p in module.parameters() if p.dtype in selection.QUANTIZED] or [_weight(module)]
+    with torch.no_grad():
+        return cpu_dequantize.refusal(torch.empty(0, dtype=torch.bfloat16, device=weights[0].device), weights[0])
 
 
 def _triton_rows(module: nn.Module) -> str | None:
@@ -206,6 +214,7 @@ def _experts(name: str, does: str, module_refusal: Refusal = always, **rest: Any
 ATTENTION_PARTS = cpu_project.PLAIN_PARTS
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 PLAIN = Backend("torch", "PyTorch's own")
+WIDENED = "quantised weights turned to bf16, then PyTorch's products on matrix units, for many rows"
 
 EXPANDED = Operation(
     "attention, expanded",
@@ -340,6 +349,13 @@ LINEAR = Operation(
             cpu_linear.linear,
         ),
         Backend(
+            "cpu_bf16",
+            WIDENED,
+            _widened,
+            cpu_dequantize.linear,
+            cpu_dequantize.linear_refusal,
+        ),
+        Backend(
             "onednn",
             "fp32 products with gradients by oneDNN instead of MKL",
             lambda module: linear_onednn.tensor_refusal(_weight(module)),
@@ -420,6 +436,13 @@ EXPERTS = Operation(
             refusal=_compiled_routed,
             call_refusal=cpu_mixture.rows_refusal,
             undispatched=cpu_mixture.undispatched_routed,
+        ),
+        Backend(
+            "cpu_bf16",
+            WIDENED,
+            _widened,
+            cpu_dequantize.experts,
+            cpu_dequantize.experts_refusal,
         ),
         _experts(
             experts_grouped.NAME,

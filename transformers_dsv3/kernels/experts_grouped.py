@@ -98,7 +98,7 @@ def expert_segments(counts_E: torch.Tensor) -> Iterator[tuple[int, int, int, int
         start += count
 
 
-def _forward(
+def forward_pass(
     hidden_TD: torch.Tensor,
     index_TK: torch.Tensor,
     w_TK: torch.Tensor,
@@ -109,6 +109,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Args:
+        gate_up_EID, down_EDI: tensors, or what else gives the matrix of an expert by its number.
         dtype: that of the products; inputs and weights are cast to it, an expert at a time.
         keep: whether a backward pass follows.
 
@@ -241,7 +242,7 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
     return d_hidden, None, d_w, d_gate_up, d_down, None, None
 
 
-forward_operator = define("grouped_experts", _forward, _fake_forward, gradients=(_gradients, _keep_for_backward))
+forward_operator = define("grouped_experts", forward_pass, _fake_forward, gradients=(_gradients, _keep_for_backward))
 backward_operator = define("grouped_experts_backward", _backward, _fake_backward)
 
 

@@ -19,13 +19,15 @@ FOLDER = Path(__file__).parents[1]
 FOLDER_VARIABLE = "TRANSFORMERS_DSV3_CPU_LIBRARY"
 # The build writes into this file why there is no library; see setup.py
 BUILD_FAILURE = "_cpu_build_failure.txt"
-VERSION = 5  # dsv3_version() of csrc/library.c
+VERSION = 6  # dsv3_version() of csrc/library.c
 
 pointer, integer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # What `csrc/dsv3.h` declares, which a test compares with this
 SIGNATURES = {
     # x, x_type, ldx, w, w_type, ldw, w_scale, bias, y, ldy, M, N, K, int8_activations, threads
     "dsv3_linear": [pointer, whole, integer, pointer, whole, integer, *[pointer] * 3, *[integer] * 4, whole, whole],
+    # w, w_type, w_scale, N, K, type, y, threads
+    "dsv3_dequantize": [pointer, whole, pointer, integer, integer, whole, pointer, whole],
     # x, type, T, D, w_type, gate_up, its scale, down, its scale, E, I, expert, weight, K, shared gate, up and down
     # each with its scale, S, out, int8_activations, threads
     "dsv3_mixture": [

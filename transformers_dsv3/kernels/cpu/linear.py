@@ -39,6 +39,8 @@ def _rows_before_faster_units() -> dict[torch.dtype, Rows]:
     limits = {}
     if told.get("amx_bf16") and torch.backends.mkldnn.is_available():
         limits[torch.bfloat16] = Rows(8, 6)
+        # Which are turned to bf16 first, see `dequantize`
+        limits[torch.int8] = limits[torch.uint8] = Rows(80, 144)
     if told.get("cpu_name", "").startswith("Intel") and torch.backends.mkl.is_available():
         limits[torch.float32] = Rows(32, 12)
     return limits
@@ -51,10 +53,17 @@ MOST_ROWS = _rows_before_faster_units()
 
 def dense_rows_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     """The reason why the rows of `x` `(..., K)` are too many for dense weights, or None."""
-    limit = MOST_ROWS.get(weight.dtype)
+    limit = limit_of_rows(x, weight)
     if limit is not None and x.numel() > limit.dense * x.shape[-1]:
         return f"pays up to {limit.dense} rows of {weight.dtype} on this processor"
     return None
+
+
+def limit_of_rows(x: torch.Tensor, weight: torch.Tensor) -> Rows | None:
+    """Rows up to which weights are better met here, or None where there is no limit."""
+    if weight.dtype in QUANTIZED and x.dtype is not torch.bfloat16:
+        return None
+    return MOST_ROWS.get(weight.dtype)
 
 
 def linear_refusal(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> str | None:

@@ -14,7 +14,7 @@ from ..experts_grouped import is_silu
 from ..operators import define
 from ..selection import bypass_refusal, cpu_refusal, is_plain, plain_refusal
 from . import library
-from .linear import MOST_ROWS
+from .linear import limit_of_rows
 from .operators import (
     TYPES,
     addresses,
@@ -90,7 +90,7 @@ def mixture_refusal(
 
 def rows_refusal(x: torch.Tensor, experts: nn.Module, index: torch.Tensor, *rest: object) -> str | None:
     """The reason why a call has too many tokens for the experts, or None."""
-    limit = MOST_ROWS.get(experts.gate_up_proj.dtype)
+    limit = limit_of_rows(x, experts.gate_up_proj)
     if limit is not None and index.numel() > limit.routed * experts.gate_up_proj.shape[0]:
         return f"pays up to {limit.routed} tokens an expert of {experts.gate_up_proj.dtype} on this processor"
     return None

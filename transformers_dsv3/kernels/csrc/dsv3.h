@@ -43,6 +43,8 @@ typedef struct {
 int dsv3_linear(const void *x, int x_type, ptrdiff_t ldx, const void *w, int w_type, ptrdiff_t ldw,
                 const void *w_scale, const void *bias, void *y, ptrdiff_t ldy, int64_t M, int64_t N, int64_t K,
                 int int8_activations, int threads);
+void dsv3_dequantize(const void *w, int w_type, const void *w_scale, int64_t N, int64_t K, int type, void *y,
+                     int threads);
 int dsv3_mixture(const void *x, int type, int64_t T, int64_t D, int w_type, const void *gate_up,
                  const void *gate_up_scale, const void *down, const void *down_scale, int64_t E, int64_t I,
                  const int64_t *expert, const float *weight, int64_t K, const void *shared_gate,

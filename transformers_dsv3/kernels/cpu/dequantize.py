@@ -1,0 +1,110 @@
+"""Quantised weights times many rows of bf16, where the processor has matrix units (AMX).
+
+These multiply bf16 several times as fast as vectors multiply whole numbers, so that from some rows on it is faster to
+turn the weights to bf16, one matrix at a time into memory that is used again, and leave the product to PyTorch. The
+weights are rounded to bf16 then, as the models' own would be, and activations are not rounded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..experts_grouped import forward_pass
+from ..operators import define
+from ..selection import QUANTIZED, cpu_refusal
+from . import library
+from .linear import MOST_ROWS
+from .operators import TYPES, addresses
+
+
+def refusal(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
+    """The reason why quantised weights are not turned to the dtype of `x`, or None where they are."""
+    for weight in weights:
+        if weight.dtype not in QUANTIZED:
+            return f"is for quantised weights, not {weight.dtype}"
+        if not weight.is_contiguous():
+            return "takes contiguous weights only"
+        if weight.dtype not in MOST_ROWS or x.dtype is not torch.bfloat16:
+            return f"pays for bf16 on processors with matrix units, not for {x.dtype} on this one"
+    return cpu_refusal("linear", x, *weights)
+
+
+def linear_refusal(
+    x: torch.Tensor, weight: torch.Tensor, scale: object = None, bias: torch.Tensor | None = None, *rest: object
+) -> str | None:
+    """As `refusal`, for `linear`."""
+    return refusal(x, weight)
+
+
+def experts_refusal(x: torch.Tensor, experts: nn.Module, index: object, weights: torch.Tensor) -> str | None:
+    """As `refusal`, for `experts`."""
+    return refusal(x, experts.gate_up_proj, experts.down_proj)
+
+
+def _dequantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    N, K = scale.shape[0], scale.shape[1] * 32
+    return dequantize_into(values, scale, values.new_empty(N, K, dtype=dtype))
+
+
+def dequantize_into(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Writes what quantised weights stand for, rounded to the dtype of `out` `(N, K)`, which is contiguous.
+
+    Args:
+        values, scale: as in `operators`, of one matrix.
+    """
+    address, scale_address = addresses(out, ("values", values, scale, tuple(out.shape)))
+    library.loaded.dsv3_dequantize(
+        address,
+        TYPES[values.dtype],
+        scale_address,
+        *out.shape,
+        TYPES[out.dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+operator = define(
+    "dequantize(Tensor values, Tensor scale, ScalarType dtype) -> Tensor",
+    _dequantize,
+    lambda values, scale, dtype: values.new_empty(scale.shape[0], scale.shape[1] * 32, dtype=dtype),
+    "CPU",
+)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    int8_activations: bool = False,
+) -> torch.Tensor:
+    """As `linear.linear`, activations whole."""
+    return F.linear(x, operator(weight, scale, x.dtype), bias)
+
+
+class _OneAtATime(Sequence):
+    """The matrices of stacked quantised weights `(E, N, K)`, each of which is gone when the next is asked for."""
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
+        self.values, self.scale = values, scale
+        self.shape = (*scale.shape[:2], scale.shape[2] * 32)
+        self.room = values.new_empty(self.shape[1:], dtype=dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, expert):  # type: ignore[no-untyped-def]
+        return dequantize_into(self.values[expert], self.scale[expert], self.room)
+
+
+def experts(x: torch.Tensor, experts: nn.Module, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """As `mixture.routed`, activations whole."""
+    matrices = (
+        _OneAtATime(getattr(experts, name), getattr(experts, f"{name}_scale"), x.dtype)
+        for name in ("gate_up_proj", "down_proj")
+    )
+    return forward_pass(x, index, weights, *matrices, x.dtype, keep=False)[0]
