@@ -73,6 +73,7 @@ RUN_BY = {
     "python -m pytest": "elsewhere: it is what runs this",
     "pip": "elsewhere: .ci/run installs",
     "python3 -m venv": "elsewhere: .ci/run installs",
+    "busy_steps": "elsewhere: needs a machine that does nothing else",
     "decode_step_calls": "tests/kernels/test_dispatch.py",
     "pre-commit": "elsewhere: needs a git checkout",
     "ruff": "elsewhere: .ci/run",

@@ -17,7 +17,10 @@ from .quickstart import quickstart
 from .routing import routing
 from .run import run
 from .serve import serve
+from .waiting import wait_less
 
+
+wait_less()
 
 app = typer.Typer(
     name="transformers-dsv3",

@@ -4,6 +4,7 @@ Modules are compared, not times: a busy machine changes no result.
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,18 @@ def test_help_waits_for_nothing_heavy(words):
     answer = json.loads(last)
     print(words, answer["seconds of CPU"], "s of CPU")
     assert not HEAVY & set(answer["modules"])
+
+
+@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "77"}, {"OMP_WAIT_POLICY": "active"}], ids=str)
+def test_threads_wait_a_moment_unless_told_otherwise(given):
+    code = (
+        "import os, sys, transformers_dsv3_cli.main\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    others = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    said = subprocess.run([sys.executable, "-c", code], env=others | given, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == {"{}": "5000", "{'GOMP_SPINCOUNT': '77'}": "77"}.get(str(given), "None")
 
 
 def test_the_verbs_are_those_of_the_command():

@@ -1,4 +1,4 @@
-"""Quantised weights turned to bf16 for many rows: values beside float64, results beside the plain layers, when it serves.
+"""Quantised weights turned to bf16 for many rows: values beside float64, results beside the others', when it serves.
 
 Processors without matrix units leave it out by themselves; here it is asked for on every one.
 """
@@ -27,7 +27,9 @@ pytestmark = pytest.mark.usefixtures("compiled")
 )
 def test_values_are_what_the_weights_stand_for(isa, poisoned, quantize, stands_for, bits, N, groups, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(N, 32 * groups, generator=generator) * 10.0 ** torch.randint(-3, 4, (N, 1), generator=generator)
+    weight = torch.randn(N, 32 * groups, generator=generator) * 10.0 ** torch.randint(
+        -3, 4, (N, 1), generator=generator
+    )
     values, scale = quantize(weight, bits)
     exact = stands_for(values, scale)
     assert torch.equal(dequantize.operator(values, scale, dtype), exact.to(torch.float32).to(dtype))

@@ -5,8 +5,6 @@ turn the weights to bf16, one matrix at a time into memory that is used again, a
 weights are rounded to bf16 then, as the models' own would be, and activations are not rounded.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -86,7 +84,7 @@ def linear(
     return F.linear(x, operator(weight, scale, x.dtype), bias)
 
 
-class _OneAtATime(Sequence):
+class _OneAtATime:
     """The matrices of stacked quantised weights `(E, N, K)`, each of which is gone when the next is asked for."""
 
     def __init__(self, values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
@@ -94,17 +92,15 @@ class _OneAtATime(Sequence):
         self.shape = (*scale.shape[:2], scale.shape[2] * 32)
         self.room = values.new_empty(self.shape[1:], dtype=dtype)
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, expert):  # type: ignore[no-untyped-def]
+    def __getitem__(self, expert: int) -> torch.Tensor:
         return dequantize_into(self.values[expert], self.scale[expert], self.room)
 
 
 def experts(x: torch.Tensor, experts: nn.Module, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """As `mixture.routed`, activations whole."""
-    matrices = (
+    gate_up, down = (
         _OneAtATime(getattr(experts, name), getattr(experts, f"{name}_scale"), x.dtype)
         for name in ("gate_up_proj", "down_proj")
     )
-    return forward_pass(x, index, weights, *matrices, x.dtype, keep=False)[0]
+    # What it asks of weights are their shapes, and one matrix after another
+    return forward_pass(x, index, weights, gate_up, down, x.dtype, keep=False)[0]  # type: ignore[arg-type]
