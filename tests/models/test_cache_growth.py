@@ -1,12 +1,14 @@
 """A dynamic cache that grows in place holds what Transformers' own `update` would have put there."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
-from transformers_dsv3.models.dsv3.cache_dsv3 import SPARE_TOKENS, extend, take_back
+from transformers_dsv3.models.dsv3.cache_dsv3 import SPARE_TOKENS, extend, shared_room, take_back
 
 
 R, P = 5, 3
@@ -169,3 +171,106 @@ def test_after_inference_mode(caches):
         append(ours, plain, 1)
     append(ours, plain, 1)
     append(ours, plain, 1)
+
+
+# Layers that share one tensor, as a program of a decoding step writes to them
+
+LAYERS = 3
+
+
+def start_shared(batch=2, length=7):
+    ours, plain = DynamicCache(), DynamicCache()
+    for layer in range(LAYERS):
+        new = tokens(length, batch)
+        ours.update(*new, layer), plain.update(*new, layer)
+    return ours, plain
+
+
+def write(ours, plain, n, batch=2):
+    """As `Decoding.run` does it."""
+    like = torch.empty(batch, n, 0)
+    room = shared_room(ours, LAYERS, like)
+    end = room.filled + n
+    for layer in range(LAYERS):
+        latent, k_rope = tokens(n, batch)
+        room.latent[layer, :, :, room.filled : end], room.k_rope[layer, :, :, room.filled : end] = latent, k_rope
+        plain.update(latent, k_rope, layer)
+    room.filled = end
+    return room
+
+
+def same(ours, plain):
+    assert ours.get_seq_length() == plain.get_seq_length()
+    for one, other in zip(ours.layers, plain.layers):
+        assert one.get_seq_length() == other.get_seq_length()
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+
+
+CHANGES = {
+    "nothing": (lambda cache: None, 2),
+    "crop": (lambda cache: cache.crop(-2), 2),
+    "take back": (lambda cache: take_back(cache, 2), 2),
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), 2),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), 4),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([1])), 1),
+    "one layer": (lambda cache: cache.layers[1].update(*[torch.ones(2, 1, 0, w) for w in (R, P)]), 2),
+    "tensors put there": (lambda cache: setattr(cache.layers[0], "keys", cache.layers[0].keys * 2), 2),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_shared_layers_hold_what_transformers_own_would(name):
+    change, batch = CHANGES[name]
+    with torch.no_grad():
+        ours, plain = start_shared()
+        for n in (1, 3, SPARE_TOKENS, 1):
+            write(ours, plain, n)
+            same(ours, plain)
+        held = [(layer.keys, layer.values) for layer in ours.layers]
+        before = [(keys.clone(), values.clone()) for keys, values in held]
+        change(ours)
+        if name == "take back":
+            plain.crop(-2)
+            held = []  # drafts, which nobody else has seen
+        else:
+            torch.manual_seed(1)
+            change(plain)
+        same(ours, plain)
+        for n in (1, 2):
+            write(ours, plain, n, batch)
+            same(ours, plain)
+        assert all(torch.equal(a, b) for pair in zip(held, before) for a, b in zip(*pair))
+
+
+def test_copies_of_shared_layers_go_their_own_way():
+    with torch.no_grad():
+        ours, plain = start_shared()
+        write(ours, plain, 2)
+        shallow = [copy.copy(layer) for layer in ours.layers]
+        deep, deep_plain, pickled = copy.deepcopy(ours), copy.deepcopy(plain), pickle.loads(pickle.dumps(ours))
+        write(ours, plain, 3)
+        same(ours, plain)
+        for each in (deep, pickled):
+            same(each, deep_plain)
+            assert all(type(layer) is DynamicLayer for layer in each.layers)
+        assert all(torch.equal(one.keys, other.keys) for one, other in zip(shallow, deep_plain.layers))
+        write(deep, deep_plain, 1)
+        same(deep, deep_plain)
+        same(ours, plain)
+
+
+def test_shared_layers_are_those_of_a_dynamic_cache_and_start_anew():
+    with torch.no_grad():
+        ours, plain = start_shared()
+        write(ours, plain, 1)
+        assert all(isinstance(layer, DynamicLayer) and layer.is_initialized for layer in ours.layers)
+        ours.reset(), plain.reset()
+        assert ours.get_seq_length() == 0
+        for layer in range(LAYERS):
+            new = tokens(4)
+            ours.update(*new, layer), plain.update(*new, layer)
+        write(ours, plain, 2)
+        same(ours, plain)
+        # Layers that run one by one again
+        append(ours, plain, 1)
+        assert ours.layers[0].get_seq_length() == ours.layers[1].get_seq_length() + 1

@@ -17,7 +17,6 @@ import transformers_dsv3
 from transformers_dsv3.kernels import backends, selection
 from transformers_dsv3.kernels.cpu import library
 from transformers_dsv3.kernels.cpu import linear as cpu_linear
-from transformers_dsv3.kernels.cpu import mixture as cpu_mixture
 from transformers_dsv3.kernels.cpu.step import Program
 from transformers_dsv3.models.dsv3 import decoding_dsv3
 from transformers_dsv3.models.dsv3.cache_dsv3 import SPARE_TOKENS, take_back
@@ -121,7 +120,6 @@ def test_it_is_what_the_layers_compute(
                 return function(*arguments)
 
         patch.setattr(cpu_linear, "MOST_ROWS", {})
-        patch.setattr(cpu_mixture, "MOST_ROWS", {})
         count, run = [], Program.run
         patch.setattr(Program, "run", lambda self, *given: count.append(1) or run(self, *given))
         worst = beside_the_layers(model, by_layers, batch, tokens, padded)

@@ -13,7 +13,7 @@ from ..experts_grouped import forward_pass
 from ..operators import define
 from ..selection import QUANTIZED, cpu_refusal
 from . import library
-from .linear import MOST_ROWS
+from .linear import limit_of_rows
 from .operators import TYPES, addresses
 
 
@@ -24,7 +24,7 @@ def refusal(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
             return f"is for quantised weights, not {weight.dtype}"
         if not weight.is_contiguous():
             return "takes contiguous weights only"
-        if weight.dtype not in MOST_ROWS or x.dtype is not torch.bfloat16:
+        if limit_of_rows(x, weight) is None:
             return f"pays for bf16 on processors with matrix units, not for {x.dtype} on this one"
     return cpu_refusal("linear", x, *weights)
 

@@ -155,7 +155,7 @@ class Program:
     def run(
         self,
         x: torch.Tensor,
-        positions: torch.Tensor,
+        positions: torch.Tensor | None,
         mask: torch.Tensor | None,
         latent: torch.Tensor,
         k_rope: torch.Tensor,
@@ -164,7 +164,8 @@ class Program:
         """One step.
 
         Args:
-            x: embeddings `(B, Q, D)`, contiguous. positions: int64 `(B, Q)`, contiguous, within the angles.
+            x: embeddings `(B, Q, D)`, contiguous.
+            positions: int64 `(B, Q)`, contiguous, within the angles; None for those behind `length`.
             mask: bool `(B, S)`, False for what no query may attend, its last dimension contiguous; None for nothing.
             latent: `(layers, B, 1, room, R)`, k_rope: `(layers, B, 1, room, P)`, which is written behind `length`.
 
@@ -189,7 +190,7 @@ class Program:
             self._model_address,
             ctypes.addressof(cache),
             x.data_ptr(),
-            positions.data_ptr(),
+            None if positions is None else positions.data_ptr(),
             None if mask is None else mask.data_ptr(),
             0 if mask is None else mask.stride(0),
             B,

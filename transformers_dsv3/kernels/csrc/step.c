@@ -115,7 +115,8 @@ failed:
 }
 
 /* Returns 0, or 1 when memory ran out. x (B * Q, D): embeddings of the tokens behind the `cache->length` cached ones,
- * where their latents and rotary keys are written; position (B * Q): where their angles are found. mask: bytes (B, S), 0
+ * where their latents and rotary keys are written; position (B * Q): where their angles are found, NULL for behind the
+ * cached ones. mask: bytes (B, S), 0
  * for cached or new tokens that none may attend, or NULL. Gives hidden (B * Q, D), after the last norm. */
 int dsv3_step(const dsv3_model *m, const dsv3_cache *cache, const void *x, const int64_t *position, const void *mask,
               int64_t mask_of_row, int64_t B, int64_t Q, void *hidden, int threads)
@@ -149,8 +150,9 @@ int dsv3_step(const dsv3_model *m, const dsv3_cache *cache, const void *x, const
     s.sin = s.cos + T * P * size;
     memcpy(s.stream, x, T * D * size);
     for (size_t t = 0; t < T; t++) {
-        memcpy(s.cos + t * P * size, at(m->cos, position[t] * m->P, size), P * size);
-        memcpy(s.sin + t * P * size, at(m->sin, position[t] * m->P, size), P * size);
+        int64_t p = position ? position[t] : cache->length + (int64_t)t % Q;
+        memcpy(s.cos + t * P * size, at(m->cos, p * m->P, size), P * size);
+        memcpy(s.sin + t * P * size, at(m->sin, p * m->P, size), P * size);
     }
     run_program(run, &s, threads);
     free(memory);

@@ -1,6 +1,6 @@
 """Appending to Transformers' dynamic cache without copying what it holds, and what is known of its static one."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -71,7 +71,7 @@ def _growing(cache: Cache, latent: torch.Tensor, layer_idx: int) -> DynamicLayer
         or DynamicLayer.update is not LAYER_UPDATE
         or getattr(cache, "offloading", False)
         or layer_idx >= len(cache.layers)
-        or type(layer := cache.layers[layer_idx]) is not DynamicLayer
+        or type(layer := cache.layers[layer_idx]) not in (DynamicLayer, SharedLayer)
         or "update" in layer.__dict__
         or not layer.is_initialized
         or layer.keys.numel() == 0
@@ -178,12 +178,15 @@ def filled_positions(cache: Cache | None, layer_idx: int) -> torch.Tensor | None
 
 def take_back(cache: Cache, tokens: int) -> None:
     """Crops the last tokens, whose places are then written to again: for drafts, which nothing else has seen."""
+    shared = _shared.get(cache)
+    if shared is not None and all(shared.is_of(layer) for layer in cache.layers):
+        shared.filled -= min(tokens, shared.filled)
+        return
     cache.crop(-tokens)
     for layer in cache.layers:
         spare = getattr(layer, "spare_room", None)
         if spare is not None:
             spare.filled = min(spare.filled, layer.keys.shape[2])
-    shared = _shared.get(cache)
     if shared is not None:
         shared.filled = min(shared.filled, cache.get_seq_length())
 
@@ -192,27 +195,70 @@ def take_back(cache: Cache, tokens: int) -> None:
 class SharedRoom:
     """What all layers of a cache hold, in one tensor each, for a program that writes to all of them at once.
 
-    The layers hold views of it, as those of a cache that grows layer by layer hold views of rooms of their own.
-
     Args:
         latent: `(layers, B, 1, size, R)`. k_rope: `(layers, B, 1, size, P)`.
-        filled: tokens that were given out so far.
-        keys, values: the views that were last put into the layers.
+        filled: tokens that the layers hold.
     """
 
     latent: torch.Tensor
     k_rope: torch.Tensor
     filled: int = 0
-    keys: tuple[torch.Tensor, ...] = field(default=())
-    values: tuple[torch.Tensor, ...] = field(default=())
 
-    def give_out(self, layers: list[DynamicLayer], end: int) -> None:
-        """Makes the layers hold the first `end` tokens."""
-        self.filled = end
-        self.keys = self.latent.narrow(3, 0, end).unbind(0)
-        self.values = self.k_rope.narrow(3, 0, end).unbind(0)
-        for layer, keys, values in zip(layers, self.keys, self.values):
-            layer.keys, layer.values = keys, values
+    def is_of(self, layer: DynamicLayer) -> bool:
+        """Whether a layer holds what is here, and nothing else was put into it since."""
+        state = layer.__dict__
+        return type(layer) is SharedLayer and state["room"] is self and "keys" not in state and "values" not in state
+
+    def take_in(self, layer: DynamicLayer, index: int) -> None:
+        """Makes a layer hold the first `filled` tokens of what is here."""
+        layer.__class__ = SharedLayer
+        state = layer.__dict__
+        for name in ("keys", "values", "spare_room"):
+            state.pop(name, None)
+        state["room"], state["index"] = self, index
+
+
+class SharedLayer(DynamicLayer):
+    """A layer of `DynamicCache` whose latents and rotary keys are the first part of a [`SharedRoom`].
+
+    `keys` and `values` are made when they are asked for: a step of decoding asks for none, and two tensors a layer and
+    step, made and let go, are a good part of what Python does in it. What is put into the layer is what it holds from
+    then on.
+    """
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        state = self.__dict__
+        if "keys" in state:
+            return state["keys"]
+        return state["room"].latent[state["index"]].narrow(2, 0, state["room"].filled)
+
+    @keys.setter
+    def keys(self, tensor: torch.Tensor | None) -> None:
+        self.__dict__["keys"] = tensor
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        state = self.__dict__
+        if "values" in state:
+            return state["values"]
+        return state["room"].k_rope[state["index"]].narrow(2, 0, state["room"].filled)
+
+    @values.setter
+    def values(self, tensor: torch.Tensor | None) -> None:
+        self.__dict__["values"] = tensor
+
+    def get_seq_length(self) -> int:
+        state = self.__dict__
+        return super().get_seq_length() if "keys" in state else state["room"].filled
+
+    def __reduce__(self) -> tuple:
+        """Copies and pickles are plain layers of Transformers', with what this one holds now."""
+        state = {name: value for name, value in self.__dict__.items() if name not in ("room", "index")}
+        for name in ("keys", "values"):
+            tensor = getattr(self, name)
+            state[name] = None if tensor is None else tensor.clone()
+        return DynamicLayer, (), state
 
 
 _shared: WeakKeyDictionary[Cache, SharedRoom] = WeakKeyDictionary()
@@ -238,16 +284,17 @@ def shared_room(cache: Cache, count: int, like: torch.Tensor) -> SharedRoom | No
         return None
     layers = cache.layers[:count]
     room = _shared.get(cache)
-    if room is None or len(room.keys) != count:
+    if room is not None and len(room.latent) != count:
         room = None
-    else:
-        for layer, keys, values in zip(layers, room.keys, room.values):
-            if layer.keys is not keys or layer.values is not values or "update" in layer.__dict__:
+    if room is not None:
+        for layer in layers:
+            if not room.is_of(layer) or "update" in layer.__dict__:
                 room = _found_again(room, layers)
                 break
     if room is None and any(_growing(cache, like, index) is None for index in range(count)):
         return None
-    length, end = layers[0].keys.shape[2], layers[0].keys.shape[2] + like.shape[1]
+    length = room.filled if room is not None else layers[0].keys.shape[2]
+    end = length + like.shape[1]
     if room is not None and room.latent.shape[3] >= end:
         return room if room.latent.shape[1] == like.shape[0] and room.latent.dtype is like.dtype else None
     return _move_in(cache, layers, length, end, like)
@@ -256,20 +303,20 @@ def shared_room(cache: Cache, count: int, like: torch.Tensor) -> SharedRoom | No
 def _found_again(room: SharedRoom, layers: list[DynamicLayer]) -> SharedRoom | None:
     """The room, if the layers hold the first part of it, and nothing was given out behind that."""
     latent, k_rope = room.latent, room.k_rope
-    length = layers[0].keys.shape[2]
-    if length != room.filled:
-        return None
-    parts = ((latent, [layer.keys for layer in layers]), (k_rope, [layer.values for layer in layers]))
-    for whole, held in parts:
-        shape = (*whole.shape[1:3], length, whole.shape[4])
-        for index, tensor in enumerate(held):
+    for index, layer in enumerate(layers):
+        if "update" in layer.__dict__ or type(layer) not in (DynamicLayer, SharedLayer):
+            return None
+        for whole, tensor in ((latent, layer.keys), (k_rope, layer.values)):
             if (
-                tensor.shape != shape
+                tensor is None
+                or tensor.shape != (*whole.shape[1:3], room.filled, whole.shape[4])
                 or tensor.stride() != whole.stride()[1:]
                 or tensor.data_ptr() != whole.data_ptr() + index * whole.stride(0) * whole.element_size()
             ):
                 return None
-    return None if any("update" in layer.__dict__ for layer in layers) else room
+    for index, layer in enumerate(layers):
+        room.take_in(layer, index)
+    return room
 
 
 def _move_in(cache: Cache, layers: list[DynamicLayer], length: int, end: int, like: torch.Tensor) -> SharedRoom | None:
@@ -280,12 +327,10 @@ def _move_in(cache: Cache, layers: list[DynamicLayer], length: int, end: int, li
             if held.shape != (batch, 1, length, width) or held.dtype is not like.dtype or held.device != like.device:
                 return None
     shapes = [(len(layers), batch, 1, size, width) for width in widths]
-    room = SharedRoom(*(in_huge_pages(layers[0].keys.new_empty(shape)) for shape in shapes))
+    latent, k_rope = (in_huge_pages(layers[0].keys.new_empty(shape)) for shape in shapes)
+    room = SharedRoom(latent, k_rope, length)
     for index, layer in enumerate(layers):
         room.latent[index, :, :, :length], room.k_rope[index, :, :, :length] = layer.keys, layer.values
-        # What it held is let go before the next one is copied
-        layer.keys, layer.values = room.latent[index, :, :, :length], room.k_rope[index, :, :, :length]
-        layer.__dict__.pop("spare_room", None)
-    room.give_out(layers, length)
+        room.take_in(layer, index)  # what it held is let go before the next one is copied
     _shared[cache] = room
     return room

@@ -26,7 +26,7 @@ from ...kernels.selection import cpu_refusal, is_undisturbed, plain_refusal
 from .attention_dsv3 import DeepseekV3Attention, is_known_attention
 from .cache_dsv3 import shared_room
 from .decoder_dsv3 import DeepseekV3DecoderLayer
-from .inputs_dsv3 import check_inputs
+from .inputs_dsv3 import bounds, check_inputs
 from .moe_dsv3 import DeepseekV3MoE, DeepseekV3TopkRouter
 
 
@@ -46,7 +46,8 @@ _FORWARDS = tuple(
 _WITHOUT_SETTINGS = frozenset(
     (nn.Linear, nn.ModuleList, nn.SiLU, SiLUActivation, DeepseekV3DecoderLayer, DeepseekV3MoE)
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Those that run where there are no gradients
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Angles of these follow the longest position of a call
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
@@ -72,7 +73,9 @@ class _Grounds:
         self.classes, self.forwards = map(list, zip(*forwards))
         self.modules, self.states = modules, states
         self.hooks = [state[name] for state in states for name in _HOOKS]
-        self.held = [state[name] for state in states for name in ("_modules", "_parameters", "_buffers")]
+        # Nothing that is put into the empty ones of a plain layer is called or read
+        held = (state[name] for state in states for name in ("_modules", "_parameters", "_buffers"))
+        self.held = [each for each in held if each]
         self.settings = [state for module, state in zip(modules, states) if type(module) not in _WITHOUT_SETTINGS]
         self.settings.append(model.config.__dict__)
         places = [state[name] for state in states for name in ("_parameters", "_buffers")]
@@ -254,13 +257,13 @@ class Decoding:
                 return None
             mask = attention_mask.bool()
             mask = None if mask.all() else mask.contiguous()
-        if position_ids is None:
-            position_ids = torch.arange(length, length + Q, device="cpu")[None]
-        if position_ids.dim() != 2 or position_ids.shape[1] != Q or position_ids.dtype is not torch.int64:
+        if position_ids is not None and (
+            position_ids.dim() != 2 or position_ids.shape[1] != Q or position_ids.dtype is not torch.int64
+        ):
             return None
         embedding = getattr(model, "embed_tokens", None)
         check_inputs(model.config, embedding, input_ids, inputs_embeds, attention_mask, position_ids, length)
-        first, last = (int(value) for value in position_ids.aminmax())
+        first, last = (length, length + Q - 1) if position_ids is None else bounds(position_ids)
         if first < 0:
             return None
         room = shared_room(cache, program.layers, torch.empty(B, Q, 0, dtype=dtype, device="cpu"))
@@ -273,11 +276,11 @@ class Decoding:
             positions = torch.arange(max(FEWEST_ANGLES, last + last // 2), device="cpu")[None]
             cos, sin = model.rotary_emb(x, positions)
             program.set_angles(cos[0].contiguous(), sin[0].contiguous())
-        positions = position_ids.expand(B, Q).contiguous()
-        arguments = (positions, mask, room.latent, room.k_rope, length)
+        places = None if position_ids is None else position_ids.expand(B, Q).contiguous()
+        arguments = (places, mask, room.latent, room.k_rope, length)
         hidden_states = launch(STEP["program"], program.run, x.contiguous(), *arguments)
         if hidden_states is not None:
-            room.give_out(cache.layers, length + Q)
+            room.filled = length + Q
         return hidden_states
 
     def _program_for(self, model: Any, dtype: torch.dtype, cache: Cache) -> Program | None:

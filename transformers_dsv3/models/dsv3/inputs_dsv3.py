@@ -15,6 +15,18 @@ from .configuration_dsv3 import DeepseekV3Config
 
 logger = logging.get_logger(__name__)
 
+# Of so few numbers Python finds the largest sooner than an operator is called
+FEW = 64
+
+
+def bounds(numbers: torch.Tensor) -> tuple[int, int]:
+    """The least and the largest of whole numbers, of which there are some."""
+    if numbers.numel() <= FEW:
+        values = numbers.flatten().tolist()
+        return min(values), max(values)
+    lowest, highest = numbers.aminmax()
+    return int(lowest), int(highest)
+
 
 def check_inputs(
     config: DeepseekV3Config,
@@ -62,8 +74,7 @@ def check_inputs(
         and type(embedding) is nn.Embedding
         and not (embedding._forward_pre_hooks or embedding._forward_hooks or "forward" in embedding.__dict__)
     ):
-        lowest, highest = input_ids.aminmax()
-        low, high = int(lowest), int(highest)
+        low, high = bounds(input_ids)
         if low < 0 or high >= embedding.num_embeddings:
             raise ValueError(
                 f"`input_ids` has token id {low if low < 0 else high}, outside the vocabulary of "
@@ -87,7 +98,7 @@ def check_inputs(
     if position_ids is None:
         longest = tokens.shape[1] + past_length if isinstance(past_length, int) else tokens.shape[1]
     elif position_ids.is_cpu or (wait_for_device and not position_ids.is_meta):
-        longest = int(position_ids.max()) + 1
+        longest = bounds(position_ids)[1] + 1
     if longest is None or longest <= config.max_position_embeddings:
         return
     if config.rope_parameters.get("rope_type", "default") != "dynamic":  # which is made to go past its limit
