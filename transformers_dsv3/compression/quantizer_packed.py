@@ -38,6 +38,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
             activations to 8 bits, "8".
         dequantize: whether to load all weights in the asked dtype, as a model that is not quantised.
         checkpoint: the checkpoint's own `quantization_config`, and `key_mapping`, set by `from_pretrained`.
+        kwargs: `quant_method`, which Transformers gives to every such config.
 
     Raises:
         ValueError: for other activations.
