@@ -27,6 +27,7 @@ NAMES = [
     "KimiK2Config",
     "LoadBalancingCallback",
     "MtpObjectiveCallback",
+    "PackedWeightsConfig",
     "distribute",
     "explain",
     "export_per_expert",

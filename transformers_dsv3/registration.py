@@ -20,6 +20,7 @@ from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_
 from transformers.utils import is_peft_available
 
 from .compression.quantizer_fp8 import register_fp8
+from .compression.quantizer_packed import register_packed
 from .kernels import experts_auto
 from .models.dsv3 import (
     DeepseekV3Config,
@@ -71,6 +72,7 @@ def register(names: bool = False) -> None:
             config_class.model_type, deepseek_v3_conversion_mapping(), overwrite=True
         )
     register_fp8()
+    register_packed()
     experts_auto.register()
     if is_peft_available():
         if names or "peft" in sys.modules:

