@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -107,21 +106,3 @@ def choose_experts(
     first_G1 = torch.arange(config.n_group)[:, None] * size
     chosen_LK = (order_LGe[..., : kept // config.n_group] + first_G1).flatten(1).sort(dim=1)[0]
     return {layer: tuple(experts) for layer, experts in zip(layers, chosen_LK.tolist(), strict=True)}
-
-
-def check_choice(config: DeepseekV3Config, kept: Mapping[int, tuple[int, ...]]) -> int:
-    """How many experts a choice leaves of each layer.
-
-    Raises:
-        ValueError: it leaves more of one layer or group than of another, or experts that there are not.
-    """
-    size = config.n_routed_experts // config.n_group
-    counts = set()
-    for layer, experts in kept.items():
-        if list(experts) != sorted(set(experts)) or not set(experts) <= set(range(config.n_routed_experts)):
-            raise ValueError(f"Layer {layer} of the choice has experts {list(experts)}: not in order, or none there.")
-        counts |= {sum(expert // size == group for expert in experts) for group in range(config.n_group)}
-    if len(counts) != 1:
-        raise ValueError(f"A choice leaves as many experts of every layer and group, not {sorted(counts)}.")
-    kept_experts(config, 1 - counts.pop() / size)
-    return len(next(iter(kept.values())))
