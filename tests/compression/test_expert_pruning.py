@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests import programs
 from transformers_dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM, quantize
 from transformers_dsv3.compression.expert_choice import ExpertImportance, choose_experts, kept_experts
 from transformers_dsv3.compression.expert_pruning import LayerImportance, expert_importance, prune_experts
@@ -176,7 +177,7 @@ def test_a_pruned_model_is_one_whose_router_never_chooses_the_others(make_model,
     assert pruned.model.layers[1].mlp.experts.down_proj.grad.shape[0] == pruned.config.n_routed_experts
 
 
-def test_the_pruned_checkpoint_is_the_pruned_model(model, importance, folder, native_twin, tmp_path):
+def test_the_pruned_checkpoint_is_the_pruned_model(model, importance, folder, tmp_path):
     pruned = copy.deepcopy(model)
     kept = prune_experts(pruned, 0.25, importance)
     assert prune_checkpoint(folder, tmp_path / "pruned", 0.25, importance) == kept
@@ -192,7 +193,6 @@ def test_the_pruned_checkpoint_is_the_pruned_model(model, importance, folder, na
         assert torch.equal(loaded.state_dict()[name], tensor), name
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS).logits, pruned(TOKENS).logits)
-        torch.testing.assert_close(native_twin(loaded)(TOKENS).logits, pruned(TOKENS).logits, rtol=1e-4, atol=1e-5)
     # And what the model itself saves is the same, byte for byte
     pruned.save_pretrained(tmp_path / "saved")
     mine, its = (load_file(tmp_path / place / "model.safetensors") for place in ("pruned", "saved"))
@@ -226,21 +226,44 @@ def test_shards_and_the_files_of_quantised_weights(model, importance, tmp_path):
             assert torch.equal(fewer[name.format(layer, new)], extra[name.format(layer, old)])
 
 
-def test_killed_while_writing(folder, importance, tmp_path, monkeypatch):
-    """What is left of it is not taken for a checkpoint, and the same call completes it."""
-    from transformers_dsv3.compression import pruned_checkpoint
+KILLED = """
+import os, signal, sys
+from transformers_dsv3.compression import pruned_checkpoint
+pruned_checkpoint.publish = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+pruned_checkpoint.prune_checkpoint(sys.argv[1], sys.argv[2], 0.25, by="random")
+"""
 
+
+def test_killed_while_writing(folder, tmp_path):
+    """What is left of it is not taken for a checkpoint, and the same call completes it."""
     output = tmp_path / "pruned"
-    child = os.fork()
-    if not child:
-        monkeypatch.setattr(pruned_checkpoint, "publish", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
-        prune_checkpoint(folder, output, 0.25, importance)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert not [name for name in os.listdir(output) if not name.startswith(".saving-")]
-    prune_checkpoint(folder, output, 0.25, importance)
+    assert programs.run(["-c", KILLED, folder, output]).returncode == -signal.SIGKILL
+    left = os.listdir(output)
+    assert left and all(name.startswith(".saving-") for name in left)
+    prune_checkpoint(folder, output, 0.25, by="random")
     assert AutoModelForCausalLM.from_pretrained(output).config.n_routed_experts == 6
     assert not [name for name in os.listdir(output) if name.startswith(".saving-")]
+
+
+NATIVE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+assert type(model).__module__.startswith("transformers.")
+with torch.no_grad():
+    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+def test_native_opens_it(model, importance, folder, tmp_path):
+    prune_checkpoint(folder, tmp_path / "pruned", 0.25, importance)
+    torch.save(TOKENS, tmp_path / "tokens")
+    done = programs.run(["-c", NATIVE, tmp_path / "pruned", tmp_path / "tokens", tmp_path / "logits"])
+    assert done.returncode == 0, done.stderr
+    pruned = copy.deepcopy(model)
+    prune_experts(pruned, 0.25, importance)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "logits"), pruned(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
