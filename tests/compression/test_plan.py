@@ -223,7 +223,7 @@ def test_widths_that_do_not_divide_are_named(fields):
 @pytest.mark.parametrize(
     ("call", "option"),
     [
-        (lambda config: Settings(bits=5), "--bits"),
+        (lambda config: Settings(bits=3), "--bits"),
         (lambda config: Settings(experts_bits=1), "--experts-bits"),
         (lambda config: Settings(head_bits=None), "--head-bits"),
         (lambda config: plan(config, Settings(), context=0), "--context"),

@@ -1,6 +1,6 @@
 """What compressing a model gives, from its configuration alone: bytes by part, memory, speed; and which settings do.
 
-The file is the official layout with `packed_format`'s three tensors for each weight of 2 to 8 bits: the weights, a
+The file is the official layout with `packed_format`'s three tensors for each weight of 3 to 8 bits: the weights, a
 scale of 16 bits for each group of 32, and the shape. Routers, norms and `kv_b_proj`, whose weight is folded into the
 queries, stay whole. MTP layers are counted with the copies of embedding and head that official checkpoints repeat in
 each of them, and that no memory holds.
@@ -26,7 +26,7 @@ from .published_shapes import PUBLISHED
 
 # Bits of a weight that is not quantised
 WHOLE = 16
-BITS = (2, 3, 4, 8, WHOLE)
+BITS, EXPERTS_BITS = (4, 8, WHOLE), (3, 4, 8, WHOLE)
 PARTS = (
     "embedding",
     "head",
@@ -63,12 +63,13 @@ class Settings:
     prune: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("bits", "experts_bits", "head_bits"):
-            value = getattr(self, name)
-            if value not in BITS and not (name == "experts_bits" and value is None):
-                raise OptionError(
-                    f"--{name.replace('_', '-')}", f"is one of {', '.join(map(str, BITS))}, not {value!r}"
-                )
+        for option, value, known in (
+            ("--bits", self.bits, BITS),
+            ("--experts-bits", self.of("experts"), EXPERTS_BITS),
+            ("--head-bits", self.head_bits, BITS),
+        ):
+            if value not in known:
+                raise OptionError(option, f"is one of {', '.join(map(str, known))}, not {value!r}")
 
     def of(self, kind: str) -> int:
         """Bits of a kind of weights."""
@@ -122,7 +123,7 @@ class _Weights:
         return self.parameters * bits // 8 + self.parameters // GROUP * 2 + self.count * 16
 
     def resident(self, bits: int) -> int:
-        """Bytes in memory, where weights have 8 bits or 4: those of 2 and 3 are widened when they are loaded."""
+        """Bytes in memory, where weights have 8 bits or 4: those of 3 are widened when they are loaded."""
         if self.kind == "fp32" or bits == WHOLE:
             return self.stored(bits)
         return self.parameters * (4 if bits <= 4 else 8) // 8 + self.parameters // GROUP * 2

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..models.dsv3.mtp_dsv3 import shift_left
 from ..option_error import OptionError
 from .checkpoints import latest_checkpoint
-from .load_balancing import LoadBalancingCallback
+from .load_balancing import LoadBalancingCallback, routers
 from .metrics import require_base_model
 from .mtp_objective import MtpObjectiveCallback
 
@@ -163,10 +163,12 @@ def heal(
         The trainer, which has trained.
 
     Raises:
-        ValueError: for a model without routed experts or that cannot be trained, and as `DistillationTrainer` does.
+        ValueError: for a model of another package or that cannot be trained, and as `DistillationTrainer` does.
     """
     base = require_base_model(model, "heal")
-    own: list[TrainerCallback] = [LoadBalancingCallback(seq_aux_loss_weight=balance_loss_weight)]
+    own: list[TrainerCallback] = []
+    if routers(model):
+        own.append(LoadBalancingCallback(seq_aux_loss_weight=balance_loss_weight))
     if base.mtp_layers:
         own.append(MtpObjectiveCallback())
     options: dict[str, Any] = {
