@@ -9,6 +9,7 @@ the bytes of a file 7.6 times smaller. Models and figures are kept in --folder, 
 that are missing. Held-out files are those of the quickstart. Two cores take about two hours.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +36,8 @@ MODEL = {"moe_intermediate_size": 256, "num_hidden_layers": 6, "n_routed_experts
 SMALL = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2}
 WHOLE_FILE = Settings(WHOLE, head_bits=WHOLE)
 WIDTHS = (WHOLE_FILE, Settings(8), Settings(4), Settings(4, experts_bits=3))
-# Name, share, criterion, and whether it is healed
-PRUNED = {f"{by} {share:.0%}{' healed' * healed}": (share, by, healed)
-          for share, by, healed in ((0.25, "reap", 1), (0.5, "reap", 1), (0.5, "random", 1), (0.5, "reap", 0),
-                                    (0.5, "random", 0))}  # fmt: skip
+# Criterion, share, and whether it is healed
+PRUNED = ("reap 25% healed", "reap 50% healed", "random 50% healed", "reap 50%", "random 50%")
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Models:
 
     def get(self, name: str) -> PreTrainedModel:
         folder = self.arguments.folder / name
-        if not (folder / "config.json").exists():
+        if not (folder / "model.safetensors").exists():
             set_seed(0)
             model, steps, teacher = self.start(name)
             if steps:
@@ -74,19 +73,20 @@ class Models:
                 options = {"per_device_train_batch_size": BATCH, "disable_tqdm": self.arguments.small}
                 heal(model, self.tokens.train, healing_arguments(folder / "training", steps, rate, **options), teacher)
             model.save_pretrained(folder)
+            shutil.rmtree(folder / "training", ignore_errors=True)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def start(self, name: str) -> tuple[PreTrainedModel, int, PreTrainedModel | None]:
         """What a model is trained from, for how many steps, and by which teacher."""
         steps, more = self.arguments.steps, self.arguments.heal
         if name in ("base", "dense"):
-            config = self.config() if name == "base" else self.dense()
-            return AutoModelForCausalLM.from_config(config), steps + more * (name == "dense"), None
+            config, steps = (self.config(), steps) if name == "base" else (self.dense(), steps + more)
+            return AutoModelForCausalLM.from_config(config), steps, None
         if name == "control":
             return self.get("base"), more, None
-        model, (share, by, healed) = self.get("base"), PRUNED[name]
-        text = self.tokens.train.blocks[::40].flatten()
-        prune_experts(model, share, expert_importance(model, text, window=BLOCK, progress=True), by)
+        model, (by, percent, *healed) = self.get("base"), name.split()
+        importance = expert_importance(model, self.tokens.train.blocks[::40].flatten(), window=BLOCK, progress=True)
+        prune_experts(model, int(percent[:-1]) / 100, importance, by)
         return (model, more, self.get("base")) if healed else (model, 0, None)
 
     def dense(self) -> DeepseekV3Config:
@@ -105,9 +105,9 @@ class Models:
 def main(arguments: Arguments) -> None:
     study = Study(arguments.folder / "study.json")
     if arguments.plot:
-        lines = {entry["model"]: entry["model"] for entry in study.entries}
+        lines = "model", {entry["model"]: entry["model"] for entry in study.entries}
         x, y = ("bytes", "bytes on disk"), {"bits": "held-out bits a byte"}
-        return plot_entries(arguments.plot, study.entries, x, y, ("model", lines), "")
+        return plot_entries(arguments.plot, study.entries, x, y, lines, "")
     torch.set_num_threads(arguments.threads)
     models = Models(arguments)
     for name in ("base", "control", *PRUNED, "dense"):

@@ -42,8 +42,8 @@ def plan_notes(plan: Plan, bandwidth: float) -> list[str]:
         f"{plan.ratio():.2f} times smaller than in bf16, {plan.ratio('fp32'):.2f} than in fp32.",
         f"To run it: {plan.memory_bytes / 2**30:.2f} GiB, of which {plan.cache_bytes / 2**30:.2f} for the latents of "
         f"{plan.context:,} tokens.",
-        f"A token reads {plan.bytes_read / 1e9:.2f} GB: at most {plan.tokens_per_second(bandwidth):.3g} tokens a second"
-        f" here, where memory is read at {bandwidth / 1e9:.1f} GB/s.",
+        f"A token reads {plan.bytes_read / 1e9:.2f} GB: at most {plan.tokens_per_second(bandwidth):.3g} tokens a "
+        f"second here, where memory is read at {bandwidth / 1e9:.1f} GB/s.",
     ]
     if plan.experts < plan.experts_before:
         notes.append(f"Of {plan.experts_before} routed experts a layer {plan.experts} are left.")

@@ -177,6 +177,17 @@ def test_a_pruned_model_is_one_whose_router_never_chooses_the_others(make_model,
     assert pruned.model.layers[1].mlp.experts.down_proj.grad.shape[0] == pruned.config.n_routed_experts
 
 
+def test_a_model_that_has_decoded_is_pruned(model, importance):
+    """What decoding has kept of the whole model is of no more use."""
+    used, fresh = copy.deepcopy(model), copy.deepcopy(model)
+    whole = used.generate(TOKENS[:1], max_new_tokens=12, do_sample=False)
+    for one in (used, fresh):
+        prune_experts(one, 0.25, importance)
+    pruned = used.generate(TOKENS[:1], max_new_tokens=12, do_sample=False)
+    assert torch.equal(pruned, fresh.generate(TOKENS[:1], max_new_tokens=12, do_sample=False))
+    assert not torch.equal(pruned, whole)
+
+
 def test_the_pruned_checkpoint_is_the_pruned_model(model, importance, folder, tmp_path):
     pruned = copy.deepcopy(model)
     kept = prune_experts(pruned, 0.25, importance)
