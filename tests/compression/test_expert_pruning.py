@@ -179,13 +179,18 @@ def test_a_pruned_model_is_one_whose_router_never_chooses_the_others(make_model,
 
 def test_a_model_that_has_decoded_is_pruned(model, importance):
     """What decoding has kept of the whole model is of no more use."""
+
+    def logits(model):
+        options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+        return torch.cat(model.generate(TOKENS[:1], max_new_tokens=6, **options).logits)
+
     used, fresh = copy.deepcopy(model), copy.deepcopy(model)
-    whole = used.generate(TOKENS[:1], max_new_tokens=12, do_sample=False)
+    whole = logits(used)
     for one in (used, fresh):
         prune_experts(one, 0.25, importance)
-    pruned = used.generate(TOKENS[:1], max_new_tokens=12, do_sample=False)
-    assert torch.equal(pruned, fresh.generate(TOKENS[:1], max_new_tokens=12, do_sample=False))
-    assert not torch.equal(pruned, whole)
+    pruned = logits(used)
+    torch.testing.assert_close(pruned, logits(fresh), rtol=1e-5, atol=1e-6)
+    assert (pruned - whole).abs().amax(dim=1).min() > 1e-3
 
 
 def test_the_pruned_checkpoint_is_the_pruned_model(model, importance, folder, tmp_path):
