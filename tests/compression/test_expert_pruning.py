@@ -177,7 +177,7 @@ def test_a_pruned_model_is_one_whose_router_never_chooses_the_others(make_model,
     assert pruned.model.layers[1].mlp.experts.down_proj.grad.shape[0] == pruned.config.n_routed_experts
 
 
-def test_a_model_that_has_decoded_is_pruned(model, importance):
+def test_a_model_that_has_decoded_is_pruned(model):
     """What decoding has kept of the whole model is of no more use."""
 
     def logits(model):
@@ -187,7 +187,7 @@ def test_a_model_that_has_decoded_is_pruned(model, importance):
     used, fresh = copy.deepcopy(model), copy.deepcopy(model)
     whole = logits(used)
     for one in (used, fresh):
-        prune_experts(one, 0.25, importance)
+        prune_experts(one, 0.25, by="random", seed=1)  # the least important are not chosen anyway
     pruned = logits(used)
     torch.testing.assert_close(pruned, logits(fresh), rtol=1e-5, atol=1e-6)
     assert (pruned - whole).abs().amax(dim=1).min() > 1e-3

@@ -112,12 +112,15 @@ def test_healing_brings_the_student_nearer(teacher, pruned, tmp_path):
 
 
 def test_a_run_that_was_stopped_ends_at_the_same_weights(teacher, pruned, tmp_path):
-    twin = copy.deepcopy(pruned)
-    heal(pruned, BLOCKS, arguments(tmp_path, 4, save_steps=2, save_total_limit=2), teacher)
-    shutil.rmtree(tmp_path / "checkpoint-4")
-    heal(twin, BLOCKS, arguments(tmp_path, 4, save_steps=2, save_total_limit=2), teacher)
-    for (name, one), other in zip(pruned.state_dict().items(), twin.state_dict().values()):
-        assert torch.equal(one, other), name
+    twins = [copy.deepcopy(pruned) for _ in range(2)]
+    args = arguments(tmp_path, 4, save_steps=2, save_total_limit=2)
+    heal(pruned, BLOCKS, args, teacher)
+    for twin in twins:  # behind the last step, and behind the second
+        trainer = heal(twin, BLOCKS, args, teacher)
+        assert trainer.state.global_step == 4 and not twin.training
+        for (name, one), other in zip(pruned.state_dict().items(), twin.state_dict().values()):
+            assert torch.equal(one, other), name
+        shutil.rmtree(tmp_path / "checkpoint-4")
 
 
 def test_the_control_is_trained_alone(teacher, tmp_path):

@@ -45,6 +45,12 @@ def kept_experts(config: DeepseekV3Config, share: float) -> int:
     return left * groups
 
 
+def check_criterion(by: str) -> None:
+    """Raises `OptionError` for what is none."""
+    if by not in CRITERIA:
+        raise OptionError("--prune-by", f"is one of {', '.join(CRITERIA)}, not {by!r}")
+
+
 @dataclass(frozen=True)
 class ExpertImportance:
     """How much each routed expert does to a text.
@@ -83,8 +89,7 @@ def choose_experts(
         ValueError: for importances that are missing, of other layers or of another number of experts.
     """
     kept = kept_experts(config, share)
-    if by not in CRITERIA:
-        raise OptionError("--prune-by", f"is one of {', '.join(CRITERIA)}, not {by!r}")
+    check_criterion(by)
     mtp = range(config.num_hidden_layers, config.num_hidden_layers + (config.num_nextn_predict_layers or 0))
     layers = [*config.moe_layers, *(layer for layer in mtp if config.is_moe(layer))]
     shape = (len(layers), config.n_routed_experts)

@@ -97,13 +97,18 @@ def prune_checkpoint(
         raise OptionError("--output", refusal)
     with staging(str(output)) as place:
         _write_shards(Path(place), files, stored, kept, progress)
-        for pattern in _COPIED:
-            for path in folder.glob(pattern):
-                if path.is_file():
-                    shutil.copyfile(path, Path(place) / path.name)
+        copy_companions(folder, Path(place))
         write_json(Path(place) / "config.json", fields)
         publish(place, str(output), None)
     return kept
+
+
+def copy_companions(folder: Path, target: Path) -> None:
+    """Copies the tokenizer, the generation config and code of a checkpoint."""
+    for pattern in _COPIED:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
 
 
 def _check_experts(stored: dict[str, StoredTensor], kept: dict[int, tuple[int, ...]], total: int) -> None:

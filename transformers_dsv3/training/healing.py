@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..models.dsv3.mtp_dsv3 import shift_left
 from ..option_error import OptionError
-from .checkpoints import latest_checkpoint
+from .checkpoints import checkpoint_step, latest_checkpoint
 from .load_balancing import LoadBalancingCallback, routers
 from .metrics import require_base_model
 from .mtp_objective import MtpObjectiveCallback
@@ -182,7 +182,12 @@ def heal(
     else:
         trainer = DistillationTrainer(**options, teacher=teacher, weight=weight, temperature=temperature)
     checkpoint = latest_checkpoint(Path(args.output_dir))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint is not None and checkpoint_step(checkpoint) >= args.max_steps > 0:
+        # Every step is done, and `Trainer` would make one more
+        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.config.use_cache = True  # the trainer turns it off
     model.eval()
     return trainer
