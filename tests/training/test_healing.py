@@ -90,7 +90,7 @@ def test_the_loss_is_the_models_own_and_the_divergence(teacher, pruned, tmp_path
 def test_healing_brings_the_student_nearer(teacher, pruned, tmp_path):
     before = copy.deepcopy(pruned)
     options = {"per_device_train_batch_size": len(BLOCKS), "learning_rate": 2e-3, "save_strategy": "no"}
-    args = arguments(tmp_path, 12, logging_steps=3, **options)
+    args = arguments(tmp_path, 8, logging_steps=4, **options)
     trainer = heal(pruned, BLOCKS, args, teacher, weight=100.0)
     logged = [entry for entry in trainer.state.log_history if "distillation/loss" in entry]
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_healing_brings_the_student_nearer(teacher, pruned, tmp_path):
         summed_divergence(logits.flatten(0, 1), of_teacher.flatten(0, 1), BLOCKS.blocks.flatten(), 1.0)
         for logits in (healed, not_healed)
     ]
-    assert len(logged) == 4 and divergences[0] < 0.9 * divergences[1], divergences
+    assert len(logged) == 2 and divergences[0] < 0.9 * divergences[1], divergences
     assert {"mtp/loss", "router/utilisation"} <= logged[0].keys()
     assert not pruned.training and pruned.config.seq_aux_loss_weight == 0 and pruned.config.mtp_loss_weight == 0
     moved = [
