@@ -55,6 +55,7 @@ RUN_BY = {
     "transformers-dsv3 run": "tests/cli/test_run.py",
     "transformers-dsv3 serve": "tests/cli/test_serve.py",
     "examples/balancing_study.py": "tests/training/test_training_cost.py",
+    "examples/compress_study.py": "tests/examples/test_compress_study.py",
     "examples/continue_pretraining.py": "tests/examples/test_pretrain.py",
     "examples/dpo.py": "tests/examples/test_dpo.py",
     "examples/esft.py": "tests/examples/test_esft.py",

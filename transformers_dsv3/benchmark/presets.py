@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..compression.published_shapes import PUBLISHED
 from ..models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from ..option_error import OptionError
 from .devices import Device
@@ -52,22 +53,7 @@ PRESETS = {
     ),
     "moonlight": Preset(
         "the shape of Moonlight-16B-A3B, with as many of its 27 layers as memory takes (or --layers)",
-        {
-            "vocab_size": 163840,
-            "hidden_size": 2048,
-            "intermediate_size": 11264,
-            "moe_intermediate_size": 1408,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "q_lora_rank": None,
-            "n_routed_experts": 64,
-            "num_experts_per_tok": 6,
-            "n_shared_experts": 2,
-            "routed_scaling_factor": 2.446,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
-            **_HEADS,
-            **_ROUTING,
-        },
+        PUBLISHED["moonlight-16b-a3b"],
     ),
     "small": Preset(
         "107 M parameters with an MTP layer, for training steps and for trying the command",
