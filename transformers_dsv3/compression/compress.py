@@ -178,9 +178,7 @@ def _prepare(
         )
     if settings.method == "gptq":
         paths = None if text is None else [Path(path) for path in text]
-        calibrated = calibration_text(
-            checkpoint, paths, settings, config.num_nextn_predict_layers, config.vocab_size
-        )
+        calibrated = calibration_text(checkpoint, paths, settings, config.num_nextn_predict_layers, config.vocab_size)
     _check_disk(output, planned, config, calibrated)
     return _Job(folder, config, WeightSource(tensors, block_size), planned, settings, calibrated, output)
 
@@ -266,7 +264,9 @@ def _run(job: _Job, work: Path, progress: bool) -> CompressionRecord:
     done = sum(_values(job, name) for name in _names(job.layout, range(len(finished))) if name in job.layout.bits)
     with (
         torch.no_grad(),
-        tqdm(total=total, initial=done, desc="compressing", unit="weight", unit_scale=True, disable=not progress) as bar,
+        tqdm(
+            total=total, initial=done, desc="compressing", unit="weight", unit_scale=True, disable=not progress
+        ) as bar,
     ):
         files = CompressedFiles(job.layout, folder, bar)
         steps = _Steps(job, work, files) if job.text is not None else None

@@ -101,7 +101,8 @@ def layout(tensors: Mapping[str, StoredTensor], num_hidden_layers: int, settings
     if odd:
         described = [f"{name} has an input of {tensors[name].shape[-1]}" for name in odd]
         raise OptionError(
-            "CHECKPOINT", f"{tensors[odd[0]].path}: inputs have to be multiples of {GROUP} wide; {listing(described, 3)}"
+            "CHECKPOINT",
+            f"{tensors[odd[0]].path}: inputs have to be multiples of {GROUP} wide; {listing(described, 3)}",
         )
     by_step: dict[float, list[str]] = {}
     for name in names:

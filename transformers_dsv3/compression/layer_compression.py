@@ -320,5 +320,3 @@ class _Network:
         if factor is None:
             return NEAREST
         return OWN_TOKENS if own or tokens is None else LAYERS_TOKENS
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ..option_error import OptionError
@@ -9,6 +10,15 @@ from ..option_error import OptionError
 
 BITS, EXPERTS_BITS = (4, 8), (3, 4, 8)
 METHODS = ("gptq", "nearest")
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{
+        f"{letter}{kind}": (1000 if kind == "B" else 1024) ** (i + 1)
+        for i, letter in enumerate("KMGT")
+        for kind in ("B", "iB")
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -61,3 +71,12 @@ class CompressionSettings:
                 raise OptionError(option, f"{value} is less than {what}, {least}")
         if not 0 <= self.prune < 1:
             raise OptionError("--prune", f"{self.prune} is no share from 0 to below 1")
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as `8GiB`, `500 MB` or a number. Raises `OptionError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    factor = None if match is None else {unit.lower(): size for unit, size in _UNITS.items()}.get(match[2].lower())
+    if match is None or factor is None:
+        raise OptionError("--memory", f"{text!r} is no size: write 8GiB, 500MB or a number of bytes")
+    return int(float(match[1]) * factor)
