@@ -63,9 +63,7 @@ def test_is_the_textbooks_algorithm(bits):
 
 
 @settings(deadline=None, max_examples=20)
-@given(
-    bits=st.sampled_from([3, 4, 8]), rows=st.integers(1, 9), groups=st.integers(1, 6), seed=st.integers(0, 999)
-)
+@given(bits=st.sampled_from([3, 4, 8]), rows=st.integers(1, 9), groups=st.integers(1, 6), seed=st.integers(0, 999))
 def test_with_nothing_to_choose_by_it_rounds_to_nearest(bits, rows, groups, seed):
     weight = weights(rows, 32 * groups, seed)
     expected = round_to_nearest(weight, bits)
