@@ -45,13 +45,13 @@ def compress(
 ) -> None:
     """Compress a checkpoint to few bits a weight, in groups of 32, and write it as one that other programs open too.
 
-    Attention, dense networks, shared and routed experts, embedding and head are rounded, those of MTP layers too; norms,
-    routers and kv_b_proj stay as they are. Each matrix is rounded by GPTQ, so that the layer's outputs on the text
+    Attention, dense networks, shared and routed experts, embedding and head are rounded, those of MTP layers too;
+    norms, routers and kv_b_proj stay as they are. Each matrix is rounded by GPTQ, so that its outputs on the text
     change least: routed experts on the tokens that come to them, those with too few on the tokens of the whole layer.
 
-    One layer is in memory at a time, and of its experts one; activations are on disk. Stopped in whatever way, the same
-    command goes on at the layer where it was: until it has ended, finished layers are in a hidden folder beside the
-    output. The result has compressed-tensors' packed weights, and a record of tokens and methods of every expert.
+    One layer is in memory at a time, and of its experts one; activations are on disk. Stopped in whatever way, the
+    same command goes on at the layer where it was: until it has ended, finished layers are in a hidden folder beside
+    the output. The result has compressed-tensors' packed weights, and a record of every expert's tokens and method.
 
     \b
     Examples:
@@ -91,11 +91,11 @@ def show(record: CompressionRecord, output: Path) -> None:
             shown = [f"{n:,}" for n in (counts[0], counts[len(counts) // 2], counts[-1])]
             table.add_row(str(layer.layer), *shown, _listing(layer.uncalibrated))
         console.print(table)
+    before, after = (f"{size / 1e6:,.1f} MB" for size in (record.bytes_before, record.bytes_after))
     console.print(
-        f"{record.bytes_before / 1e6:,.1f} MB became {record.bytes_after / 1e6:,.1f} MB, {record.ratio:.2f} times less: "
-        f"{record.bits_per_weight:.2f} bits a weight, {record.ratio_from_bf16:.2f} times less than bf16 and "
-        f"{record.ratio_from_fp32:.2f} than fp32.\nThe checkpoint is in {output}; compression_record.json there has "
-        f"every expert's tokens and method.",
+        f"{before} became {after}, {record.ratio:.2f} times less: {record.bits_per_weight:.2f} bits a weight, "
+        f"{record.ratio_from_bf16:.2f} times less than bf16 and {record.ratio_from_fp32:.2f} than fp32.\n"
+        f"The checkpoint is in {output}; compression_record.json there has every expert's tokens and method.",
         highlight=False,
         soft_wrap=True,
     )

@@ -19,7 +19,8 @@ def correlated(width, tokens, seed=0):
     """Inputs of which few directions hold most, as those of real layers."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=generator) * torch.logspace(0, -2, width)[:, None]
-    return torch.randn(tokens, width, generator=generator) @ mixing
+    sizes = torch.rand(width // 32, generator=generator).repeat_interleave(32) + 0.1
+    return torch.randn(tokens, width, generator=generator) @ mixing * sizes
 
 
 def weights(rows, width, seed=0):
@@ -32,7 +33,13 @@ def loss(weight, rounded, hessian):
 
 
 def textbook(weight, hessian, bits):
-    """Section 2 of the paper in float64: after each column, the inverse of what is left of the Hessian anew."""
+    """Section 2 of the paper in float64: after each column, the inverse of what is left of the Hessian anew.
+
+    Groups of columns are taken in the order of their inputs' sizes.
+    """
+    groups = hessian.diagonal().view(-1, 32).sum(1).argsort(descending=True)
+    order = torch.cat([torch.arange(32 * group, 32 * group + 32) for group in groups.tolist()])
+    weight, hessian = weight[:, order], hessian[order][:, order]
     lowest, highest = limits(bits)
     left, hessian = weight.double().clone(), hessian.double().clone()
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
@@ -45,7 +52,7 @@ def textbook(weight, hessian, bits):
         whole[:, i] = (left[:, i] / scales[-1]).round().clamp(lowest, highest)
         error = left[:, i] - whole[:, i] * scales[-1]
         left[:, i:] -= error[:, None] * inverse[0] / inverse[0, 0]
-    return whole, torch.stack(scales, dim=1).float()
+    return whole[:, order.argsort()], torch.stack(scales, dim=1).float()[:, groups.argsort()]
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -55,7 +62,8 @@ def test_is_the_textbooks_algorithm(bits):
     rounded = gptq(weight, inverse_factor(hessian), bits)
     whole, scale = textbook(weight, hessian, bits)
     # What lies in the middle of two steps may fall to either side in another precision, and the row's rest with it
-    assert torch.equal(rounded.whole[:, :8], whole[:, :8]) and torch.equal(rounded.scale[:, 0], scale[:, 0])
+    first = int(x.square().sum(0).view(-1, 32).sum(1).argmax())
+    assert torch.equal(rounded.scale[:, first], scale[:, first])
     same_rows = (rounded.whole == whole).all(dim=1)
     assert same_rows.float().mean() > (0.4 if bits == 8 else 0.8)
     expected = type(rounded)(whole, scale)
@@ -88,10 +96,16 @@ def test_the_factor_is_that_of_the_damped_inverse():
     x = correlated(96, 40)  # fewer tokens than inputs: without damping there is no inverse
     hessian = x.T @ x
     kept = hessian.clone()
-    factor = inverse_factor(hessian).double()
+    order, upper = inverse_factor(hessian)
     damped = hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(96)
-    assert torch.equal(hessian, kept) and torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(96).double(), atol=1e-4, rtol=0)
+    # Groups as a whole, the largest inputs first
+    sums = hessian.diagonal().view(3, 32).sum(1)
+    assert order[::32].tolist() == (32 * sums.argsort(descending=True)).tolist()
+    assert torch.equal(order % 32, torch.arange(32).repeat(3))
+    damped = damped[order][:, order]
+    upper = upper.double()
+    assert torch.equal(hessian, kept) and torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(96).double(), atol=1e-4, rtol=0)
 
 
 def test_there_is_no_factor_of_nothing_and_of_what_is_not_finite():
@@ -128,7 +142,7 @@ def test_the_best_scale_is_no_worse_than_that_of_the_largest(bits):
 def test_zeros_stay_zeros():
     weight = torch.zeros(2, 64)
     weight[0, 3] = 1.0
-    for rounded in (round_to_nearest(weight, 3), gptq(weight, torch.eye(64), 3)):
+    for rounded in (round_to_nearest(weight, 3), gptq(weight, inverse_factor(torch.eye(64)), 3)):
         assert rounded.dequantized()[:, 32:].eq(0).all() and rounded.dequantized()[1].eq(0).all()
 
 
@@ -136,6 +150,6 @@ def test_zeros_stay_zeros():
 def test_weights_that_no_scale_holds_are_refused(wrong):
     weight = weights(2, 64)
     weight[1, 40] = wrong
-    for function in (lambda: round_to_nearest(weight, 4), lambda: gptq(weight, torch.eye(64), 4)):
+    for function in (lambda: round_to_nearest(weight, 4), lambda: gptq(weight, inverse_factor(torch.eye(64)), 4)):
         with pytest.raises(ValueError, match="the largest weight is"):
             function()

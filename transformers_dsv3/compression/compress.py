@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,11 @@ from .weight_files import CompressedFiles, WeightSource
 
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
-# Weights and what describes them, which the compressed checkpoint has of its own
-_NOT_COPIED = re.compile(r".*\.(safetensors|safetensors\.index\.json|bin|pt|pth|gguf)|config\.json|.*_record\.json")
+# Weights, what describes them and what was measured of them, which are not those of the compressed checkpoint
+_NOT_COPIED = re.compile(
+    r".*\.(safetensors|safetensors\.index\.json|bin|pt|pth|gguf)|config\.json|README\.md|evaluation.*\.json"
+    r"|.*_(record|results|state)\.json"
+)
 
 
 def compress(
@@ -69,10 +72,11 @@ def compress(
 ) -> CompressionRecord:
     """Rounds the weights of a checkpoint to few bits, in groups of 32, and writes it as a new one.
 
-    Linear layers, routed experts, the embedding and the head are rounded, those of MTP layers too; `kv_b_proj`, routers
-    and norms stay as they are. With the method "gptq" each matrix is rounded by what its inputs are on the text, which
-    come from the layers before as they were rounded: routed experts by the tokens routed to them, or by those of the
-    whole layer where these are fewer than `settings.min_tokens`.
+    Linear layers, routed experts, the embedding and the head are rounded, those of MTP layers too; `kv_b_proj`,
+    routers and norms stay as they are. With the method "gptq" each matrix is rounded by what its inputs are on the
+    text, which come from the layers before as they were rounded: routed experts by the tokens routed to them, or by
+    those of the whole layer where these are fewer than `settings.min_tokens`. Embedding and head are rounded to
+    nearest.
 
     Args:
         checkpoint: folder of an official checkpoint with its tokenizer; in bf16, fp32, fp16 or DeepSeek's FP8.
@@ -237,27 +241,10 @@ def _run(job: _Job, work: Path, progress: bool) -> CompressionRecord:
         for path in work.iterdir():
             path.unlink()
         folder.mkdir()
-    if run_file.is_file():
-        before = json.loads(run_file.read_text(encoding="utf-8"))
-        differing = [name for name in description if description[name] != before.get(name)]
-        if differing:
-            changed = ", ".join(
-                f"{key} was {before['settings'].get(key)}" if name == "settings" else f"another {name}"
-                for name in differing
-                for key in (
-                    [key for key, value in description["settings"].items() if before["settings"].get(key) != value]
-                    if name == "settings"
-                    else [name]
-                )
-            )
-            raise OptionError(
-                "--output",
-                f"{work} has the layers of a command that was stopped and is not this one ({changed}). Give the same "
-                "command to finish it, or remove that folder to begin anew",
-            )
-    else:
+    if not run_file.is_file():
         write_json(run_file, description)
-    finished = []
+    _check_same(work, json.loads(run_file.read_text(encoding="utf-8")), description)
+    finished: list[dict[str, Any]] = []
     while (path := _step_file(work, len(finished))).is_file():
         finished.append(json.loads(path.read_text(encoding="utf-8")))
     total = sum(_values(job, name) for name in job.layout.bits)
@@ -283,6 +270,21 @@ def _run(job: _Job, work: Path, progress: bool) -> CompressionRecord:
                 steps.clean(number)
             finished.append(outcome)
     return _publish(job, work, finished)
+
+
+def _check_same(work: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with what another command has begun."""
+    settings = before["settings"]
+    changed = [
+        f"{key} was {settings.get(key)}" for key, value in now["settings"].items() if settings.get(key) != value
+    ]
+    changed += [f"another {name}" for name in ("checkpoint", "text") if now[name] != before[name]]
+    if changed:
+        raise OptionError(
+            "--output",
+            f"{work} has the layers of a command that was stopped and is not this one ({', '.join(changed)}). Give "
+            "the same command to finish it, or remove that folder to begin anew",
+        )
 
 
 def _step_file(work: Path, number: int) -> Path:

@@ -21,7 +21,7 @@ from torch import nn
 from ..models.dsv3.modeling_dsv3 import DeepseekV3Model
 from ..models.dsv3.moe_dsv3 import DeepseekV3MoE
 from .compressed_layout import Layout
-from .gptq import Rounded, gptq, inverse_factor, round_to_nearest
+from .gptq import InverseFactor, gptq, inverse_factor, round_to_nearest
 from .row_file import RowFile
 from .settings import CompressionSettings
 from .weight_files import CompressedFiles, WeightSource
@@ -30,7 +30,7 @@ from .weight_files import CompressedFiles, WeightSource
 # How the weights of an expert were rounded, the first first
 OWN_TOKENS, LAYERS_TOKENS, NEAREST = "gptq", "gptq, the layer's tokens", "nearest"
 # Tokens that run through a layer at once: so many fp32 values of the residual stream, within these limits
-_VALUES_AT_ONCE, _FEWEST, _MOST = 1 << 24, 1024, 4096
+_VALUES_AT_ONCE, _FEWEST, _MOST = 1 << 22, 1024, 4096
 
 
 @dataclass
@@ -113,15 +113,14 @@ class LayerCompressor:
                     mixing.append(weights)
             activation: Callable = (layer.mlp.experts if is_mixture else layer.mlp).act_fn  # type: ignore
             factor = inverse_factor(hessian)
+            del hessian
             report = LayerReport(number)
             network = _Network(self, activation, normalised, made)
             if is_mixture:
-                del hessian
                 if f"{prefix}mlp.shared_experts.gate_proj.weight" in self.layout.bits:
                     network.compress(f"{prefix}mlp.shared_experts.", factor)
                 self._experts(prefix, network, torch.cat(chosen), torch.cat(mixing), factor, report)
             else:
-                del hessian
                 network.compress(f"{prefix}mlp.", factor)
             normalised.remove()
             return report
@@ -154,7 +153,7 @@ class LayerCompressor:
         for part, pair in pairs():
             made.write(part, pair @ weight.T)
 
-    def round(self, name: str, factor: torch.Tensor | None) -> torch.Tensor:
+    def round(self, name: str, factor: InverseFactor | None) -> torch.Tensor:
         """Rounds a weight and hands it to the files; what it stands for then, fp32 `(N, K)`.
 
         Raises:
@@ -163,7 +162,7 @@ class LayerCompressor:
         bits = self.layout.bits[name]
         weight = self.source.read(name)
         try:
-            rounded: Rounded = round_to_nearest(weight, bits) if factor is None else gptq(weight, factor, bits)
+            rounded = round_to_nearest(weight, bits) if factor is None else gptq(weight, factor, bits)
         except ValueError as error:
             raise ValueError(f"{name} cannot be rounded: {error}.") from error
         del weight
@@ -229,7 +228,7 @@ class LayerCompressor:
         network: _Network,
         chosen: torch.Tensor,
         mixing: torch.Tensor,
-        layers_factor: torch.Tensor | None,
+        layers_factor: InverseFactor | None,
         report: LayerReport,
     ) -> None:
         """Rounds the routed experts one after another.
@@ -258,7 +257,7 @@ class _Network:
     def compress(
         self,
         prefix: str,
-        factor: torch.Tensor | None,
+        factor: InverseFactor | None,
         tokens: torch.Tensor | None = None,
         mixing: torch.Tensor | None = None,
         own: bool = False,
@@ -266,13 +265,13 @@ class _Network:
         """Rounds one network, and adds its outputs.
 
         Args:
-            factor: of the inputs' Hessian; not used with `own`.
-            tokens: int64 `(n,)`, which it is for; None for all. mixing: their weights, fp32 `(n,)`.
-            own: whether to calibrate on these tokens alone; otherwise `factor` says for which inputs, and those of the
-                last matrix are taken on tokens evenly spaced over all.
+            factor: of the inputs of all tokens.
+            tokens: int64 `(n,)`, those that it is for; None for all. mixing: their weights, fp32 `(n,)`.
+            own: whether to calibrate on `tokens` alone. Otherwise on all; of the last matrix, whose inputs have to be
+                computed for that, on some, evenly spaced.
 
         Returns:
-            How the last matrix was rounded, which comes after the others: one of the three methods.
+            How the last matrix was rounded: one of the three methods.
         """
         compressor = self.compressor
         n_tokens = compressor.n_tokens if tokens is None else len(tokens)
