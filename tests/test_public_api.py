@@ -9,6 +9,7 @@ import transformers_dsv3
 
 
 NAMES = [
+    "CompressionSettings",
     "CpuParallelismConfig",
     "DeepseekV3Config",
     "DeepseekV3ForCausalLM",
@@ -27,6 +28,7 @@ NAMES = [
     "KimiK2Config",
     "LoadBalancingCallback",
     "MtpObjectiveCallback",
+    "compress",
     "distribute",
     "explain",
     "export_per_expert",
