@@ -16,7 +16,10 @@ PAGES = sorted(
     path.relative_to(ROOT).as_posix() for pattern in ("*.md", "examples/*.md") for path in ROOT.glob(pattern)
 )
 # Run by a test of its own
-OF_ITS_OWN = {"examples/share.md": "tests/hub/test_share_page.py"}
+OF_ITS_OWN = {
+    "examples/compress.md": "tests/compression/test_compress.py",
+    "examples/share.md": "tests/hub/test_share_page.py",
+}
 # Only compiled, and what they import looked up
 NOT_RUN = {
     'device_map="cuda"': "needs a GPU",

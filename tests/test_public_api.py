@@ -9,6 +9,7 @@ import transformers_dsv3
 
 
 NAMES = [
+    "CompressionSettings",
     "CpuParallelismConfig",
     "DeepseekV3Config",
     "DeepseekV3ForCausalLM",
@@ -28,6 +29,7 @@ NAMES = [
     "LoadBalancingCallback",
     "MtpObjectiveCallback",
     "PackedWeightsConfig",
+    "compress",
     "distribute",
     "explain",
     "export_per_expert",

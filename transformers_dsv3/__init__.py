@@ -23,6 +23,7 @@ from .registration import is_registered, register, unregister
 
 __version__ = "0.1.0"
 __all__ = [
+    "CompressionSettings",
     "CpuParallelismConfig",
     "DeepseekV3Config",
     "DeepseekV3ForCausalLM",
@@ -42,6 +43,7 @@ __all__ = [
     "LoadBalancingCallback",
     "MtpObjectiveCallback",
     "PackedWeightsConfig",
+    "compress",
     "distribute",
     "explain",
     "export_per_expert",
@@ -62,12 +64,14 @@ __all__ = [
 
 # Only who trains, shares or asks needs them, and the modules behind them
 _LATE = {
+    "CompressionSettings": ".compression.settings",
     "CpuParallelismConfig": ".training.parallel",
     "ESFTCallback": ".training.esft",
     "ExpertSelection": ".training.esft",
     "LoadBalancingCallback": ".training.load_balancing",
     "MtpObjectiveCallback": ".training.mtp_objective",
     "PackedWeightsConfig": ".compression.quantizer_packed",
+    "compress": ".compression.compress",
     "distribute": ".training.parallel",
     "explain": ".kernels.explain",
     "export_per_expert": ".training.lora_export",

@@ -9,6 +9,7 @@ import typer
 
 from .bench import bench
 from .card import card
+from .compress import compress
 from .evaluate import evaluate
 from .explain import explain
 from .pull import pull
@@ -49,6 +50,7 @@ app.command(short_help="Measure speed here, beside native Transformers.")(bench)
 app.command(short_help="Say which backend serves which part of a model.")(explain)
 app.command(short_help="Report how evenly a model uses its experts on a text.")(routing)
 app.command(short_help="Measure a checkpoint: text, routing, speed, lm-eval's tasks, HumanEval.")(evaluate)
+app.command(short_help="Compress a checkpoint to 8, 4 or 3 bits a weight.")(compress)
 app.command(short_help="Write a model card from a checkpoint's records.")(card)
 app.command(short_help="Upload a checkpoint or an adapter to the Hugging Face Hub.")(push)
 app.command(short_help="Download a model from the Hub and check every file's hash.")(pull)

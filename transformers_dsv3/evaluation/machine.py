@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -97,6 +98,16 @@ def meminfo() -> dict[str, int]:
     except OSError:
         return {}
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+
+
+def total_memory() -> int:
+    """Bytes of memory that programs here may use together, with the limit of a container; without one where the system
+    does not tell.
+    """
+    limits = [meminfo().get("MemTotal", 2**62)]
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return min(limits)
 
 
 def free_memory() -> int:

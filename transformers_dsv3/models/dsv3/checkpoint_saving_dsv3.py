@@ -37,21 +37,21 @@ def staging(target: str) -> Iterator[str]:
             _remove_abandoned(os.path.join(target, name))
     while True:
         folder = tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=target)
-        lock = _lock(folder, wait=False)
+        lock = lock_folder(folder, wait=False)
         if lock is not None and os.path.isdir(folder):
             break
         # Another save took it for abandoned before it was locked
-        _unlock(lock)
+        unlock_folder(lock)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _unlock(lock)
+        unlock_folder(lock)
 
 
 def _remove_abandoned(folder: str) -> None:
     """Remove the folder of a save that was killed: nobody holds its lock, or it is old where there are no locks."""
-    lock = _lock(folder, wait=False)
+    lock = lock_folder(folder, wait=False)
     if lock is None:
         return
     try:
@@ -59,10 +59,10 @@ def _remove_abandoned(folder: str) -> None:
             if lock >= 0 or time.time() - os.stat(folder).st_mtime > _ABANDONED:
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
-        _unlock(lock)
+        unlock_folder(lock)
 
 
-def _lock(folder: str, wait: bool) -> int | None:
+def lock_folder(folder: str, wait: bool) -> int | None:
     """Lock a folder against other saves, in this process too.
 
     Returns:
@@ -88,7 +88,7 @@ def _lock(folder: str, wait: bool) -> int | None:
     return descriptor
 
 
-def _unlock(lock: int | None) -> None:
+def unlock_folder(lock: int | None) -> None:
     if lock is not None and lock >= 0:
         os.close(lock)
 
@@ -105,7 +105,7 @@ def publish(folder: str, target: str, variant: str | None) -> None:
     shard = re.compile(rf"model{suffix}-\d{{5}}-of-\d{{5}}\.safetensors")
     new = set(os.listdir(folder))
     entry_points = sorted(name for name in new if single.fullmatch(name) or index.fullmatch(name))
-    lock = _lock(target, wait=True)
+    lock = lock_folder(target, wait=True)
     try:
         old = os.listdir(target) if entry_points else []  # adapters are saved beside the weights they belong to
         for name in old:
@@ -117,7 +117,7 @@ def publish(folder: str, target: str, variant: str | None) -> None:
             if shard.fullmatch(name) and name not in new:
                 _remove(os.path.join(target, name))
     finally:
-        _unlock(lock)
+        unlock_folder(lock)
 
 
 def _remove(path: str) -> None:
