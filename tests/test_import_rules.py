@@ -20,7 +20,7 @@ ALLOWED = {
     "training": {"files", "option_error", "models", "kernels", "generation", "data"},
     "data": {"models", "generation", "training"},
     "compression": {"files", "option_error", "models", "kernels", "generation", "training", "data", "evaluation"},
-    "evaluation": {"files", "option_error", "models", "kernels", "generation", "training", "data", "compression"},
+    "evaluation": {"files", "option_error", "models", "kernels", "generation", "training", "data"},
     "benchmark": {"files", "option_error", "models", "kernels", "compression", "evaluation"},
     "hub": {"files", "models", "training", "evaluation"},
     # The package of verbs, and `cli.py`, by which launchers start it
