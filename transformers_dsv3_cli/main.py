@@ -11,6 +11,7 @@ from .bench import bench
 from .card import card
 from .evaluate import evaluate
 from .explain import explain
+from .export_gguf import export_gguf
 from .pull import pull
 from .push import push
 from .quickstart import quickstart
@@ -50,6 +51,7 @@ app.command(short_help="Say which backend serves which part of a model.")(explai
 app.command(short_help="Report how evenly a model uses its experts on a text.")(routing)
 app.command(short_help="Measure a checkpoint: text, routing, speed, lm-eval's tasks, HumanEval.")(evaluate)
 app.command(short_help="Write a model card from a checkpoint's records.")(card)
+app.command(name="export-gguf", short_help="Write a GGUF file for llama.cpp.")(export_gguf)
 app.command(short_help="Upload a checkpoint or an adapter to the Hugging Face Hub.")(push)
 app.command(short_help="Download a model from the Hub and check every file's hash.")(pull)
 
