@@ -19,7 +19,7 @@ ALLOWED = {
     "generation": {"models"},
     "training": {"files", "option_error", "models", "kernels", "generation", "data"},
     "data": {"models", "generation", "training"},
-    "compression": {"models", "kernels", "generation", "training", "data"},
+    "compression": {"files", "option_error", "models", "kernels", "generation", "training", "data"},
     "evaluation": {"files", "option_error", "models", "kernels", "generation", "training", "data", "compression"},
     "benchmark": {"files", "option_error", "models", "kernels", "compression", "evaluation"},
     "hub": {"files", "models", "training", "evaluation"},

@@ -30,6 +30,7 @@ NAMES = [
     "PackedWeightsConfig",
     "distribute",
     "explain",
+    "export_gguf",
     "export_per_expert",
     "is_registered",
     "lora_config",
