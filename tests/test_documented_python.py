@@ -63,6 +63,7 @@ def names(trained_model, byte_tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("block", list(documented()))
 def test_blocks_run(block, names, capsys):
     block = block.replace("budget=0.001", "budget=0.02")  # of a model this small 0.1 % is not one rank
+    block = block.replace('type="q4_0"', 'type="bf16"')  # groups of 32 do not divide this model's widths
     code = compile(block, "<page>", "exec")
     if any(part in block for part in NOT_RUN):
         for node in ast.walk(ast.parse(block)):

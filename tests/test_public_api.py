@@ -32,6 +32,7 @@ NAMES = [
     "compress",
     "distribute",
     "explain",
+    "export_gguf",
     "export_per_expert",
     "is_registered",
     "lora_config",

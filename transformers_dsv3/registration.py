@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_deepseek_v3
 from transformers.utils import is_peft_available
 
+from .compression.gguf_registration import register_gguf
 from .compression.quantizer_fp8 import register_fp8
 from .compression.quantizer_packed import register_packed
 from .kernels import experts_auto
@@ -73,6 +74,7 @@ def register(names: bool = False) -> None:
         )
     register_fp8()
     register_packed()
+    register_gguf()
     experts_auto.register()
     if is_peft_available():
         if names or "peft" in sys.modules:

@@ -12,6 +12,7 @@ from .card import card
 from .compress import compress
 from .evaluate import evaluate
 from .explain import explain
+from .export_gguf import export_gguf
 from .pull import pull
 from .push import push
 from .quickstart import quickstart
@@ -52,6 +53,7 @@ app.command(short_help="Report how evenly a model uses its experts on a text.")(
 app.command(short_help="Measure a checkpoint: text, routing, speed, lm-eval's tasks, HumanEval.")(evaluate)
 app.command(short_help="Compress a checkpoint to 8, 4 or 3 bits a weight.")(compress)
 app.command(short_help="Write a model card from a checkpoint's records.")(card)
+app.command(name="export-gguf", short_help="Write a GGUF file for llama.cpp.")(export_gguf)
 app.command(short_help="Upload a checkpoint or an adapter to the Hugging Face Hub.")(push)
 app.command(short_help="Download a model from the Hub and check every file's hash.")(pull)
 

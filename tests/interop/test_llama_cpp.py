@@ -1,4 +1,4 @@
-"""llama.cpp: its own converter turns a saved checkpoint into GGUF, and its logits are the plugin's."""
+"""llama.cpp: its own converter turns a saved checkpoint into GGUF, it opens what `export_gguf` writes, and back."""
 
 import json
 import os
@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from transformers_dsv3 import export_gguf
+from transformers_dsv3.models.dsv3.mtp_dsv3 import shift_left
 
 
 pytestmark = pytest.mark.interop
@@ -36,28 +39,48 @@ def converter(llama):
     return path
 
 
+class Run:
+    """What llama.cpp makes of a GGUF file and a text: logits, greedy text, tokens and the chat template."""
+
+    def __init__(self, llama, folder, gguf, ids, text, prompt=64, new_tokens=32):
+        request, output = folder / "request.json", folder / "logits.npy"
+        request.write_text(json.dumps({"ids": ids, "text": text, "prompt": prompt, "new_tokens": new_tokens}))
+        printed = json.loads(llama.run(SCRIPT, "logits", gguf, request, output).splitlines()[-1])
+        self.logits = torch.from_numpy(np.load(output))
+        self.tokens, self.text, self.template = printed["tokens"], printed["text"], printed["template"]
+        self.ids, self.prompt = torch.tensor([ids]), prompt
+
+    def beside(self, model):
+        """Largest difference of logits, share of positions and of greedy tokens that agree with a model of ours."""
+        with torch.no_grad():
+            ours = model(self.ids).logits[0].float()
+            greedy = model.generate(
+                self.ids[:, : self.prompt],
+                max_new_tokens=len(self.text),
+                min_new_tokens=len(self.text),
+                do_sample=False,
+            )
+        agreement = (ours.argmax(-1) == self.logits.argmax(-1)).float().mean().item()
+        text = (greedy[0, self.prompt :] == torch.tensor(self.text)).float().mean().item()
+        return (ours - self.logits).abs().max().item(), agreement, text
+
+
 @pytest.fixture
 def compare(llama, converter, text, tmp_path):
     """Converts a checkpoint and compares logits and tokens: `compare(model, tokenizer, pre_tokenizer=None)`."""
 
     def compare_logits(model, tokenizer, pre_tokenizer=None):
-        gguf, request, output = (tmp_path / name for name in ("model.gguf", "request.json", "logits.npy"))
+        gguf = tmp_path / "model.gguf"
         named = ["--pre-tokenizer", pre_tokenizer] if pre_tokenizer else []
         llama.run(SCRIPT, "convert", converter, tmp_path / "saved", gguf, *named)
 
         ids = tokenizer(text)["input_ids"][:200]
         assert len(ids) >= 64
-        request.write_text(json.dumps({"ids": ids, "text": text}))
-        printed = llama.run(SCRIPT, "logits", gguf, request, output)
-        assert json.loads(printed.splitlines()[-1]) == tokenizer(text)["input_ids"]
-
-        theirs = torch.from_numpy(np.load(output))
-        with torch.no_grad():
-            ours = model(torch.tensor([ids])).logits[0]
-        difference = (ours - theirs).abs().max().item()
-        agreement = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+        run = Run(llama, tmp_path, gguf, ids, text)
+        assert run.tokens == tokenizer(text)["input_ids"]
+        difference, agreement, _ = run.beside(model)
         print(
-            f"llama.cpp: {len(ids)} positions, logits of deviation {ours.std():.2f}, "
+            f"llama.cpp: {len(ids)} positions, logits of deviation {run.logits.std():.2f}, "
             f"max |difference| {difference:.2e}, arg-max agreement {agreement:.0%}"
         )
         assert difference <= 0.01
@@ -104,3 +127,91 @@ def test_deepseek_tokenizer(llama, save, yarn, compare, tmp_path):
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
     )
     compare(save(tmp_path / "saved", tokenizer=tokenizer, hidden_size=64, rope_parameters=yarn), tokenizer)
+
+
+# Every token goes to every expert: which ones it goes to is no matter of rounding
+EVERY_EXPERT = {"n_routed_experts": 8, "num_experts_per_tok": 8, "q_lora_rank": 64}
+
+
+def opened(file, **options):
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
+
+
+# llama.cpp rounds activations to 8 bits where they meet Q8_0 and Q4_0, and to bf16 where they meet that
+@pytest.mark.parametrize(
+    ("type", "limit", "share"), [("f32", 1e-3, 1.0), ("bf16", 0.3, 0.9), ("q8_0", 0.3, 0.9), ("q4_0", 0.3, 0.9)]
+)
+def test_exported_files(llama, save, tokenizer, text, yarn, tmp_path, type, limit, share):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    model = save(tmp_path / "saved", rope_parameters=yarn, **EVERY_EXPERT)
+    file = export_gguf(tmp_path / "saved", tmp_path / "model.gguf", type, progress=False)
+    run = Run(llama, tmp_path, file, tokenizer(text)["input_ids"][:200], text)
+    assert run.tokens == tokenizer(text)["input_ids"] and run.template == tokenizer.chat_template
+    difference, agreement, greedy = run.beside(model if type == "f32" else opened(file, dtype=torch.float32))
+    print(
+        f"llama.cpp {type}: logits of deviation {run.logits.std():.2f}, max |difference| {difference:.2e}, "
+        f"arg-max agreement {agreement:.1%}, greedy text {greedy:.0%}"
+    )
+    assert difference <= limit and agreement >= share
+    assert greedy == 1.0 or type != "f32"
+
+
+def test_exported_files_of_variants(llama, save, tokenizer, text, tmp_path):
+    """Without a query LoRA at a number of layers at which llama.cpp's own converter has none; tied head, groups."""
+    ids = tokenizer(text)["input_ids"][:200]
+    for fields in ({"q_lora_rank": None}, {"tie_word_embeddings": True, "n_group": 4, "topk_group": 2}):
+        model = save(tmp_path / "saved", **fields)
+        file = export_gguf(tmp_path / "saved", tmp_path / "model.gguf", "f32", progress=False)
+        difference, agreement, greedy = Run(llama, tmp_path, file, ids, text).beside(model)
+        assert difference <= 1e-3 and agreement == greedy == 1.0, fields
+
+
+@pytest.mark.parametrize("type", ["f32", "q8_0", "q4_0", "q4_k_m", "q6_k", "q5_0"])
+def test_files_of_the_converter_and_the_quantizer_open(llama, converter, save, tokenizer, text, tmp_path, type):
+    """Widths of 256, which K-types need. The converter leaves the MTP layer out."""
+    widths = ("hidden_size", "q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size")
+    save(tmp_path / "saved", **{**EVERY_EXPERT, **dict.fromkeys(widths, 256), "v_head_dim": 64})
+    plain, file = tmp_path / "plain.gguf", tmp_path / "model.gguf"
+    llama.run(SCRIPT, "convert", converter, tmp_path / "saved", plain, "--pre-tokenizer", "gpt-2")
+    if type == "f32":
+        plain.rename(file)
+    else:
+        llama.run(SCRIPT, "quantize", plain, file, type)
+    run = Run(llama, tmp_path, file, tokenizer(text)["input_ids"][:200], text)
+    model = opened(file, dtype=torch.float32)
+    assert model.config.num_nextn_predict_layers == 0
+    assert AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)(text)["input_ids"] == run.tokens
+    difference, agreement, _ = run.beside(model)
+    deviation = run.logits.std().item()
+    print(
+        f"llama.cpp's own {type}: logits of deviation {deviation:.2f}, max |difference| {difference:.2e}, arg-max "
+        f"agreement {agreement:.1%}"
+    )
+    # Activations of llama.cpp are rounded to 8 bits, in this model of random weights of every layer
+    assert difference <= (1e-3 if type == "f32" else 0.5) * deviation and agreement >= (1.0 if type == "f32" else 0.8)
+
+
+def test_mtp_layer(llama, trained_model, training_bytes, byte_tokenizer, tmp_path):
+    """The graph that llama.cpp drafts with has the logits of the layer that its converter leaves out."""
+    trained_model.save_pretrained(tmp_path / "saved")
+    byte_tokenizer.save_pretrained(tmp_path / "saved")
+    file = export_gguf(tmp_path / "saved", tmp_path / "model.gguf", "f32", progress=False)
+    text = trained_model.generate(training_bytes[None, :100], max_new_tokens=150, do_sample=False)
+    request, output = tmp_path / "request.json", tmp_path / "logits.npz"
+    request.write_text(json.dumps({"ids": text[0].tolist()}))
+    llama.run(SCRIPT, "mtp", file, request, output)
+    plain, mtp = (torch.from_numpy(np.load(output)[name]) for name in ("plain", "mtp"))
+
+    decoder, positions = trained_model.model, torch.arange(text.shape[1])[None]
+    with torch.no_grad():
+        hidden, embeds = decoder(text, use_cache=False).last_hidden_state, decoder.embed_tokens(text)
+        inputs = decoder.attention_inputs(embeds, None, positions, None)
+        ours = trained_model.lm_head(decoder.mtp[0](hidden, shift_left(embeds, 1, 0.0), **inputs))[0, :-1]
+    difference = (ours - mtp).abs().max().item()
+    agreement = (ours.argmax(-1) == mtp.argmax(-1)).float().mean().item()
+    accepted = (mtp[99:-1].argmax(-1) == plain[100:-1].argmax(-1)).float().mean().item()
+    print(
+        f"llama.cpp's MTP graph: logits of deviation {ours.std():.2f}, max |difference| {difference:.2e}, arg-max "
+        f"agreement {agreement:.1%}; {accepted:.0%} of its drafts are what it says next"
+    )
+    assert difference <= 0.01 and agreement >= 0.99 and accepted >= 0.5

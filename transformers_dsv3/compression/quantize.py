@@ -104,10 +104,15 @@ def quantize(
         except ValueError as error:
             raise ValueError(f"{name} cannot be quantised: {error}.") from error
         model.set_submodule(name, quantized.train(module.training))
+    mark_quantized(model, activations)
+    return model
+
+
+def mark_quantized(model: PreTrainedModel, activations: str | None = None) -> None:
+    """Tells Transformers of a model with layers of `quantized_weights`, and how it is saved."""
     quantizer = model.hf_quantizer = PackedWeightsQuantizer(PackedWeightsConfig(activations))
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
     quantizer.describe(model)
-    return model
 
 
 def _quantized(module: nn.Module, bits: int, activations: str | None, shared: dict) -> nn.Module:

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.peft import maybe_load_adapters
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from .checkpoint_checks_dsv3 import SCALE, CheckpointCheck, mtp_layers_present
 from .checkpoint_conversion_dsv3 import (
@@ -56,6 +57,12 @@ _loading = threading.RLock()
 FP8_METHOD = "deepseek_fp8"
 # And of our reader of weights that stay packed (compression/quantizer_packed.py)
 PACKED_METHOD = "packed_weights"
+
+# Readers of other formats, which their modules register: by format, a function from a file's path, a function from the
+# name of another file of the same model to its path, and the user's `quantization_config` to a state dict that has
+# `config()` (fields of the config), `completed(config)` (with what one file of several does not tell), `dtype` (that
+# `dtype="auto"` means) and `into(model)`, which gives the weights of a model on the meta device.
+READERS: dict[str, Callable[[str, Callable[[str], str], Any], Any]] = {}
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Arguments of `from_pretrained` that the config would swallow: attributes of it, or arguments of its own loading.
@@ -98,14 +105,21 @@ class Dsv3CheckpointMixin(_Base):
           multiplies by `kv_b_proj` in parts, which needs real weights. Native FP8 kernels can be asked for with
           `quantization_config=FineGrainedFP8Config()`; that path is Transformers' own, and what is not FP8 on disk
           (`eh_proj`) stays so.
+        - `gguf_file=` names a file of llama.cpp's `deepseek2` architecture in that place, or the first of several. Its
+          Q8_0 and Q4_0 weights stay as they are and are computed with so, so that memory is about the file's size;
+          all other types are dequantised. `quantization_config=transformers.GgufConfig(dequantize=True)` makes plain
+          weights of all, which can be trained and saved. `dtype` is that of all else, by default the file's: bf16
+          where it is quantised. MTP layers are loaded where the file has them.
         - Threads may load at once: they wait for each other.
 
         Raises:
             CheckpointError: a checkpoint that does not fit, see above.
         """
         location = pretrained_model_name_or_path
-        if location is None or kwargs.get("gguf_file") is not None:
+        if location is None:
             return super().from_pretrained(location, *model_args, config=config, **kwargs)
+        if (gguf_file := kwargs.pop("gguf_file", None)) is not None:
+            return cls._from_gguf(os.fspath(location), gguf_file, *model_args, config=config, **kwargs)
 
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         held = {name: kwargs.pop(name) for name in _NOT_FOR_THE_CONFIG if name in kwargs}
@@ -137,6 +151,30 @@ class Dsv3CheckpointMixin(_Base):
             return super().from_pretrained(location, *model_args, config=config, **hub, **held, **kwargs)
 
     @classmethod
+    def _from_gguf(
+        cls, location: str, gguf_file: str, *model_args: Any, config: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> Any:
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        kwargs.pop("adapter_kwargs", None)
+        given = kwargs.pop("torch_dtype", None)
+        dtype = given if dtype is None else dtype
+
+        def find(name: str) -> str:
+            return name if os.path.isfile(name) else cached_file(location, name, **hub)
+
+        weights = READERS["gguf"](find(gguf_file), find, kwargs.pop("quantization_config", None))
+        config = cls.config_class(**weights.config()) if config is None else weights.completed(copy.deepcopy(config))
+        dtype = weights.dtype if dtype in (None, "auto") else dtype
+        is_rank = torch.distributed.is_available() and torch.distributed.is_initialized()
+        with contextlib.nullcontext() if is_rank else _loading:
+            loaded = super().from_pretrained(
+                None, *model_args, config=config, state_dict=weights, dtype=dtype, **kwargs
+            )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = location
+        return loaded
+
+    @classmethod
     def _load_pretrained_model(
         cls,
         model: Any,
@@ -149,6 +187,8 @@ class Dsv3CheckpointMixin(_Base):
 
         `expected_keys` comes with an adapter's weights: these are refused unless they fit as a whole.
         """
+        if state_dict is not None and hasattr(state_dict, "into"):  # of one of `READERS`
+            state_dict = state_dict.into(model)
         files = checkpoint_files or []
         given = [step for step in load_config.weight_mapping or [] if isinstance(step, WeightRenaming)]
         if expected_keys is None and not any(isinstance(s, WeightConverter) for s in load_config.weight_mapping or []):
