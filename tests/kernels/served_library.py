@@ -1,7 +1,7 @@
 """The compiled library in another process: built for ARM and run by qemu, or with a sanitizer that Python cannot have.
 
-A `ServedLibrary` stands where ctypes' library does (`kernels/cpu/library.py: loaded`), so that whatever calls operators
-runs on it, whole models too. Each call takes along the memory that its arguments point to.
+A `ServedLibrary` stands where ctypes' library does (`loaded` of `kernels/cpu/library.py`), so that whatever calls
+operators runs on it, whole models too. Each call takes along the memory that its arguments point to.
 """
 
 import collections
@@ -40,7 +40,10 @@ ANSWER = struct.Struct("q32s")
 
 def arm_refusal():
     """The reason why nothing can be built and run for ARM here, or None."""
-    for program, package in ((ARM_COMPILER, "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"), (ARM_EMULATOR, "qemu-user")):
+    for program, package in (
+        (ARM_COMPILER, "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
+        (ARM_EMULATOR, "qemu-user"),
+    ):
         if shutil.which(program) is None:
             return f"needs {program} (Debian: {package})"
     return None if (ROOT / "setup.py").exists() else "needs the source tree"
@@ -66,7 +69,16 @@ def build(folder, compiler, flags=""):
     with mock.patch.dict(os.environ, {"CC": compiler, "CFLAGS": flags, "LDFLAGS": flags}):
         reason = setup_py().build(SOURCES, folder)
     assert reason is None, reason
-    command = [compiler, "-O1", *shlex.split(flags), Path(__file__).with_name("serve.c"), "-o", program, "-ldl", "-pthread"]
+    command = [
+        compiler,
+        "-O1",
+        *shlex.split(flags),
+        Path(__file__).with_name("serve.c"),
+        "-o",
+        program,
+        "-ldl",
+        "-pthread",
+    ]
     subprocess.run(command, check=True)
     return [str(program), str(folder / "_cpu.so")]
 
@@ -158,7 +170,9 @@ class ServedLibrary:
         return self._exchange(name, whole, pointers, reals, regions, slots)
 
     def _exchange(self, name, whole, pointers, reals, regions, slots):
-        numbers = [each + [0] * (length - len(each)) for each, length in ((whole, WHOLE), (pointers, WHOLE), (reals, REAL))]
+        numbers = [
+            each + [0] * (length - len(each)) for each, length in ((whole, WHOLE), (pointers, WHOLE), (reals, REAL))
+        ]
         to, back = self._process.stdin, self._process.stdout
         to.write(REQUEST.pack(name.encode(), *numbers[0], *numbers[1], *numbers[2], len(regions), len(slots)))
         for address, size in regions.items():

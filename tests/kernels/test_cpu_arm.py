@@ -1,4 +1,4 @@
-"""The compiled backend built for ARM: chosen for a processor, and a compressed model, by qemu where there is no such one.
+"""The compiled backend built for ARM, by qemu where this is none: instruction sets, and text of a compressed model.
 
 With `-m slow` the other tests of operators run on it too (fixture `isa`).
 """

@@ -317,7 +317,10 @@ def test_a_bad_variable_stops_the_program():
     code = "import transformers_dsv3.kernels.selection"
     done = in_a_process("isa=mmx", code)
     assert done.returncode != 0
-    assert "TRANSFORMERS_DSV3_BACKENDS: isa is one of avx512, avx_vnni, avx2, neon_dot, neon, portable, not 'mmx'" in done.stderr
+    assert (
+        "TRANSFORMERS_DSV3_BACKENDS: isa is one of avx512, avx_vnni, avx2, neon_dot, neon, portable, not 'mmx'"
+        in done.stderr
+    )
 
 
 class TestCallsThatAreLeftToPyTorch:
