@@ -198,7 +198,10 @@ class ServedLibrary:
 
 @contextlib.contextmanager
 def served(command):
-    """Operators are computed by the library that a command serves, within a block."""
+    """Operators are computed by the library that a command serves, within a block.
+
+    Models run there that ran nowhere before, or tensors' addresses would not be known.
+    """
     library = ServedLibrary(command)
     ask = torch.Tensor.data_ptr
 

@@ -1,9 +1,10 @@
 """The library's threads under ThreadSanitizer, which Python does not run under: in a process of their own.
 
-Its threads there are POSIX's, which the sanitizer follows, where torch's OpenMP pool waits by means that it does not see.
+Its threads there are POSIX's, which the sanitizer follows; how torch's OpenMP pool waits it does not see.
 Helgrind takes every atomic operation for a plain one, so reports each of them.
 """
 
+import copy
 import platform
 import shutil
 import subprocess
@@ -71,10 +72,12 @@ def test_no_data_race(under_the_sanitizer, make_model, threads, steps, bits):
     if bits is not None:
         transformers_dsv3.quantize(model, bits=bits, activations="8")
     prompt = torch.arange(1, 31).view(3, 10)
-    expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 5, "do_sample": False}
+    # Of a copy: what this process has described a model by, another does not know
+    expected = copy.deepcopy(model).generate(prompt, **arguments)
     del steps[:]
     with served(under_the_sanitizer):
         for count in (2, 3, 8):
             with threads(count):
-                assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), expected)
+                assert torch.equal(model.generate(prompt, **arguments), expected)
     assert len(steps) == 3 * 4
