@@ -45,7 +45,7 @@ CC=aarch64-linux-gnu-gcc "$python" "$root/setup.py" -q build_ext --build-lib "$f
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 cd "$root"
 generate=tests/interop/arm64_generate.py
-PYTHONPATH=$root "$python" "$generate" make "$folder/checkpoint"
+OMP_NUM_THREADS=1 PYTHONPATH=$root "$python" "$generate" make "$folder/checkpoint"
 PYTHONPATH=$root "$python" "$generate" run "$folder/checkpoint" "$folder/here.json"
 qemu-aarch64 -cpu "$cpu" -L "$debian" -E "LD_LIBRARY_PATH=/usr/lib/aarch64-linux-gnu" \
     -E "PYTHONPATH=$root:$folder/packages" -E "TRANSFORMERS_DSV3_CPU_LIBRARY=$folder/library/transformers_dsv3/kernels" \
