@@ -4,8 +4,8 @@
 #
 #   tests/interop/arm64.sh FOLDER [CPU]
 #
-# FOLDER keeps Debian for arm64 and the packages (1.5 GB) for the next run. CPU is qemu's: max, or cortex-a53, which has
-# no dot products. Needs root, Debian's debootstrap, qemu-user, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross, and a
+# FOLDER keeps Debian for arm64 and the packages (1.5 GB) for the next run. CPU is qemu's, by default max: PyPI's wheels
+# stop with an illegal instruction on cortex-a53. Needs root, Debian's debootstrap, qemu-user, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross, and a
 # `python` that has this package installed. Two minutes of processor time, and as much for the packages the first time.
 # PyPI's last torch for this processor without CUDA is 2.10, older than the package asks for: it does here.
 set -euo pipefail
