@@ -72,6 +72,7 @@ RUN_BY = {
     "tests/gpu/run.sh": "tests/gpu/test_gpu_run.py",
     "tests/compatibility.sh": "elsewhere: .ci/run",
     "tests/interop/run.sh": "elsewhere: installs 8 GB of other programs",
+    "tests/interop/arm64.sh": "elsewhere: installs a Debian for ARM",
     "tests/kernels/sanitize.sh": "elsewhere: needs gcc's sanitizers, and two minutes",
     "python -m pytest": "elsewhere: it is what runs this",
     "pip": "elsewhere: .ci/run installs",

@@ -1,13 +1,18 @@
 """What the tests of compiled operators share."""
 
 import contextlib
+import os
+import platform
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from transformers_dsv3.kernels.cpu import library as cpu_library
 from transformers_dsv3.kernels.selection import CHOICES
+
+from . import served_library
 
 
 # Compilation and page faults make single examples slow on a busy machine
@@ -26,9 +31,36 @@ def compiled():
     needs_library()
 
 
-@pytest.fixture(scope="module", params=CHOICES["isa"])
+ARM = platform.machine() in ("aarch64", "arm64")
+
+
+@pytest.fixture(scope="session")
+def served_arm(tmp_path_factory):
+    """The command, built for ARM, that serves the library; skips where that cannot be built or run."""
+    if (reason := served_library.arm_refusal()) is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "served_arm"
+    with FileLock(folder.with_suffix(".lock")):
+        # Optimised just so far that vectors stay in registers: compiling as for use takes three times as long
+        return served_library.build(folder, served_library.ARM_COMPILER, "-O1")
+
+
+def _instruction_sets():
+    for name in CHOICES["isa"]:
+        emulated = name.startswith("neon") and not ARM
+        yield pytest.param(name, marks=pytest.mark.slow if emulated else ())
+
+
+@pytest.fixture(scope="module", params=_instruction_sets())
 def isa(request):
-    """Each instruction set that this machine runs. Of a module, since hypothesis runs many examples in one test."""
+    """Each instruction set that this machine runs or emulates. Of a module, since hypothesis runs many examples in one
+    test."""
+    if request.param.startswith("neon") and not ARM:
+        with served_library.served(served_library.emulated(request.getfixturevalue("served_arm"))):
+            cpu_library.instruction_set(request.param)
+            yield request.param
+        return
     needs_library()
     best = cpu_library.instruction_set()
     try:

@@ -66,7 +66,7 @@ def test_the_variable_is_parsed():
             "linear=torch,attention=",
             "attention is one of auto, torch, cpu, triton, flash_mla, flash_attention_3_mla, not ''",
         ),
-        ("isa=sse2", "isa is one of avx512, avx2, portable, not 'sse2'"),
+        ("isa=sse2", "isa is one of avx512, avx_vnni, avx2, neon_dot, neon, portable, not 'sse2'"),
     ],
 )
 def test_what_the_variable_cannot_mean_is_refused(text, message):
@@ -314,9 +314,13 @@ def test_the_variable_replaces_the_default_but_not_an_argument():
 
 
 def test_a_bad_variable_stops_the_program():
-    done = in_a_process("isa=mmx", "import transformers_dsv3.kernels.selection")
+    code = "import transformers_dsv3.kernels.selection"
+    done = in_a_process("isa=mmx", code)
     assert done.returncode != 0
-    assert "TRANSFORMERS_DSV3_BACKENDS: isa is one of avx512, avx2, portable, not 'mmx'" in done.stderr
+    assert (
+        "TRANSFORMERS_DSV3_BACKENDS: isa is one of avx512, avx_vnni, avx2, neon_dot, neon, portable, not 'mmx'"
+        in done.stderr
+    )
 
 
 class TestCallsThatAreLeftToPyTorch:

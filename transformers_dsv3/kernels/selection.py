@@ -35,7 +35,7 @@ PUBLIC_ATTENTION = ("flash_mla", "flash_attention_3_mla")
 CHOICES = {
     "linear": ("auto", "torch", "cpu", "triton"),
     "attention": ("auto", "torch", "cpu", "triton", *PUBLIC_ATTENTION),
-    "isa": ("avx512", "avx2", "portable"),
+    "isa": cpu_library.INSTRUCTION_SETS,
     "pages": ("huge", "normal"),
 }
 
@@ -62,7 +62,10 @@ chosen = parse(os.environ.get(VARIABLE, ""))
 # Grows with every change of the choices: what was decided before is decided anew
 epoch = 0
 if "isa" in chosen and cpu_library.unavailable is None:
-    cpu_library.instruction_set(chosen["isa"])
+    try:
+        cpu_library.instruction_set(chosen["isa"])
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ FOLDER_VARIABLE = "TRANSFORMERS_DSV3_CPU_LIBRARY"
 # The build writes into this file why there is no library; see setup.py
 BUILD_FAILURE = "_cpu_build_failure.txt"
 VERSION = 6  # dsv3_version() of csrc/library.c
+# Tables of inner loops that csrc/library.c may have, best ones of a processor first; each machine runs some of them
+INSTRUCTION_SETS = ("avx512", "avx_vnni", "avx2", "neon_dot", "neon", "portable")
 
 pointer, integer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # What `csrc/dsv3.h` declares, which a test compares with this
@@ -127,17 +129,18 @@ def instruction_set(name: str | None = None) -> str:
     """Chooses the instruction set, by default the best one this processor has.
 
     Args:
-        name: "avx512" (with BF16 and VNNI), "avx2" or "portable".
+        name: of INSTRUCTION_SETS: "avx512" (with BF16 and VNNI), "avx_vnni" (AVX2 with VNNI), "avx2", "neon_dot" (with
+            products of bytes), "neon" or "portable".
 
     Returns:
         The name of the one in use from now on.
 
     Raises:
-        ValueError: if this processor does not run it.
+        ValueError: if this processor does not run it, or there is no such one.
     """
     used = loaded.dsv3_use_isa(name and name.encode())
     if used is None:
-        raise ValueError(f"this processor does not run {name!r} code; choose avx512, avx2 or portable")
+        raise ValueError(f"this processor does not run {name!r} code; choose one of {', '.join(INSTRUCTION_SETS)}")
     return used.decode()
 
 

@@ -1,7 +1,9 @@
 /* Products of rows quantised in groups, on vectors that the including file defines:
- *   WHOLE                       the whole numbers of a group
- *   LOAD_WHOLE(p)               from GROUP bytes; LOAD_NIBBLES(p) from GROUP / 2, less 8
- *   PRODUCTS(w, a)              of two of them, added up to a vector s32x8
+ *   SUMS                        type of a running sum of floats; SUM_OF(sums), of its lanes
+ *   W_GROUP, A_GROUP            the whole numbers of a group of weights, of activations
+ *   LOAD_W8(p), LOAD_W4(p)      from GROUP or GROUP / 2 bytes, of the latter less 8
+ *   LOAD_A8(p, bits)            from GROUP bytes, for weights of 8 or 4 bits
+ *   ADD_GROUP(sums, w, a, scale)  sums plus scale times the products
  * A quantised row here is K whole numbers of 8 bits, then a scale for each group. */
 #include <float.h>
 
@@ -86,36 +88,36 @@ static void dequantize_bf16(int weight_bits, const void *w, const fp16 *scale, b
 }
 
 /* mr rows by nr rows over the groups from `first` on, whose scales of w are in `w_scale` */
-#define GROUPS(DOT, W_T, BYTES, LOAD) \
+#define GROUPS(DOT, W_T, BITS, BYTES, LOAD) \
     static inline __attribute__((always_inline)) void DOT##_tile( \
         const void *const *a, const W_T *w, const float *w_scale, int64_t first, int64_t groups, int64_t K, float *c, \
         ptrdiff_t ldc, const W_T *next, const int mr, const int nr) \
     { \
-        f32x8 acc[2][4]; \
+        SUMS acc[2][4]; \
         for (int i = 0; i < mr; i++) \
             for (int j = 0; j < nr; j++) \
-                acc[i][j] = (f32x8){0}; \
+                acc[i][j] = (SUMS){0}; \
         for (int64_t g = 0; g < groups; g++) { \
-            WHOLE av[2]; \
+            A_GROUP av[2]; \
             float a_scale[2]; \
             for (int i = 0; i < mr; i++) { \
-                av[i] = LOAD_WHOLE((const int8_t *)a[i] + (first + g) * GROUP); \
+                av[i] = LOAD_A8((const int8_t *)a[i] + (first + g) * GROUP, BITS); \
                 a_scale[i] = scales_of(a[i], K)[first + g]; \
             } \
             for (int j = 0; j < nr; j++) { \
                 ptrdiff_t place = (j * (K / GROUP) + first + g) * BYTES; \
-                WHOLE wv = LOAD(w + place); \
+                W_GROUP wv = LOAD(w + place); \
                 if (next) \
                     __builtin_prefetch(next + place, 0, 2); \
-                for (int i = 0; i < mr; i++) { \
-                    s32x8 sums = PRODUCTS(wv, av[i]); \
-                    float scale = w_scale[j * SCALES_AT_ONCE + g] * a_scale[i]; \
-                    acc[i][j] = acc[i][j] + __builtin_convertvector(sums, f32x8) * scale; \
-                } \
+                for (int i = 0; i < mr; i++) \
+                    acc[i][j] = ADD_GROUP(acc[i][j], wv, av[i], w_scale[j * SCALES_AT_ONCE + g] * a_scale[i]); \
             } \
         } \
         for (int i = 0; i < mr; i++) \
-            store_sums(c + i * ldc, acc[i], nr, first > 0); \
+            for (int j = 0; j < nr; j++) { \
+                float sum = SUM_OF(acc[i][j]); \
+                c[i * ldc + j] = first > 0 ? c[i * ldc + j] + sum : sum; \
+            } \
     } \
     static void DOT(GROUPS_ARGUMENTS(W_T)) \
     { \
@@ -145,6 +147,6 @@ static void dequantize_bf16(int weight_bits, const void *w, const fp16 *scale, b
             } \
         } \
     }
-GROUPS(dot_q8, int8_t, GROUP, LOAD_WHOLE)
-GROUPS(dot_q4, uint8_t, GROUP / 2, LOAD_NIBBLES)
+GROUPS(dot_q8, int8_t, 8, GROUP, LOAD_W8)
+GROUPS(dot_q4, uint8_t, 4, GROUP / 2, LOAD_W4)
 #undef GROUPS

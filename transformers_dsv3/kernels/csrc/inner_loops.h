@@ -82,10 +82,21 @@ typedef struct {
     uint64_t (*xor_of)(const uint64_t *x, int64_t n);
 } inner_loops;
 
-extern const inner_loops loops_portable;
-#if defined(__x86_64__)
-extern const inner_loops loops_avx2, loops_avx512;
+/* Instruction sets that the compiler knows: what is chosen at run time is one of these */
+#if defined(__clang__)
+#define COMPILER_SINCE(gcc, clang) (__clang_major__ >= (clang))
+#else
+#define COMPILER_SINCE(gcc, clang) (__GNUC__ >= (gcc))
 #endif
+#if defined(__x86_64__)
+#define HAS_AVX_VNNI COMPILER_SINCE(11, 12)
+extern const inner_loops loops_avx2, loops_avx512, loops_avx_vnni;
+#elif defined(__aarch64__) && !defined(__AARCH64EB__)
+#define HAS_NEON 1
+#define HAS_NEON_DOT COMPILER_SINCE(8, 16)
+extern const inner_loops loops_neon, loops_neon_dot;
+#endif
+extern const inner_loops loops_portable;
 
 /* The set that this processor runs, or the one that `dsv3_use_isa` named */
 extern const inner_loops *loops;

@@ -4,6 +4,11 @@
 #include "threads.h"
 
 #include <string.h>
+#if HAS_AVX_VNNI
+#include <cpuid.h>
+#elif HAS_NEON_DOT && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 /* Grows with every change of an exported function: a library that was built from other sources is not used */
 int dsv3_version(void) { return 6; }
@@ -23,6 +28,24 @@ static int runs_here(const char *name)
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
+#if HAS_AVX_VNNI
+    if (!strcmp(name, "avx_vnni")) {
+        unsigned eax = 0, ebx, ecx, edx; /* which compilers have no common name for */
+        return runs_here("avx2") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 4 & 1;
+    }
+#endif
+#if HAS_NEON
+    if (!strcmp(name, "neon"))
+        return 1;
+#endif
+#if HAS_NEON_DOT
+    if (!strcmp(name, "neon_dot"))
+#if defined(__linux__)
+        return getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP */
+#else
+        return 1; /* every one of Apple's that runs macOS */
+#endif
+#endif
     return 0;
 }
 
@@ -32,7 +55,17 @@ const char *dsv3_use_isa(const char *name)
 {
     const inner_loops *best_first[] = {
 #if defined(__x86_64__)
-        &loops_avx512, &loops_avx2,
+        &loops_avx512,
+#if HAS_AVX_VNNI
+        &loops_avx_vnni,
+#endif
+        &loops_avx2,
+#endif
+#if HAS_NEON_DOT
+        &loops_neon_dot,
+#endif
+#if HAS_NEON
+        &loops_neon,
 #endif
         &loops_portable,
     };

@@ -1,8 +1,10 @@
-/* The inner loops on vectors of eight floats in the compiler's own notation (GCC and Clang): compiled once for any
- * processor, which gives SSE2 or NEON, and once for AVX2. The file that includes it defines LOOPS and its NAME. */
+/* The inner loops on vectors of eight floats: in the compiler's own notation (GCC and Clang), compiled once for any
+ * processor and once for AVX2, or in two registers of NEON. The file that includes it defines LOOPS and its NAME, and may
+ * have defined by itself, said by these names, what is defined here otherwise:
+ *   OWN_FLOATS     f32x8, and the functions of it
+ *   OWN_GROUPS     what dot_groups.h asks for */
 #include "elementwise.h"
 
-typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t s32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
@@ -16,27 +18,39 @@ typedef uint8_t u8x8 __attribute__((vector_size(8)));
         type x; \
         memcpy(&x, p, sizeof x); \
         return x; \
-    } \
-    static inline type name##_tail(const element *p, int n) \
-    { \
-        type x; \
-        memset(&x, 0, sizeof x); \
-        memcpy(&x, p, (size_t)n * sizeof(element)); \
-        return x; \
     }
+
+#if !defined(OWN_FLOATS)
+typedef float f32x8 __attribute__((vector_size(32)));
+
 LOAD_AS(load_f32, f32x8, float)
 LOAD_AS(load_bits, u16x8, bf16)
-LOAD_AS(load_s8, s8x8, int8_t)
-LOAD_AS(load_u8, u8x8, uint8_t)
-static inline f32x8 widen(u16x8 x)
+static inline f32x8 load_bf16(const bf16 *p)
 {
-    u32x8 bits = __builtin_convertvector(x, u32x8) << 16;
+    u32x8 bits = __builtin_convertvector(load_bits(p), u32x8) << 16;
     f32x8 y;
     memcpy(&y, &bits, sizeof y);
     return y;
 }
-
+static inline void store_f32(float *p, f32x8 x) { memcpy(p, &x, sizeof x); }
+static inline f32x8 multiply_add(f32x8 sum, f32x8 x, f32x8 y) { return sum + x * y; }
+static inline f32x8 multiply_add_by(f32x8 sum, f32x8 x, float y) { return sum + x * y; }
 static inline float sum_of_lanes(f32x8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+#endif
+
+/* The first n < 8 elements, then zeros */
+static inline f32x8 load_f32_tail(const float *p, int n)
+{
+    float x[8] = {0};
+    memcpy(x, p, (size_t)n * sizeof *x);
+    return load_f32(x);
+}
+static inline f32x8 load_bf16_tail(const bf16 *p, int n)
+{
+    bf16 x[8] = {0};
+    memcpy(x, p, (size_t)n * sizeof *x);
+    return load_bf16(x);
+}
 
 static inline __attribute__((always_inline)) void store_sums(float *c, const f32x8 *acc, const int n, const int add)
 {
@@ -55,11 +69,11 @@ static inline __attribute__((always_inline)) void store_sums(float *c, const f32
 #define ZERO (f32x8){0}
 #define A_VEC f32x8
 #define W_VEC f32x8
-#define LOAD_A(p) widen(load_bits(p))
+#define LOAD_A load_bf16
 #define LOAD_W LOAD_A
-#define LOAD_A_TAIL(p, n) widen(load_bits_tail(p, n))
+#define LOAD_A_TAIL load_bf16_tail
 #define LOAD_W_TAIL LOAD_A_TAIL
-#define MAC(acc, a, w) ((acc) + (a) * (w))
+#define MAC multiply_add
 #define STORE(c, acc, n) store_sums(c, acc, n, 0)
 #define STORE_ADD(c, acc, n) store_sums(c, acc, n, 1)
 #include "dot_rows.h"
@@ -75,16 +89,18 @@ static inline __attribute__((always_inline)) void store_sums(float *c, const f32
 #define ZERO (f32x8){0}
 #define A_VEC f32x8
 #define W_VEC f32x8
-#define LOAD_A(p) load_f32(p)
+#define LOAD_A load_f32
 #define LOAD_W LOAD_A
-#define LOAD_A_TAIL(p, n) load_f32_tail(p, n)
+#define LOAD_A_TAIL load_f32_tail
 #define LOAD_W_TAIL LOAD_A_TAIL
-#define MAC(acc, a, w) ((acc) + (a) * (w))
+#define MAC multiply_add
 #define STORE(c, acc, n) store_sums(c, acc, n, 0)
 #define STORE_ADD(c, acc, n) store_sums(c, acc, n, 1)
 #include "dot_rows.h"
 
-#if !defined(PRODUCTS)
+#if !defined(OWN_GROUPS)
+LOAD_AS(load_s8, s8x8, int8_t)
+LOAD_AS(load_u8, u8x8, uint8_t)
 /* Two products of 7 bits fit into 16 */
 typedef struct {
     s16x8 of[4];
@@ -106,15 +122,20 @@ static inline whole_numbers load_nibbles(const uint8_t *p)
     }
     return x;
 }
-static inline s32x8 products(whole_numbers w, whole_numbers a)
+static inline f32x8 add_group(f32x8 sum, whole_numbers w, whole_numbers a, float scale)
 {
     s16x8 first = w.of[0] * a.of[0] + w.of[1] * a.of[1], second = w.of[2] * a.of[2] + w.of[3] * a.of[3];
-    return __builtin_convertvector(first, s32x8) + __builtin_convertvector(second, s32x8);
+    s32x8 products = __builtin_convertvector(first, s32x8) + __builtin_convertvector(second, s32x8);
+    return sum + __builtin_convertvector(products, f32x8) * scale;
 }
-#define WHOLE whole_numbers
-#define LOAD_WHOLE load_whole
-#define LOAD_NIBBLES load_nibbles
-#define PRODUCTS products
+#define SUMS f32x8
+#define W_GROUP whole_numbers
+#define A_GROUP whole_numbers
+#define LOAD_W8 load_whole
+#define LOAD_W4 load_nibbles
+#define LOAD_A8(p, bits) load_whole(p)
+#define ADD_GROUP add_group
+#define SUM_OF sum_of_lanes
 #endif
 #include "dot_groups.h"
 
@@ -144,11 +165,14 @@ static void scores_bf16(SCORES_ARGUMENTS(bf16))
         for (int64_t s = 0; s < S; s++) { \
             f32x8 row = columns == 8 ? LOAD(v + s * ldv) : LOAD_TAIL(v + s * ldv, columns); \
             for (int i = 0; i < mr; i++) \
-                sums[i] = sums[i] + p[i * ldp + s] * row; \
+                sums[i] = multiply_add_by(sums[i], row, p[i * ldp + s]); \
         } \
-        for (int i = 0; i < mr; i++) \
+        for (int i = 0; i < mr; i++) { \
+            float added[8]; \
+            store_f32(added, sums[i]); \
             for (int r = 0; r < columns; r++) \
-                acc[i * ldacc + r] += sums[i][r]; \
+                acc[i * ldacc + r] += added[r]; \
+        } \
     } \
     static void NAME(MIX_ARGUMENTS(V_T)) \
     { \
@@ -162,10 +186,8 @@ static void scores_bf16(SCORES_ARGUMENTS(bf16))
                         NAME##_tile(p + q * ldp, ldp, v + r, ldv, S, acc + q * ldacc + r, ldacc, columns, 1); \
             } \
     }
-#define WIDEN(p) widen(load_bits(p))
-#define WIDEN_TAIL(p, n) widen(load_bits_tail(p, n))
 MIX(mix_f32, float, load_f32, load_f32_tail)
-MIX(mix_bf16, bf16, WIDEN, WIDEN_TAIL)
+MIX(mix_bf16, bf16, load_bf16, load_bf16_tail)
 
 const inner_loops LOOPS = {
     NAME, dot_bf16, dot_f32, dot_q8, dot_q4, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu,
