@@ -20,7 +20,12 @@ import transformers_dsv3
 from transformers_dsv3.compression.gguf_export import export_gguf
 from transformers_dsv3.compression.gguf_file import read_gguf
 from transformers_dsv3.compression.gguf_tokenizer import SPLITS, metadata_of_tokenizer, tokenizer_of
-from transformers_dsv3.compression.quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
+from transformers_dsv3.compression.quantized_weights import (
+    QuantizedEmbedding,
+    QuantizedExperts,
+    QuantizedLinear,
+    dequantize,
+)
 from transformers_dsv3.models.dsv3.checkpoint_files_dsv3 import CheckpointError
 
 
@@ -214,8 +219,10 @@ def test_types_of_other_writers_are_dequantised(gguf_files, tmp_path):
     mixed, plain = model.model.layers[1].mlp.experts, model.model.mtp[0].mlp.experts
     assert isinstance(mixed, QuantizedExperts) and mixed.bits == 8
     gate_up = torch.cat([values["blk.1.ffn_gate_exps.weight"], values["blk.1.ffn_up_exps.weight"]], dim=1)
-    assert torch.equal(mixed._dequantized("gate_up_proj", torch.float32), gate_up)
-    assert torch.equal(mixed._dequantized("down_proj", torch.float32), values["blk.1.ffn_down_exps.weight"])
+    assert torch.equal(dequantize(mixed.gate_up_proj, mixed.gate_up_proj_scale, torch.float32), gate_up)
+    assert torch.equal(
+        dequantize(mixed.down_proj, mixed.down_proj_scale, torch.float32), values["blk.1.ffn_down_exps.weight"]
+    )
     assert torch.equal(plain.down_proj, values["blk.2.ffn_down_exps.weight"])
 
 
