@@ -101,6 +101,15 @@ def test_written_again_byte_by_byte(gguf_files, resave, tmp_path, type):
     assert again.read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("type", ["q8_0", "q4_0"])
+def test_written_again_from_what_was_kept(gguf_files, resave, tmp_path, type):
+    """Blocks that were computed with are saved as compressed-tensors, and are blocks again."""
+    file = gguf_files(type)
+    folder = resave(load(file, dtype=torch.float32), file, tmp_path / "saved")
+    assert same_weights(AutoModelForCausalLM.from_pretrained(folder), load(file, dtype=torch.float32))
+    assert export_gguf(folder, tmp_path / "again.gguf", type, progress=False).read_bytes() == file.read_bytes()
+
+
 def test_variants(save_for_gguf, resave, tmp_path):
     """No query LoRA, tied head, no MTP layer, YaRN, one group: its files say so, quantised ones too."""
     rope = {"rope_type": "yarn", "rope_theta": 50000.0, "factor": 4.0, "original_max_position_embeddings": 64}

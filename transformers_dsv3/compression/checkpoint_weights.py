@@ -12,7 +12,7 @@ import torch
 from ..kernels.cpu.operators import GROUP
 from ..models.dsv3.checkpoint_checks_dsv3 import SCALE, scale_grid
 from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, StoredTensor
-from .packed_format import FORMAT, METHOD, unpack
+from .packed_format import BYTES_FORMAT, FORMAT, METHOD, unpack
 from .quantizer_fp8 import dequantize_blocks
 
 
@@ -37,7 +37,10 @@ class CheckpointWeights:
         method = fields.get("quant_method")
         block = fields.get("weight_block_size")
         self.block_size: tuple[int, int] | None = (int(block[0]), int(block[1])) if method == "fp8" and block else None
-        if not (method is None or self.block_size or (method == METHOD and fields.get("format") == FORMAT)):
+        # "mixed-precision" where the groups differ, each of which has a format of its own then
+        groups = (fields.get("config_groups") or {}).values()
+        formats = {group.get("format") or fields.get("format") for group in groups} or {fields.get("format")}
+        if not (method is None or self.block_size or (method == METHOD and formats <= {FORMAT, BYTES_FORMAT})):
             kind = f"{method}, {fields['format']}" if fields.get("format") else method
             raise CheckpointError(
                 f"its quantization_config is {kind}; read here are DeepSeek's FP8 blocks and {METHOD}' {FORMAT}"
@@ -65,26 +68,41 @@ class CheckpointWeights:
                     return f"{tensor.path}: '{name}' is FP8 and has no scale '{name}{SCALE}'"
                 if scale.shape != scale_grid(shape, self.block_size):
                     return f"{scale.path}: '{scale.name}' has shape {scale.shape}, which does not fit '{name}'"
+            elif self._is_bytes(name):
+                return self._scale_problem(name, shape)
             elif not tensor.dtype.is_floating_point or tensor.dtype_name.startswith("F8"):
                 return f"{tensor.path}: '{name}' is {tensor.dtype_name}, which nothing here reads as a weight"
             return None
         packed = self.stored[f"{name}_packed"]
-        if f"{name}_scale" not in self.stored:
-            return f"{packed.path}: '{packed.name}' has no '{name}_scale'"
-        if f"{name}_zero_point" in self.stored or f"{name}_g_idx" in self.stored:
-            return f"{packed.path}: '{packed.name}' is asymmetric or in another order than its input; neither is read"
-        rows, groups = self.stored[f"{name}_scale"].shape
-        if rows != shape[0] or groups < 1 or shape[1] % (groups * GROUP):
-            return (
-                f"{packed.path}: '{packed.name}' of shape {shape} has scales {(rows, groups)}, no groups of {GROUP}s"
-            )
+        if (problem := self._scale_problem(name, shape)) is not None:
+            return problem
         bits = packed.shape[1] * 32 / shape[1]
         if not bits.is_integer() or not 1 <= bits <= 8 or packed.shape[0] != shape[0]:
             return f"{packed.path}: '{packed.name}' has shape {packed.shape}, which is no packing of {shape}"
         return None
 
+    def _is_bytes(self, name: str) -> bool:
+        """Whether a weight is stored as one int8 each, with scales."""
+        tensor = self.stored.get(name)
+        return tensor is not None and tensor.dtype_name == "I8" and f"{name}_scale" in self.stored
+
+    def _scale_problem(self, name: str, shape: tuple[int, ...]) -> str | None:
+        stored = self.stored.get(name) or self.stored[f"{name}_packed"]
+        if f"{name}_scale" not in self.stored:
+            return f"{stored.path}: '{stored.name}' has no '{name}_scale'"
+        if f"{name}_zero_point" in self.stored or f"{name}_g_idx" in self.stored:
+            return f"{stored.path}: '{stored.name}' is asymmetric or in another order than its input; neither is read"
+        rows, groups = (*self.stored[f"{name}_scale"].shape, 0)[:2]
+        if rows != shape[0] or groups < 1 or shape[1] % (groups * GROUP):
+            return (
+                f"{stored.path}: '{stored.name}' of shape {shape} has scales {(rows, groups)}, no groups of {GROUP}s"
+            )
+        return None
+
     def bits(self, name: str) -> int | None:
         """Bits of one weight where it is stored in whole numbers; None for floats and FP8."""
+        if self._is_bytes(name):
+            return 8
         packed = self.stored.get(f"{name}_packed")
         return (
             None
@@ -115,7 +133,7 @@ class CheckpointWeights:
     def floats(self, name: str, rows: slice) -> torch.Tensor:
         """Rows of a weight (from one of `chunks`), in the dtype on disk or, where that is quantised, in fp32."""
         tensor = self.stored.get(name)
-        if tensor is None:
+        if tensor is None or self._is_bytes(name):
             whole, scale = self.codes(name, rows)
             groups = whole.unflatten(-1, (-1, GROUP))
             return (groups * scale.float().unsqueeze(-1)).flatten(-2)
@@ -135,5 +153,8 @@ class CheckpointWeights:
         bits, group = self.bits(name), self._group(name)
         assert bits is not None
         scale = self._rows(self.stored[f"{name}_scale"], rows)
-        packed = self._rows(self.stored[f"{name}_packed"], rows)
-        return unpack(packed, bits), scale.repeat_interleave(group // GROUP, dim=-1)
+        if self._is_bytes(name):
+            whole = self._rows(self.stored[name], rows)
+        else:
+            whole = unpack(self._rows(self.stored[f"{name}_packed"], rows), bits)
+        return whole, scale.repeat_interleave(group // GROUP, dim=-1)
