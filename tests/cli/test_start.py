@@ -13,7 +13,7 @@ import pytest
 from transformers_dsv3_cli.main import app
 
 
-VERBS = [command.callback.__name__ for command in app.registered_commands]
+VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
 HEAVY = {"torch", "transformers", "transformers_dsv3"}
 NATIVE = "from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM"
 
