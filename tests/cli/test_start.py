@@ -68,7 +68,9 @@ def test_importing_brings_no_module_of_others_but_natives():
     )
     native, whole, brought = json.loads(run(code))
     print(f"{whole:.2f} s of CPU beside native's {native:.2f}: {whole / native:.3f} times")
-    assert not [name for name in brought if name.split(".")[0] != "transformers_dsv3"]
+    others = [name for name in brought if name.split(".")[0] != "transformers_dsv3"]
+    # Transformers' table of GGUF configs, which imports nothing
+    assert others in ([], ["transformers.integrations.gguf.gguf_config_mapping"])
     # What only asks, trains, measures or shares comes when it is named
     parts = {".".join(name.split(".")[1:2]) for name in brought}
     assert parts <= {"", "compression", "kernels", "models", "registration"}
