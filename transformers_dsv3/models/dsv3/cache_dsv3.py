@@ -1,6 +1,7 @@
 """Appending to Transformers' dynamic cache without copying what it holds, and what is known of its static one."""
 
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -71,7 +72,7 @@ def _growing(cache: Cache, latent: torch.Tensor, layer_idx: int) -> DynamicLayer
         or DynamicLayer.update is not LAYER_UPDATE
         or getattr(cache, "offloading", False)
         or layer_idx >= len(cache.layers)
-        or type(layer := cache.layers[layer_idx]) not in (DynamicLayer, SharedLayer)
+        or not only_grows(layer := cache.layers[layer_idx])
         or "update" in layer.__dict__
         or not layer.is_initialized
         or layer.keys.numel() == 0
@@ -261,6 +262,11 @@ class SharedLayer(DynamicLayer):
         return DynamicLayer, (), state
 
 
+def only_grows(layer: Any) -> bool:
+    """Whether a layer of a cache is one that keeps what it is given, behind what it holds, and nothing else."""
+    return type(layer) in (DynamicLayer, SharedLayer)
+
+
 _shared: WeakKeyDictionary[Cache, SharedRoom] = WeakKeyDictionary()
 
 
@@ -304,7 +310,7 @@ def _found_again(room: SharedRoom, layers: list[DynamicLayer]) -> SharedRoom | N
     """The room, if the layers hold the first part of it, and nothing was given out behind that."""
     latent, k_rope = room.latent, room.k_rope
     for index, layer in enumerate(layers):
-        if "update" in layer.__dict__ or type(layer) not in (DynamicLayer, SharedLayer):
+        if "update" in layer.__dict__ or not only_grows(layer):
             return None
         for whole, tensor in ((latent, layer.keys), (k_rope, layer.values)):
             if (

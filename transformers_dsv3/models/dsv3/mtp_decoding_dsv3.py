@@ -15,12 +15,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from .cache_dsv3 import take_back
+from .cache_dsv3 import only_grows, take_back
 from .mtp_pacing_dsv3 import DraftPacing
 
 
@@ -139,9 +139,7 @@ class MtpDecoding:
             raise ValueError("`use_mtp=True` needs a cache: leave `use_cache` on.")
         if cache.is_compileable:
             raise ValueError("`use_mtp=True` cannot run on a static cache, which rejected drafts would fill up.")
-        if getattr(cache, "_is_user_defined", False) and any(
-            type(layer) is not DynamicLayer for layer in cache.layers
-        ):
+        if getattr(cache, "_is_user_defined", False) and not all(map(only_grows, cache.layers)):
             raise ValueError(
                 "`use_mtp=True` cannot take rejected drafts out of the given `past_key_values` again: give a "
                 "DynamicCache, or none."
@@ -169,7 +167,7 @@ class MtpDecoding:
         logits_BV = self._head(hidden_BWD[:, -1:])[:, 0]
         scores_BV = self._process(logits_BV, 0)
         next_B = self._choose(scores_BV)
-        self.croppable = all(type(layer) is DynamicLayer for layer in cache.layers)
+        self.croppable = all(map(only_grows, cache.layers))
         self.prefilled = cache.get_seq_length()
         self.used: list[torch.Tensor] = []  # of each later pass, which of its slots hold accepted tokens, (B, W)
         width = hidden_BWD.shape[1]
