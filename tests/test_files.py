@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +48,7 @@ def test_places_where_no_file_can_be(tmp_path):
     assert file_refusal(tmp_path / "new.json") is None and not list(tmp_path.iterdir())
     assert file_refusal(tmp_path) == f"{tmp_path} is a folder, not a file"
     assert file_refusal(tmp_path / "no" / "x.json") == f"there is no folder {tmp_path / 'no'}"
+    # A finished file takes its name by a rename, which root can do to /dev/null too
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "is a device or a pipe" in file_refusal(pipe) and "is a device or a pipe" in file_refusal(Path("/dev/null"))

@@ -26,6 +26,8 @@ def file_refusal(path: Path) -> str | None:
     folder = path.absolute().parent
     if path.is_dir():
         return f"{path} is a folder, not a file"
+    if path.exists() and not path.is_file():
+        return f"{path} is a device or a pipe, which a file would take the place of"
     if not folder.is_dir():
         return f"there is no folder {folder}"
     return write_refusal(folder)

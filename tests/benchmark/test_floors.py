@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from transformers_dsv3 import Dsv3ForCausalLM
+from transformers_dsv3 import Dsv3ForCausalLM, quantize
 from transformers_dsv3.benchmark import ceilings
 from transformers_dsv3.benchmark.contenders import ModelContender, agreement, plain_generation, share_weights
 from transformers_dsv3.benchmark.floors import (
@@ -280,3 +280,9 @@ def test_profile_by_kind(make_model):
     found = time_by_kind(lambda: prefill(model, inputs))
     assert found["linear_seconds"] > 0 and found["attention_seconds"] > 0 and found["other_seconds"] > 0
     assert 0 < len(found["longest"]) <= 10
+
+
+def test_quantised_weights_are_not_shared(make_model):
+    model = quantize(make_model(hidden_size=64, intermediate_size=96, moe_intermediate_size=32), 4)
+    with pytest.raises(RuntimeError, match="the checkpoint's weights are quantised"):
+        share_weights(model)

@@ -295,3 +295,17 @@ def test_weights_that_no_block_holds(checkpoint, tmp_path):
         error=CheckpointError,
     )
     assert not list(tmp_path.glob("a.gguf*"))
+
+
+def test_what_is_no_gguf_file_stays(checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    weights, before = folder / "model.safetensors", (checkpoint / "model.safetensors").read_bytes()
+    with pytest.raises(OptionError, match=r"safetensors is there and is no GGUF file, so it is not replaced"):
+        export_gguf(folder, weights, progress=False)
+    assert weights.read_bytes() == before
+    for old in (b"", b"GGUF of before"):
+        output = tmp_path / "model.gguf"
+        output.write_bytes(old)
+        export_gguf(folder, output, progress=False)
+        assert output.stat().st_size > 1000

@@ -503,6 +503,13 @@ class TestTraining:
             with pytest.raises(ValueError, match=r"target_parameters: .*mlp\.experts\.\w+ has quantised weights"):
                 peft.get_peft_model(quantize(make_wide(), 4), peft.LoraConfig(r=4, **targets))
 
+    @pytest.mark.parametrize("asked", [{"use_dora": True}, {"init_lora_weights": "orthogonal"}])
+    def test_adapters_that_compute_with_the_weights_are_refused(self, make_wide, asked):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=4, target_modules=["o_proj"], **asked)
+        with pytest.raises(ValueError, match=rf"`{next(iter(asked))}=.*4 bits: leave it out, or load with"):
+            peft.get_peft_model(quantize(make_wide(), 4), config)
+
     def test_lora(self, make_wide, tmp_path):
         peft = pytest.importorskip("peft")
         quantize(make_wide(), 4).save_pretrained(tmp_path / "base")

@@ -12,7 +12,7 @@ from card_material import SECRET, evaluation, save_adapter, tasks_and_human_eval
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from transformers_dsv3 import Dsv3ForSequenceClassification, model_card, push_to_hub
+from transformers_dsv3 import Dsv3ForSequenceClassification, model_card, push_to_hub, quantize
 from transformers_dsv3.evaluation.checkpoint_identity import CheckpointIdentity, checkpoint_digest
 from transformers_dsv3.evaluation.checkpoint_record import describe_checkpoint, read_checkpoint_record
 from transformers_dsv3.evaluation.decoding import cache_bytes_per_token
@@ -542,6 +542,14 @@ def test_who_opens_it(make_model, tmp_path, fields, says, not_says):
     make_model(**fields).save_pretrained(tmp_path / "model")
     text = model_card(tmp_path / "model").text
     assert says in text and not_says not in text
+
+
+def test_what_plain_transformers_needs_for_packed_weights(make_model, tmp_path):
+    model = make_model(hidden_size=64, intermediate_size=96, moe_intermediate_size=32, q_lora_rank=32)
+    needs = "opens the same files, with the `compressed-tensors` package installed, without the import"
+    model.save_pretrained(tmp_path / "plain")
+    quantize(model, 4).save_pretrained(tmp_path / "packed")
+    assert needs in model_card(tmp_path / "packed").text and needs not in model_card(tmp_path / "plain").text
 
 
 def test_classifiers(make_model, tmp_path):

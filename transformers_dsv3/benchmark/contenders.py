@@ -71,8 +71,10 @@ def share_weights(model: DeepseekV3ForCausalLM, cls: type[PreTrainedModel] = NAT
         cls: native's class, or the plugin's own for a twin whose modules can be replaced one by one.
 
     Raises:
-        RuntimeError: where a parameter of the new model is not one of the old.
+        RuntimeError: where a parameter of the new model is not one of the old, as with quantised weights.
     """
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise RuntimeError("the checkpoint's weights are quantised, and it would need others")
     config = copy.deepcopy(model.config)
     if cls is NATIVE_CLASS:
         fields = {key: value for key, value in config.to_dict().items() if key not in ("architectures", "dtype")}

@@ -85,7 +85,7 @@ def export_gguf(
 
     Args:
         checkpoint: folder or Hub repository of an official checkpoint with a byte-level BPE tokenizer.
-        output: the file to write. A file that is there is replaced when the new one is complete.
+        output: the file to write. A GGUF file that is there is replaced when the new one is complete.
         type: `f32`, `bf16`, `q8_0`, `q4_0`, or one of `llama-quantize`.
         progress: whether to show a progress bar.
 
@@ -105,7 +105,7 @@ def export_gguf(
     tool = None if name in TYPES else shutil.which(TOOL)
     if name not in TYPES and tool is None:
         raise OptionError("--type", f"{type} is made by llama.cpp's {TOOL}, which is not on the PATH")
-    if (refusal := file_refusal(output)) is not None:
+    if (refusal := file_refusal(output) or _taken(output)) is not None:
         raise OptionError("--output", refusal)
     try:
         import gguf  # noqa: F401
@@ -129,6 +129,15 @@ def export_gguf(
             whole.unlink(missing_ok=True)
     partial.replace(output)
     return output
+
+
+def _taken(path: Path) -> str | None:
+    """Why a file that is there is not replaced: what is no GGUF file was hardly meant, as a checkpoint's weights."""
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        known = file.read(4) in (b"", b"GGUF")
+    return None if known else f"{path} is there and is no GGUF file, so it is not replaced"
 
 
 def _run_tool(command: list[str], result: Path) -> None:

@@ -88,9 +88,11 @@ def _model_usage(sources: CardSources, config: DeepseekV3Config, name: str) -> I
     without = ""
     if config.num_nextn_predict_layers:
         without = " It leaves the MTP layers out, lists their tensors as unexpected, and knows no `use_mtp`."
+    packed = (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors"
+    needs = " with the `compressed-tensors` package installed," if packed else ""
     yield (
-        "**Plain Transformers** opens the same files, without the import and without `trust_remote_code`, in its own "
-        f"`deepseek_v3` class.{without}"
+        f"**Plain Transformers** opens the same files,{needs} without the import and without `trust_remote_code`, in "
+        f"its own `deepseek_v3` class.{without}"
     )
 
 
