@@ -3,24 +3,22 @@
     python examples/compress_study.py --folder ./compress_study
     python examples/compress_study.py --folder ./compress_study --plot compress.png
 
-Trains a model of 80 M parameters, 94 % of them in experts, on the source of Python's standard library, and prunes,
-heals and rounds it. Beside it: the control, the same model trained as long as others are healed, and a dense model of
-the bytes of a file 7.6 times smaller. Models and figures are kept in --folder, and the same command goes on with those
-that are missing. Held-out files are those of the quickstart. Two cores take about two hours.
+Trains a model of 80 M parameters, 94 % in experts, on the source of Python's standard library, prunes, heals and
+compresses it. Beside it: the control, trained as long as others are healed, and a dense model of the bytes of a file
+7.6 times smaller. The same command goes on with what is missing in --folder. Two cores take about two hours.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedModel, set_seed
 from transformers.hf_argparser import HfArg
 
-from transformers_dsv3 import DeepseekV3Config
+from transformers_dsv3 import CompressionSettings, DeepseekV3Config, compress
 from transformers_dsv3.compression.expert_pruning import expert_importance, prune_experts
-from transformers_dsv3.compression.plan import WHOLE, Settings, gentlest, plan
-from transformers_dsv3.compression.rounding import round_weights
+from transformers_dsv3.compression.plan import gentlest, plan
 from transformers_dsv3.data.byte_bpe import tokenize_corpus
 from transformers_dsv3.data.text_files import build_corpus, standard_library
 from transformers_dsv3.evaluation.text_quality import bits_per_byte
@@ -31,12 +29,10 @@ from transformers_dsv3.training.study import Study, plot_entries
 
 
 BLOCK, BATCH, RATE, RATIO = 256, 8, 2e-3, 7.6  # tokens, blocks a step, learning rate, times smaller
-# The quickstart's model with more and wider experts, and a small one
-MODEL = {"moe_intermediate_size": 256, "num_hidden_layers": 6, "n_routed_experts": 64}
+MODEL = {"moe_intermediate_size": 256, "num_hidden_layers": 6, "n_routed_experts": 64}  # else the quickstart's
 SMALL = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2}
-WHOLE_FILE = Settings(WHOLE, head_bits=WHOLE)
-WIDTHS = (WHOLE_FILE, Settings(8), Settings(4), Settings(4, experts_bits=3))
-# Criterion, share, and whether it is healed
+WHOLE = CompressionSettings(16, head_bits=16)  # the bf16 file as it is
+WIDTHS = (WHOLE, CompressionSettings(8), CompressionSettings(4), CompressionSettings(4, experts_bits=3))
 PRUNED = ("reap 25% healed", "reap 50% healed", "random 50% healed", "reap 50%", "random 50%")
 
 
@@ -47,7 +43,6 @@ class Arguments:
     steps: int = HfArg(default=2000, help="Optimizer steps of the base model, of 8 x 256 tokens.")
     heal: int = HfArg(default=400, help="Optimizer steps of healing, and of the control.")
     small: bool = HfArg(default=False, help="A small model on little text, to see that all of it runs.")
-    threads: int = HfArg(default=2, help="CPU threads.")
 
 
 class Models:
@@ -55,9 +50,8 @@ class Models:
 
     def __init__(self, arguments: Arguments):
         self.arguments = arguments
-        corpus = build_corpus(standard_library(), "", max_bytes=300_000 if arguments.small else None)
-        self.tokens = tokenize_corpus(corpus, 2048, BLOCK, model_max_length=1024)
-        self.held_out = self.tokens.held_out, corpus.held_out_bytes
+        self.corpus = build_corpus(standard_library(), "", max_bytes=300_000 if arguments.small else None)
+        self.tokens = tokenize_corpus(self.corpus, 2048, BLOCK, model_max_length=1024)
         self.fields = {**QuickstartSettings().model, **(SMALL if arguments.small else MODEL)}
 
     def config(self, **fields: int) -> DeepseekV3Config:
@@ -72,12 +66,12 @@ class Models:
                 rate = RATE if name in ("base", "dense") else RATE / 2
                 options = {"per_device_train_batch_size": BATCH, "disable_tqdm": self.arguments.small}
                 heal(model, self.tokens.train, healing_arguments(folder / "training", steps, rate, **options), teacher)
-            model.save_pretrained(folder)
+            self.tokens.tokenizer.save_pretrained(folder)
+            model.to(torch.bfloat16).save_pretrained(folder)
             shutil.rmtree(folder / "training", ignore_errors=True)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def start(self, name: str) -> tuple[PreTrainedModel, int, PreTrainedModel | None]:
-        """What a model is trained from, for how many steps, and by which teacher."""
         steps, more = self.arguments.steps, self.arguments.heal
         if name in ("base", "dense"):
             config, steps = (self.config(), steps) if name == "base" else (self.dense(), steps + more)
@@ -94,21 +88,27 @@ class Models:
         most = gentlest(self.config(), RATIO).plan.file_bytes
         without = {"first_k_dense_replace": 99, "num_nextn_predict_layers": 0}
         configs = [self.config(**without, intermediate_size=64 * i) for i in range(1, 99)]
-        return [config for config in configs if plan(config, WHOLE_FILE).file_bytes <= most][-1]
+        return [config for config in configs if plan(config, WHOLE).file_bytes <= most][-1]
 
-    def measure(self, name: str, settings: Settings) -> dict[str, float]:
-        model = round_weights(self.get(name), settings)
-        bits = bits_per_byte(model, *self.held_out, window=BLOCK, stride=BLOCK // 2).value
-        return {"bytes": plan(model.config, settings).file_bytes, "bits": bits}
+    def measure(self, name: str, settings: CompressionSettings) -> dict[str, float]:
+        model, folder = self.get(name), self.arguments.folder / name
+        if settings != WHOLE:
+            source, folder = folder, folder.with_name(f"{name} {settings.bits}-{settings.of('experts')}")
+            if not folder.exists():
+                method = "nearest" if self.arguments.small else "gptq"
+                compress(source, folder, replace(settings, method=method), progress=True)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        held_out = self.tokens.held_out, self.corpus.held_out_bytes
+        bits = bits_per_byte(model, *held_out, window=BLOCK, stride=BLOCK // 2).value
+        return {"bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")), "bits": bits}
 
 
 def main(arguments: Arguments) -> None:
     study = Study(arguments.folder / "study.json")
     if arguments.plot:
         lines = "model", {entry["model"]: entry["model"] for entry in study.entries}
-        x, y = ("bytes", "bytes on disk"), {"bits": "held-out bits a byte"}
-        return plot_entries(arguments.plot, study.entries, x, y, lines, "")
-    torch.set_num_threads(arguments.threads)
+        axes = ("bytes", "bytes on disk"), {"bits": "held-out bits a byte"}
+        return plot_entries(arguments.plot, study.entries, *axes, lines, "")
     models = Models(arguments)
     for name in ("base", "control", *PRUNED, "dense"):
         for settings in WIDTHS[:1] if name == "dense" else WIDTHS:

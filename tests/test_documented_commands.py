@@ -46,7 +46,7 @@ PROGRAMS = (
 RUN_BY = {
     "transformers-dsv3 bench": "tests/cli/test_bench.py",
     "transformers-dsv3 card": "tests/cli/test_card.py",
-    "transformers-dsv3 compress": "tests/compression/test_compress.py",
+    "transformers-dsv3 compress": "tests/cli/test_compress.py",
     "transformers-dsv3 evaluate": "tests/cli/test_evaluate.py",
     "transformers-dsv3 explain": "tests/kernels/test_explain.py",
     "transformers-dsv3 export-gguf": "tests/cli/test_export_gguf.py",

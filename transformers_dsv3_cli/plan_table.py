@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import typer
+
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from transformers_dsv3.compression.plan import Plan
+    from transformers_dsv3.compression.plan import Choice, Plan
+
+
+def print_choice(choice: Choice, title: str) -> None:
+    """A plan for a target, and whether that is reached."""
+    print_plan(choice.plan, title)
+    reached = "These are the gentlest settings that reach it."
+    missed = "Out of reach: no settings here get there, and these come nearest."
+    typer.echo(reached if choice.reached else missed)
+
+
+def print_plan(plan: Plan, title: str) -> None:
+    """The table and what stands below it, by the speed of this machine's memory."""
+    from rich.console import Console
+
+    from transformers_dsv3.compression.plan import reading_bandwidth
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file or a pipe has no width of its own
+    console.print(plan_table(plan, title))
+    for note in plan_notes(plan, reading_bandwidth()):
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def plan_table(plan: Plan, title: str) -> Table:

@@ -4,12 +4,13 @@ import io
 
 from rich.console import Console
 
-from transformers_dsv3.compression.plan import Settings, model_config, plan
+from transformers_dsv3.compression.plan import model_config, plan
+from transformers_dsv3.compression.settings import CompressionSettings
 from transformers_dsv3_cli.plan_table import plan_notes, plan_table
 
 
 def test_every_part_and_the_sum_are_printed():
-    made = plan(model_config("glm-4.7-flash"), Settings(4, experts_bits=3, prune=0.5))
+    made = plan(model_config("glm-4.7-flash"), CompressionSettings(4, experts_bits=3, prune=0.5))
     console = Console(width=120, file=io.StringIO())
     console.print(plan_table(made, "glm-4.7-flash"))
     text = console.file.getvalue()

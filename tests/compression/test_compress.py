@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as NativeModel
 from typer.testing import CliRunner
 
 from tests import programs
@@ -20,13 +23,20 @@ from tests.compression.fp8_files import write_fp8_checkpoint
 from tests.conftest import TINY
 from transformers_dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers_dsv3.compression import compress as compress_module
+from transformers_dsv3.compression import compression_job
 from transformers_dsv3.compression.calibration_text import calibration_text
 from transformers_dsv3.compression.compress import compress
 from transformers_dsv3.compression.compression_record import read_compression_record
+from transformers_dsv3.compression.gguf_export import export_gguf
 from transformers_dsv3.compression.packed_format import unpack
+from transformers_dsv3.compression.prune_and_heal import prune_and_heal
 from transformers_dsv3.compression.settings import CompressionSettings, parse_memory
+from transformers_dsv3.data.byte_bpe import TokenBlocks
 from transformers_dsv3.data.text_files import build_corpus, standard_library
 from transformers_dsv3.evaluation.held_out_text import read_texts
+from transformers_dsv3.kernels.cpu import library
+from transformers_dsv3.kernels.cpu.step import Program
+from transformers_dsv3.models.dsv3.moe_dsv3 import DeepseekV3Experts
 from transformers_dsv3.option_error import OptionError
 from transformers_dsv3_cli.main import app
 
@@ -91,7 +101,11 @@ def weights_of(folder):
     for name, tensor in tensors.items():
         weight = name.removesuffix("_packed")
         if weight == name:
-            if not name.endswith(("_scale", "_shape")):
+            if tensor.dtype == torch.int8:  # the embedding
+                bits[name], scale = 8, tensors[f"{name}_scale"]
+                assert scale.dtype == torch.bfloat16
+                weights[name] = tensor.float() * scale.float().repeat_interleave(32, dim=1)
+            elif not name.endswith(("_scale", "_shape")):
                 weights[name] = tensor
             continue
         rows, columns = tensors[f"{weight}_shape"].tolist()
@@ -108,7 +122,7 @@ def twin(folder):
     del fields["quantization_config"]
     model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(fields))
     result = model.load_state_dict(weights_of(folder)[0], strict=False)
-    assert not result.missing_keys and not result.unexpected_keys
+    assert set(result.missing_keys) <= model.all_tied_weights_keys.keys() and not result.unexpected_keys
     return model.eval()
 
 
@@ -181,6 +195,78 @@ def test_layers_run_as_the_model_does_on_what_was_written(compressed):
         torch.testing.assert_close(streams[number].view_as(hidden), hidden, atol=1e-4, rtol=1e-4)
 
 
+def test_it_opens_packed_and_runs_as_what_the_files_stand_for(compressed, monkeypatch):
+    folder, streams = compressed
+    ids = streams["windows"][:2, :-2]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, twin(folder)(ids).logits, atol=1e-4, rtol=1e-4)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | DeepseekV3Experts):
+            assert name.endswith("kv_b_proj"), name
+    steps, step = [], Program.run
+    monkeypatch.setattr(Program, "run", lambda *given: steps.append(1) or step(*given))
+    AutoModelForCausalLM.from_pretrained(folder).eval().generate(ids[:1], max_new_tokens=4, do_sample=False)
+    assert steps or library.unavailable
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"experts_bits": 3},
+        {"experts_bits": 8, "head_bits": 4},
+        {"bits": 16, "experts_bits": 4, "head_bits": 16},  # as Kimi K2 is released
+        {"tie": True},
+    ],
+    ids=str,
+)
+def test_native_opens_it(settings, checkpoint, make_model, tmp_path, measured):
+    pytest.importorskip("compressed_tensors")
+    source = checkpoint
+    settings = dict(settings)
+    if settings.pop("tie", False):
+        source = tmp_path / "tied"
+        make_model(**{**WIDTHS, "tie_word_embeddings": True}).save_pretrained(source)
+    compress(source, tmp_path / "out", CompressionSettings(**settings, method="nearest"))
+    ids = torch.arange(24).reshape(2, 12)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    native, info = NativeModel.from_pretrained(tmp_path / "out", output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"]
+    expected = twin(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, expected(ids).logits, atol=1e-4, rtol=1e-4)
+        for name, module in expected.named_modules():
+            if name.endswith(".experts"):
+                module.to(torch.bfloat16).to(torch.float32)  # as native has them
+        native(ids)  # which decompresses
+        error = (nn.Module.float(native)(ids).logits - expected(ids).logits).abs().max().item()
+    measured["compressed checkpoint in native Transformers, largest difference of a logit"] = error
+    assert error < 1e-5
+    ours.save_pretrained(tmp_path / "again")
+    ours, again = stored(tmp_path / "out"), stored(tmp_path / "again")
+    assert ours.keys() == again.keys() and all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_it_becomes_a_gguf_file_that_computes_the_same(kind, make_model, bpe, tmp_path):
+    ids = {"bos_token_id": bpe.bos_token_id, "eos_token_id": bpe.eos_token_id}
+    fields = {**WIDTHS, "vocab_size": 320, "kv_lora_rank": 32, "num_nextn_predict_layers": 1}
+    make_model(**fields, **ids).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    bpe.save_pretrained(tmp_path / "plain")
+    bits = 8 if kind == "q8_0" else 4
+    compress(tmp_path / "plain", tmp_path / "out", CompressionSettings(bits, method="nearest"))
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    (tmp_path / "gguf").mkdir()
+    file = export_gguf(tmp_path / "out", tmp_path / "gguf" / "model.gguf", kind, progress=False)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).eval()
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        ours, expected = (m(tokens).logits.float() for m in (model, packed))
+    states = packed.state_dict()
+    assert all(torch.equal(tensor, states[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(ours, expected)
+
+
 def test_predicts_more_like_the_model_than_rounding_to_nearest(checkpoint, compressed, text, tmp_path, measured):
     folder, streams = compressed
     compress(checkpoint, tmp_path / "nearest", replace(SETTINGS, method="nearest"))
@@ -245,6 +331,63 @@ def test_killed_at_any_moment_the_same_command_completes_it(seen, checkpoint, co
     compress(checkpoint, tmp_path / "out", SETTINGS, text=[text])
     assert_same_files(tmp_path / "out", compressed[0])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+PRUNED = replace(SETTINGS, prune=0.25, heal=2)
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint, text, tmp_path_factory):
+    """Pruned, healed and compressed by the functions one after another."""
+    folder = tmp_path_factory.mktemp("pruned")
+    windows = calibration_text(checkpoint, [text], PRUNED, 2, 258).windows
+    kept = prune_and_heal(checkpoint, folder / "pruned", 0.25, windows, heal_steps=2)
+    compress(folder / "pruned", folder / "out", SETTINGS, text=[text])
+    return folder / "out", kept
+
+
+def test_experts_are_removed_and_healed_before(checkpoint, pruned, text, tmp_path):
+    folder, kept = pruned
+    record = compress(checkpoint, tmp_path / "out", PRUNED, text=[text])
+    for path in folder.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert (tmp_path / "out" / "notes.txt").exists() and not (tmp_path / "out" / "pruning_record.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    written = read_compression_record(tmp_path / "out" / "compression_record.json")
+    assert written == replace(record, text=replace(record.text, source=text.name))
+    assert {layer.layer: tuple(layer.kept) for layer in record.layers if layer.kept} == kept
+    before = sum(tensor.numel() for tensor in stored(checkpoint).values())
+    assert record.weights < record.weights_before == before and record.settings["prune"] == 0.25
+    assert record.source == "model" and record.ratio_from_bf16 == 2 * before / record.bytes_after
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (
+        model.config.n_routed_experts == 6 and model.generate(torch.tensor([[1, 2]]), max_new_tokens=3).shape[1] == 5
+    )
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        pytest.param(".out.compressing/.pruned.pruning/run.json", marks=pytest.mark.slow),
+        ".out.compressing/.pruned.pruning/kept.json",
+        pytest.param(".out.compressing/.pruned.pruning/healed/config.json", marks=pytest.mark.slow),
+        pytest.param(".out.compressing/pruned/config.json", marks=pytest.mark.slow),
+        ".out.compressing/step-00001.json",
+    ],
+)
+def test_killed_while_experts_are_removed_the_same_command_completes_it(seen, checkpoint, pruned, text, tmp_path):
+    arguments = ["-m", "transformers_dsv3.cli", "compress", checkpoint, "--output", tmp_path / "out", "--text", text]
+    options = [*OPTIONS, "--prune", 0.25, "--heal", 2]
+    killed = programs.run([*arguments, *options], signal_when=(tmp_path / seen, signal.SIGKILL))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OptionError, match="prune was 0.25"):
+        compress(checkpoint, tmp_path / "out", SETTINGS, text=[text])
+    compress(checkpoint, tmp_path / "out", PRUNED, text=[text])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for path in pruned[0].glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
 def test_finished_layers_are_not_made_again(checkpoint, compressed, text, tmp_path, monkeypatch):
@@ -342,7 +485,11 @@ def test_what_cannot_be_done_is_refused_before_any_work(checkpoint, compressed, 
         ({"text": [tmp_path / "none"]}, "--text", "does not exist"),
         ({"memory": 100 << 20}, "--memory", "0.1 GiB are too few: .* take"),
         ({"settings": replace(SETTINGS, window=4096, tokens=4096)}, "--window", "2048 tokens of the model"),
-        ({"settings": replace(SETTINGS, prune=0.5)}, "--prune", "cannot be removed yet"),
+        ({"settings": replace(SETTINGS, prune=0.3)}, "--prune", "0.25 is the nearest share"),
+        ({"settings": replace(SETTINGS, prune=0.75)}, "--prune", "leaves 2 of 8 experts"),
+        ({"settings": replace(SETTINGS, heal=10)}, "--heal", "give that too"),
+        ({"settings": CompressionSettings(16, head_bits=16)}, "--bits", "all of them"),
+        ({"settings": CompressionSettings(8, experts_bits=16)}, "--experts-bits", "opens no such"),
         ({"output": tmp_path / "taken"}, "--output", "is there already"),
         ({"output": tmp_path / "none" / "out"}, "--output", "there is no folder"),
         ({"output": text}, "--output", "is there already"),
@@ -355,11 +502,24 @@ def test_what_cannot_be_done_is_refused_before_any_work(checkpoint, compressed, 
         assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists(), message
 
 
+def test_removing_experts_says_what_memory_it_takes(checkpoint, text, tmp_path, monkeypatch):
+    """Less at random, which reads shard by shard; most where what is left is trained."""
+    needs, original = [], compression_job.pruning_memory
+    monkeypatch.setattr(compression_job, "pruning_memory", lambda *given: needs.append(original(*given)) or 1 << 60)
+    for fields in ({"prune_by": "random"}, {}, {"heal": 1}):
+        with pytest.raises(OptionError, match="removing experts, which has the model in memory, takes") as error:
+            compress(checkpoint, tmp_path / "out", replace(SETTINGS, prune=0.25, **fields), text=[text])
+        assert error.value.option == "--memory"
+    sizes = {name: tensor.nbytes for name, tensor in stored(checkpoint).items()}
+    whole, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
+    assert needs[0] == pytest.approx(needs[1], abs=1 << 22)  # of one shard
+    assert needs[2] - needs[1] > 4 * (whole - experts / 4)
+
+
 @pytest.mark.parametrize(
     "fields, option",
     [
         ({"bits": 3}, "--bits"),
-        ({"bits": 16}, "--bits"),
         ({"experts_bits": 2}, "--experts-bits"),
         ({"head_bits": 3}, "--head-bits"),
         ({"method": "awq"}, "--method"),
@@ -368,6 +528,8 @@ def test_what_cannot_be_done_is_refused_before_any_work(checkpoint, compressed, 
         ({"min_tokens": 0}, "--min-tokens"),
         ({"seed": -1}, "--seed"),
         ({"prune": 1.0}, "--prune"),
+        ({"prune_by": "size"}, "--prune-by"),
+        ({"heal": -1}, "--heal"),
     ],
 )
 def test_settings_name_the_option_that_cannot_be(fields, option):
@@ -397,13 +559,24 @@ def test_without_text_files_are_taken_that_quickstart_does_not_hold_out(checkpoi
 
 def test_the_python_of_the_page(checkpoint, text, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "examples" / "compress.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    steps, whole = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     shutil.copytree(checkpoint, tmp_path / "dsv3-quickstart")
     shutil.copyfile(text, tmp_path / "notes")
     monkeypatch.chdir(tmp_path)
-    exec(compile(block.replace("tokens=65_536", "tokens=2048"), "<page>", "exec"), {})
-    ratio, layers = capsys.readouterr().out.split(maxsplit=1)
+    for given, small in (("tokens=65_536", "tokens=2048"), ("heal=200", "heal=1")):
+        assert given in whole
+        whole = whole.replace(given, small)
+    exec(compile(whole, "<page>", "exec"), {})
+    ratio, layers = capsys.readouterr().out.splitlines()[-1].split(maxsplit=1)
     assert float(ratio) > 2 and ast.literal_eval(layers).keys() == {0, 1, 2, 3}
+
+    model = AutoModelForCausalLM.from_pretrained("dsv3-quickstart")
+    data = TokenBlocks(torch.arange(256), 16)
+    args = TrainingArguments("run", max_steps=2, use_cpu=True, report_to="none", per_device_train_batch_size=2)
+    inputs = {"input_ids": torch.arange(512)[None] % 256}
+    names = {"folder": "dsv3-quickstart", "model": model, "data": data, "args": args, "inputs": inputs}
+    exec(compile(steps, "<page>", "exec"), names)
+    assert names["trainer"].state.global_step == 2 and model.config.n_routed_experts == 6
 
 
 def test_the_command(checkpoint, compressed, text, tmp_path):
@@ -437,12 +610,12 @@ def test_memory_stays_within_what_is_promised(byte_tokenizer, text, tmp_path, me
     del model
     code = (
         "import sys, transformers_dsv3\n"
-        "from transformers_dsv3.compression import compress as module\n"
+        "from transformers_dsv3.compression import compression_job as module\n"
         "from transformers_dsv3.evaluation.machine import resident_bytes\n"
         "needed, original = [], module.memory_needed\n"
         "module.memory_needed = lambda *given: needed.append(original(*given)) or needed[0]\n"
         "settings = transformers_dsv3.CompressionSettings(tokens=2048, min_tokens=32)\n"
-        "module.compress(*sys.argv[1:3], settings, text=[sys.argv[3]])\n"
+        "transformers_dsv3.compress(*sys.argv[1:3], settings, text=[sys.argv[3]])\n"
         "print(needed[0], resident_bytes()['peak'])"
     )
     done = programs.run(["-c", code, tmp_path / "wide", tmp_path / "out", text])

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers_dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM, quantize
 from transformers_dsv3.benchmark.floors import count_weights
 from transformers_dsv3.compression import plan as plans
-from transformers_dsv3.compression.packed_format import packed_tensors
-from transformers_dsv3.compression.plan import LADDER, PUBLISHED, Settings, gentlest, model_config, plan
+from transformers_dsv3.compression.packed_format import byte_tensors, packed_tensors
+from transformers_dsv3.compression.plan import LADDER, PUBLISHED, gentlest, model_config, plan, settings_that_reach
+from transformers_dsv3.compression.settings import CompressionSettings
 from transformers_dsv3.option_error import OptionError
 
 
@@ -30,7 +31,7 @@ SHAPES = [
     {"attention_bias": True, "num_nextn_predict_layers": 0, "tie_word_embeddings": True, "n_shared_experts": 2},
     {"first_k_dense_replace": 0, "moe_layer_freq": 2, "num_hidden_layers": 4},
 ]
-AS_IT_IS = Settings(16, head_bits=16)
+AS_IT_IS = CompressionSettings(16, head_bits=16)
 
 
 def part_of(name, n_layers):
@@ -64,7 +65,9 @@ def bits_of(name, settings):
 
 
 @pytest.mark.parametrize("fields", SHAPES)
-@pytest.mark.parametrize("settings", [AS_IT_IS, Settings(8), Settings(4, experts_bits=3)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [AS_IT_IS, CompressionSettings(8, head_bits=4), CompressionSettings(4, experts_bits=3)], ids=str
+)
 def test_bytes_are_those_of_files(make_model, tmp_path, fields, settings):
     model = make_model(**{**WIDE, **fields}).bfloat16()
     model.save_pretrained(tmp_path)
@@ -75,8 +78,12 @@ def test_bytes_are_those_of_files(make_model, tmp_path, fields, settings):
     packed = {}
     for name, tensor in stored.items():
         bits = bits_of(name, settings)
+        if fields.get("tie_word_embeddings") and "embed_tokens" in name:
+            bits = None
         if bits is None or bits == 16 or not tensor.numel():  # no shared experts
             packed[name] = tensor
+        elif "embed_tokens" in name:
+            packed |= byte_tensors(name, torch.zeros_like(tensor, dtype=torch.int8), tensor[:, ::32].contiguous())
         else:
             whole, scale = torch.zeros_like(tensor, dtype=torch.int8), tensor[:, ::32].contiguous()
             packed |= packed_tensors(name, whole, scale, bits)
@@ -94,8 +101,8 @@ def test_bytes_are_those_of_files(make_model, tmp_path, fields, settings):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_memory_and_reading_are_those_of_quantised_models(make_model, fields, bits):
     model = make_model(**{**WIDE, **fields}).bfloat16()
-    made = plan(model.config, Settings(bits), context=100)
-    quantize(model, bits=bits)
+    made = plan(model.config, CompressionSettings(bits), context=100)
+    quantize(model, bits=bits, head_bits=None if fields.get("tie_word_embeddings") else 8)
     names = model.state_dict(keep_vars=True)
     assert made.weight_bytes == sum({id(tensor): tensor.nbytes for tensor in names.values()}.values())
     cache = 100 * model.config.num_hidden_layers * 2 * (model.config.kv_lora_rank + model.config.qk_rope_head_dim)
@@ -109,7 +116,7 @@ def test_memory_and_reading_are_those_of_quantised_models(make_model, fields, bi
 
 def test_pruned_files_are_as_planned(make_model, tmp_path):
     model = make_model(**WIDE)
-    made = plan(model.config, Settings(16, head_bits=16, prune=0.25))
+    made = plan(model.config, CompressionSettings(16, head_bits=16, prune=0.25))
     fewer = make_model(**WIDE, n_routed_experts=6).bfloat16()
     fewer.save_pretrained(tmp_path)
     assert made.experts == 6 and made.experts_before == 8
@@ -155,7 +162,7 @@ def test_ratios_of_the_table():
     ):
         config = model_config(name)
         config.num_nextn_predict_layers = 0
-        made = plan(config, Settings(4))
+        made = plan(config, CompressionSettings(4))
         small = sum(row.parameters for row in made.rows if row.part in ("embedding", "head"))
         whole = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
         whole *= config.num_hidden_layers
@@ -172,12 +179,14 @@ def test_the_gentlest_settings_that_reach_a_target():
         choice = gentlest(config, target_ratio=target)
         place = LADDER.index(choice.plan.settings)
         assert choice.reached and ratios[place] >= target and all(ratio < target for ratio in ratios[:place])
-    assert gentlest(config, target_ratio=7.6).plan.settings == Settings(4, experts_bits=3, prune=0.625)
+    assert gentlest(config, target_ratio=7.6).plan.settings == CompressionSettings(4, experts_bits=3, prune=0.625)
     # From fp32 half of the way is in the dtype
-    assert gentlest(config, target_ratio=7.6, ratio_from="fp32").plan.settings == Settings(4, experts_bits=3)
+    assert gentlest(config, target_ratio=7.6, ratio_from="fp32").plan.settings == CompressionSettings(
+        4, experts_bits=3
+    )
 
     small = gentlest(config, fit_bytes=9 * 2**30)
-    assert small.reached and small.plan.settings == Settings(4)
+    assert small.reached and small.plan.settings == CompressionSettings(4)
     # Weights of 3 bits take 4 in memory: they do not help to fit, so what does comes next
     smaller = gentlest(config, fit_bytes=8 * 2**30)
     assert smaller.plan.settings.prune == 0.25 and smaller.plan.memory_bytes <= 8 * 2**30
@@ -195,14 +204,29 @@ def test_what_cannot_be_reached_comes_as_near_as_can_be():
     assert {gentlest(config, target_ratio=100).plan.settings.prune} == {0.5}
 
 
+def test_settings_that_reach_a_target_keep_the_rest():
+    config = model_config("moonlight-16b-a3b")
+    given = CompressionSettings(8, head_bits=4, tokens=4096, heal=7, prune_by="random")
+    chosen = settings_that_reach(config, given, 5)
+    assert chosen == CompressionSettings(4, experts_bits=3, prune=0.25, tokens=4096, heal=7, prune_by="random")
+    # Nothing is healed where nothing is removed
+    assert settings_that_reach(config, given, 3) == CompressionSettings(4, tokens=4096, prune_by="random")
+    with pytest.raises(OptionError, match=r"nearest come 4 bits, experts 3, .* 0.75 of the experts pruned, 11.1"):
+        settings_that_reach(config, given, 100)
+
+
 def test_configurations_are_read(make_model, tmp_path):
     config = make_model(**WIDE).config
     config.save_pretrained(tmp_path)
-    made = plan(config, Settings())
-    assert plan(model_config(tmp_path), Settings()) == plan(model_config(tmp_path / "config.json"), Settings()) == made
+    made = plan(config, CompressionSettings())
+    assert (
+        plan(model_config(tmp_path), CompressionSettings())
+        == plan(model_config(tmp_path / "config.json"), CompressionSettings())
+        == made
+    )
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**fields, "model_type": "kimi_k2"}))
-    assert plan(model_config(tmp_path), Settings()) == made
+    assert plan(model_config(tmp_path), CompressionSettings()) == made
     for text, words in (("{", "JSON"), ("[]", "JSON"), ('{"model_type": "llama"}', "llama")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(OptionError, match=words):
@@ -215,23 +239,26 @@ def test_configurations_are_read(make_model, tmp_path):
 def test_widths_that_do_not_divide_are_named(fields):
     (name, value), *_ = fields.items()
     config = DeepseekV3Config(**{"num_hidden_layers": 4, **fields})
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        plan(config, Settings())
+    with pytest.raises(OptionError, match=f"{name}={value}"):
+        plan(config, CompressionSettings())
     plan(config, AS_IT_IS)
 
 
 @pytest.mark.parametrize(
     ("call", "option"),
     [
-        (lambda config: Settings(bits=3), "--bits"),
-        (lambda config: Settings(experts_bits=1), "--experts-bits"),
-        (lambda config: Settings(head_bits=None), "--head-bits"),
-        (lambda config: plan(config, Settings(), context=0), "--context"),
-        (lambda config: plan(config, Settings(prune=0.3)), "--prune"),
+        (lambda config: CompressionSettings(bits=3), "--bits"),
+        (lambda config: CompressionSettings(experts_bits=1), "--experts-bits"),
+        (lambda config: CompressionSettings(head_bits=None), "--head-bits"),
+        (lambda config: plan(config, CompressionSettings(), context=0), "--context"),
+        (lambda config: plan(config, CompressionSettings(prune=0.3)), "--prune"),
         (lambda config: gentlest(config), "--target-ratio"),
         (lambda config: gentlest(config, target_ratio=0.5), "--target-ratio"),
         (lambda config: gentlest(config, fit_bytes=0), "--fit"),
         (lambda config: gentlest(config, target_ratio=2, ratio_from="fp8"), "--ratio-from"),
+        (lambda config: settings_that_reach(config, CompressionSettings(), 100), "--target-ratio"),
+        (lambda config: settings_that_reach(config, CompressionSettings(), None, 2**20), "--fit"),
+        (lambda config: settings_that_reach(config, CompressionSettings(), 2, 2**20), "--fit"),
     ],
 )
 def test_wrong_options_are_named(call, option):

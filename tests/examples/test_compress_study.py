@@ -13,7 +13,7 @@ STUDY = Path(__file__).parents[2] / "examples" / "compress_study.py"
 
 @pytest.mark.slow  # eight models are trained, if for a step or two each
 def test_study(tmp_path):
-    command = [STUDY, "--folder", tmp_path, "--small", "--steps", 2, "--heal", 1, "--threads", 1]
+    command = [STUDY, "--folder", tmp_path, "--small", "--steps", 2, "--heal", 1]
     done = programs.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     entries = json.loads((tmp_path / "study.json").read_text())
@@ -30,7 +30,9 @@ def test_study(tmp_path):
         sizes = [entry["bytes"] for entry in of_model]
         assert sizes == sorted(sizes, reverse=True) and len(sizes) == (1 if name == "dense" else 4)
         assert all(2 < entry["bits"] < 9 for entry in of_model)
-    assert [e["bytes"] for e in by_model["reap 50%"]] == [e["bytes"] for e in by_model["random 50% healed"]]
+    for one, other in zip(by_model["reap 50%"], by_model["random 50% healed"], strict=True):
+        assert one["bytes"] == pytest.approx(other["bytes"], abs=1024)  # headers
+    assert by_model["base"][0]["bytes"] / by_model["reap 50%"][-1]["bytes"] > 2
     weights = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in by_model}
     assert weights["reap 50%"] < weights["reap 25% healed"] < weights["base"] == weights["control"]
 

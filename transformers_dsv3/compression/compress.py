@@ -1,10 +1,12 @@
 """A checkpoint to one of few bits a weight, calibrated on a text, layer by layer.
 
 The result has the official names, compressed-tensors' `pack-quantized` weights (see packed_format.py), and the MTP
-layers. Everything that does not fit is refused before any work.
+layers. Everything that does not fit is refused before any work (compression_job.py). Where experts are to be removed,
+that is done first, and healed, and what is left is rounded.
 
     OUTPUT_PARENT/.NAME.compressing/     while it is being made
         run.json                         what it is made from and how
+        pruned/                          with fewer experts, healed, when it is whole
         checkpoint/                      files of finished layers; OUTPUT itself when all are there
         step-00003.json                  what came of a finished step
         *.rows                           activations between two steps
@@ -15,45 +17,38 @@ steps, and the same command goes on behind them: the result is the same to the b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ..evaluation.checkpoint_folder import CONFIG, CheckpointFolder
+from ..evaluation.checkpoint_folder import CONFIG
 from ..evaluation.checkpoint_identity import config_digest
-from ..evaluation.machine import total_memory
-from ..files import partial_path, write_json, write_refusal
-from ..models.dsv3.checkpoint_checks_dsv3 import mtp_layers_present
-from ..models.dsv3.checkpoint_conversion_dsv3 import official_name
-from ..models.dsv3.checkpoint_dsv3 import fit_problems
-from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, listing, read_header
+from ..files import partial_path, write_json
+from ..models.dsv3.checkpoint_files_dsv3 import read_header
 from ..models.dsv3.checkpoint_saving_dsv3 import lock_folder, unlock_folder
-from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from ..models.dsv3.modeling_dsv3 import DeepseekV3ForCausalLM
 from ..models.dsv3.norm_dsv3 import DeepseekV3RMSNorm
 from ..option_error import OptionError
-from .calibration_text import CalibrationText, calibration_text
-from .compressed_layout import Layout, layout, quantization_config
+from .compressed_layout import Layout, quantization_config
+from .compression_job import CompressionJob, prepare, pruned_job, work_folder
 from .compression_record import COMPRESSION_RECORD, CompressionRecord, Layer, Text
-from .gptq import round_to_nearest
-from .layer_compression import LayerCompressor, tokens_at_once
-from .memory_need import memory_needed
+from .gptq import Rounded, round_to_nearest
+from .layer_compression import LayerCompressor
+from .prune_and_heal import KEPT_EXPERTS, prune_and_heal
 from .row_file import RowFile
 from .settings import CompressionSettings
-from .weight_files import CompressedFiles, WeightSource
+from .weight_files import CompressedFiles
 
 
-MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 # Weights, what describes them and what was measured of them, which are not those of the compressed checkpoint
 _NOT_COPIED = re.compile(
     r".*\.(safetensors|safetensors\.index\.json|bin|pt|pth|gguf)|config\.json|README\.md|evaluation.*\.json"
@@ -78,11 +73,14 @@ def compress(
     those of the whole layer where these are fewer than `settings.min_tokens`. Embedding and head are rounded to
     nearest.
 
+    With `settings.prune` experts are removed before, and with `settings.heal` what is left is trained on the text;
+    then the model is in memory, see `prune_and_heal`.
+
     Args:
         checkpoint: folder of an official checkpoint with its tokenizer; in bf16, fp32, fp16 or DeepSeek's FP8.
         output: folder to make. A hidden folder beside it has what is finished until then; called again after it was
             stopped, the same call goes on from there.
-        settings: bits, method and how much text.
+        settings: bits, method, how much text, and what is done before.
         text: UTF-8 text files and folders of some. None: the part of the standard library that `quickstart` trains on.
         memory: bytes that may be used; half of what the machine has unless given.
         progress: whether to show a progress bar.
@@ -95,8 +93,8 @@ def compress(
         ValueError: for weights that are not finite; names the tensor.
     """
     settings = settings or CompressionSettings()
-    job = _prepare(Path(checkpoint), Path(output), settings, text, memory)
-    work = _work_folder(job.output)
+    job = prepare(Path(checkpoint), Path(output), settings, text, memory)
+    work = work_folder(job.output)
     work.mkdir(exist_ok=True)
     held = lock_folder(os.fspath(work), wait=False)
     if held is None:
@@ -107,143 +105,19 @@ def compress(
         unlock_folder(held)
 
 
-@dataclass
-class _Job:
-    """All that was found out before the work."""
-
-    folder: CheckpointFolder
-    config: DeepseekV3Config
-    source: WeightSource
-    layout: Layout
-    settings: CompressionSettings
-    text: CalibrationText | None
-    output: Path
-
-    def description(self) -> dict[str, Any]:
-        """What decides the result; compared when a command goes on."""
-        files = sorted({tensor.path for tensor in self.source.tensors.values()})
-        stats = [(Path(path).name, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
-        return {
-            "settings": asdict(self.settings),
-            "checkpoint": hashlib.sha256(json.dumps([config_digest(self.folder), stats]).encode()).hexdigest(),
-            "text": None if self.text is None else self.text.sha256,
-        }
-
-
-def _work_folder(output: Path) -> Path:
-    return output.absolute().parent / f".{output.name}.compressing"
-
-
-def _prepare(
-    checkpoint: Path,
-    output: Path,
-    settings: CompressionSettings,
-    text: Sequence[str | Path] | None,
-    memory: int | None,
-) -> _Job:
-    """Looks at everything that may be refused."""
-    if settings.prune:
-        raise OptionError("--prune", "experts cannot be removed yet")
-    _check_output(output)
-    try:
-        folder = CheckpointFolder(checkpoint)
-        config = _config(folder)
-        block_size = _block_size(folder)
-        tensors = folder.tensors
-        config.num_nextn_predict_layers = mtp_layers_present(
-            list(tensors), config.num_hidden_layers, config.num_nextn_predict_layers or 0
-        )
-        with torch.device("meta"):
-            whole = DeepseekV3ForCausalLM._from_config(config)
-        if problems := fit_problems(whole, tensors, block_size=block_size):
-            raise CheckpointError(f"{checkpoint} does not fit its config:\n  " + "\n  ".join(problems[:20]))
-        tied = getattr(whole, "all_tied_weights_keys", None) or {}
-        names = [official_name(name, config) for name, value in whole.state_dict().items() if value.numel()]
-        # Of stacked experts each was looked for before
-        missing = [name for name in names if name not in tensors and ".experts." not in name and name not in tied]
-        if missing:
-            raise CheckpointError(f"{checkpoint} lacks tensors of an official checkpoint: {listing(missing)}")
-    except CheckpointError as error:
-        raise OptionError("CHECKPOINT", str(error)) from error
-    planned = layout(tensors, config.num_hidden_layers, settings)
-    at_once = None
-    calibrated = None
-    if settings.method == "gptq":
-        if settings.window > config.max_position_embeddings:
-            raise OptionError(
-                "--window", f"{settings.window} is more than the {config.max_position_embeddings} tokens of the model"
-            )
-        at_once = tokens_at_once(config.hidden_size, settings.window)
-    needed = memory_needed(config, tensors, planned, at_once)
-    allowed = total_memory() // 2 if memory is None else memory
-    if needed > allowed:
-        raise OptionError(
-            "--memory", f"{_gib(allowed)} are too few: the widest matrices of this checkpoint take {_gib(needed)}"
-        )
-    if settings.method == "gptq":
-        paths = None if text is None else [Path(path) for path in text]
-        calibrated = calibration_text(checkpoint, paths, settings, config.num_nextn_predict_layers, config.vocab_size)
-    _check_disk(output, planned, config, calibrated)
-    return _Job(folder, config, WeightSource(tensors, block_size), planned, settings, calibrated, output)
-
-
-def _check_output(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise OptionError("--output", f"{output} is there already: choose a new folder")
-    parent = output.absolute().parent
-    if not parent.is_dir():
-        raise OptionError("--output", f"there is no folder {parent}")
-    if (refusal := write_refusal(parent)) is not None:
-        raise OptionError("--output", refusal)
-
-
-def _check_disk(output: Path, planned: Layout, config: DeepseekV3Config, text: CalibrationText | None) -> None:
-    rows = 0 if text is None else 4 * text.windows.numel() * config.hidden_size * 4
-    work = _work_folder(output)
-    there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
-    needed, free = planned.n_bytes + rows - there, shutil.disk_usage(output.absolute().parent).free
-    if needed > free:
-        raise OptionError(
-            "--output", f"{_gib(needed)} are needed in {output.absolute().parent}, where {_gib(free)} are free"
-        )
-
-
-def _config(folder: CheckpointFolder) -> DeepseekV3Config:
-    model_type = folder.fields.get("model_type")
-    if folder.is_adapter or model_type not in MODEL_TYPES:
-        what = "an adapter" if folder.is_adapter else f"a checkpoint of type {model_type!r}"
-        raise CheckpointError(f"{folder.path} is {what}; compressed are {' and '.join(MODEL_TYPES)}")
-    return folder.model_config()
-
-
-def _block_size(folder: CheckpointFolder) -> tuple[int, int] | None:
-    """Rows and columns of FP8 blocks, the form in which DeepSeek publishes what it trained in FP8."""
-    stored = folder.fields.get("quantization_config")
-    if stored is None:
-        return None
-    blocks = stored.get("weight_block_size") if isinstance(stored, dict) else None
-    if blocks and stored.get("quant_method") == "fp8":
-        return int(blocks[0]), int(blocks[1])
-    method = stored.get("quant_method", "an unknown method") if isinstance(stored, dict) else stored
-    raise CheckpointError(
-        f"{folder.config_path}: the checkpoint is quantised already, by {method}; give the one that it was made from"
-    )
-
-
-def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB"
-
-
-def _run(job: _Job, work: Path, progress: bool) -> CompressionRecord:
-    description = job.description()
+def _run(job: CompressionJob, work: Path, progress: bool) -> CompressionRecord:
     run_file, folder = work / "run.json", work / "checkpoint"
     if not folder.is_dir():  # new, or left by a command that was stopped behind its last step
         for path in work.iterdir():
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         folder.mkdir()
+    description = job.description()
     if not run_file.is_file():
         write_json(run_file, description)
     _check_same(work, json.loads(run_file.read_text(encoding="utf-8")), description)
+    given = job
+    if job.settings.prune:
+        job = _pruned(job, work / "pruned", progress)
     finished: list[dict[str, Any]] = []
     while (path := _step_file(work, len(finished))).is_file():
         finished.append(json.loads(path.read_text(encoding="utf-8")))
@@ -256,7 +130,7 @@ def _run(job: _Job, work: Path, progress: bool) -> CompressionRecord:
         ) as bar,
     ):
         files = CompressedFiles(job.layout, folder, bar)
-        steps = _Steps(job, work, files) if job.text is not None else None
+        steps = _Steps(job, work, files) if job.settings.method == "gptq" else None
         for number in range(len(finished), len(job.layout.steps)):
             started = time.perf_counter()
             outcome: dict[str, Any] = {"layer": None}
@@ -269,7 +143,17 @@ def _run(job: _Job, work: Path, progress: bool) -> CompressionRecord:
             if steps is not None:
                 steps.clean(number)
             finished.append(outcome)
-    return _publish(job, work, finished)
+    return _publish(job, given, work, finished)
+
+
+def _pruned(job: CompressionJob, folder: Path, progress: bool) -> CompressionJob:
+    """Removes experts, unless that is done already; the job that is left."""
+    if not folder.is_dir():
+        settings = job.settings
+        assert job.text is not None
+        how = {"by": settings.prune_by, "seed": settings.seed, "heal_steps": settings.heal, "progress": progress}
+        prune_and_heal(job.folder.path, folder, settings.prune, job.text.windows, **how)  # type: ignore[arg-type]
+    return pruned_job(job, folder)
 
 
 def _check_same(work: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -295,12 +179,12 @@ def _names(planned: Layout, steps: range) -> list[str]:
     return [name for step in steps for number in planned.steps[step] for name in planned.files[number]]
 
 
-def _values(job: _Job, name: str) -> int:
+def _values(job: CompressionJob, name: str) -> int:
     rows, width = job.source.tensors[name].shape
     return rows * width
 
 
-def _round_all(job: _Job, step: int, files: CompressedFiles) -> None:
+def _round_all(job: CompressionJob, step: int, files: CompressedFiles) -> None:
     """The tensors of a step, each weight on its own."""
     for name in _names(job.layout, range(step, step + 1)):
         weight, bits = job.source.read(name), job.layout.bits.get(name)
@@ -310,7 +194,7 @@ def _round_all(job: _Job, step: int, files: CompressedFiles) -> None:
 class _Steps:
     """The steps of a calibrated compression, each from what the one before has left on disk."""
 
-    def __init__(self, job: _Job, work: Path, files: CompressedFiles):
+    def __init__(self, job: CompressionJob, work: Path, files: CompressedFiles):
         assert job.text is not None
         self.job, self.files, self.windows = job, files, job.text.windows
         self.mtp_layers = job.config.num_nextn_predict_layers
@@ -357,13 +241,17 @@ class _Steps:
     def _embed(self, made: RowFile) -> None:
         _, length = self.windows.shape
         name = "model.embed_tokens.weight"
-        rounded = round_to_nearest(self.job.source.read(name), self.job.layout.bits[name])
+        weight, bits = self.job.source.read(name), self.job.layout.bits.get(name)
+        rounded = weight if bits is None else round_to_nearest(weight, bits)
         tokens = self.windows.flatten()
         self.embedded.create()
         for start in range(0, len(tokens), self.layers.tokens_at_once):
             part = slice(start, start + self.layers.tokens_at_once)
-            looked_up = type(rounded)(rounded.whole[tokens[part]], rounded.scale[tokens[part]])
-            self.embedded.write(part, looked_up.dequantized())
+            if isinstance(rounded, Rounded):
+                looked_up = Rounded(rounded.whole[tokens[part]], rounded.scale[tokens[part]]).dequantized()
+            else:
+                looked_up = rounded[tokens[part]].float()
+            self.embedded.write(part, looked_up)
         self.files.put(name, rounded)
         made.create()
         for part in self.layers.parts():
@@ -383,37 +271,45 @@ class _Steps:
             made.write(part, norm(given.read(part)))
 
 
-def _publish(job: _Job, work: Path, finished: list[dict[str, Any]]) -> CompressionRecord:
-    """Puts the checkpoint in its place: the folder that is whole gets its name in one step."""
+def _publish(
+    job: CompressionJob, given: CompressionJob, work: Path, finished: list[dict[str, Any]]
+) -> CompressionRecord:
+    """Puts the checkpoint in its place: the folder that is whole gets its name in one step.
+
+    Args:
+        given: what was asked for, before experts were removed.
+    """
     folder = work / "checkpoint"
-    for path in job.folder.path.iterdir():
+    for path in given.folder.path.iterdir():
         if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
     for path in folder.glob(partial_path(Path("*")).name):
         path.unlink()
-    fields = {**job.folder.fields, "quantization_config": quantization_config(job.settings)}
+    fields = {**job.folder.fields, "quantization_config": quantization_config(job.layout)}
     write_json(folder / CONFIG, fields)
     shards = [job.layout.file_name(number) for number in range(len(job.layout.files))]
     size = sum((folder / shard).stat().st_size for shard in shards)
     if len(shards) > 1:
         _write_index(folder, shards)
-    before = sum(os.stat(path).st_size for path in {tensor.path for tensor in job.source.tensors.values()})
-    weights = job.layout.weights
+    before = sum(os.stat(path).st_size for path in given.source.files)
+    weights, whole = job.layout.weights, given.layout.weights
+    kept = _kept_experts(job)
     text = job.text
     record = CompressionRecord(
-        source=job.folder.path.resolve().name,
-        config_sha256=config_digest(job.folder),
-        settings=asdict(job.settings),
+        source=given.folder.path.resolve().name,
+        config_sha256=config_digest(given.folder),
+        settings=asdict(given.settings),
         text=None if text is None else Text(text.source, len(text.windows), text.windows.numel(), text.sha256),
         weights=weights,
+        weights_before=whole,
         bytes_before=before,
         bytes_after=size,
         bits_per_weight=8 * size / weights,
         ratio=before / size,
-        ratio_from_bf16=2 * weights / size,
-        ratio_from_fp32=4 * weights / size,
+        ratio_from_bf16=2 * whole / size,
+        ratio_from_fp32=4 * whole / size,
         layers=[
-            Layer(step["layer"], step["tokens_per_expert"], step["methods"])
+            Layer(step["layer"], step["tokens_per_expert"], step["methods"], kept.get(step["layer"], []))
             for step in finished
             if step["layer"] is not None
         ],
@@ -423,6 +319,12 @@ def _publish(job: _Job, work: Path, finished: list[dict[str, Any]]) -> Compressi
     os.replace(folder, job.output)
     shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def _kept_experts(job: CompressionJob) -> dict[int, list[int]]:
+    """Of layers that experts were removed from, by number: those that are left, by the numbers that they had."""
+    path = job.folder.path / KEPT_EXPERTS
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _write_index(folder: Path, shards: list[str]) -> None:

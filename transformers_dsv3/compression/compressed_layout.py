@@ -15,8 +15,8 @@ from ..kernels.cpu.operators import GROUP
 from ..models.dsv3.checkpoint_checks_dsv3 import SCALE
 from ..models.dsv3.checkpoint_files_dsv3 import StoredTensor, listing
 from ..option_error import OptionError
-from .packed_format import packed_config
-from .settings import CompressionSettings
+from .packed_saving import EMBEDDINGS, modules_config
+from .settings import WHOLE, CompressionSettings
 
 
 # Names of modules. `kv_b_proj` is folded into the queries when decoding, and routers choose: both stay as they are.
@@ -28,7 +28,9 @@ LINEAR = (
     r"eh_proj",
 )
 HEADS = (r"embed_tokens", r"lm_head", r"shared_head\.head")
-IGNORED = (r"self_attn\.kv_b_proj", r"mlp\.gate")
+_KINDS = {"experts": (EXPERTS,), "linear": LINEAR, "head": HEADS}
+# The model's own again, which MTP layers of official checkpoints carry
+_COPY = re.compile(r"layers\.\d+\.(embed_tokens|shared_head\.head)$")
 
 # Bytes of a file beyond which another is begun
 FILE_BYTES = 1 << 30
@@ -39,7 +41,7 @@ class Layout:
     """What is written where.
 
     Attributes:
-        bits: of each packed weight, by name.
+        bits: of each quantised weight, by name.
         files: names of the tensors in each file, in the order in which they are written, scales of FP8 weights left
             out. A file holds tensors of one step alone.
         steps: numbers of the files of each step: what stands before the layers, the layers of the main model, what
@@ -60,43 +62,63 @@ class Layout:
         return f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
 
 
-def bits_of(name: str, settings: CompressionSettings) -> int | None:
-    """Bits of a weight, by the name of its tensor; None for tensors that stay as they are."""
+def kind_of(name: str) -> str | None:
+    """What settings call a tensor, "linear", "experts" or "head"; None for those that always stay as they are."""
     module = name.removesuffix(".weight")
-    if module == name:
-        return None
-    for patterns, bits in _groups(settings):
+    for kind, patterns in _KINDS.items() if module != name else ():
         if any(re.search(rf"(^|\.){pattern}$", module) for pattern in patterns):
-            return bits
+            return kind
     return None
 
 
-def _groups(settings: CompressionSettings) -> list[tuple[tuple[str, ...], int]]:
-    experts_bits = settings.experts_bits or settings.bits
-    return [((EXPERTS,), experts_bits), (LINEAR, settings.bits), (HEADS, settings.head_bits)]
+def is_embedding(name: str) -> bool:
+    """Whether a weight is written as `byte_tensors`, if it is quantised."""
+    return name.endswith("embed_tokens.weight")
 
 
-def quantization_config(settings: CompressionSettings) -> dict[str, Any]:
-    """The entry of config.json that says how such a checkpoint is packed."""
-    targets: dict[int, list[str]] = {}
-    for patterns, bits in _groups(settings):
-        targets.setdefault(bits, []).extend(rf"re:(.*\.)?{pattern}$" for pattern in patterns)
-    return packed_config(targets, [rf"re:(.*\.)?{pattern}$" for pattern in IGNORED])
+def quantization_config(planned: Layout) -> dict[str, Any]:
+    """The entry of config.json that says how such a checkpoint is packed: as of a model with the same layers."""
+    bits: dict[str, int] = {}
+    plain: dict[str, None] = {}
+    embeddings: dict[int, list[str]] = {}
+    for name in (name for names in planned.files for name in names):
+        kind, module, held = kind_of(name), name.removesuffix(".weight"), planned.bits.get(name)
+        if is_embedding(name) or _COPY.search(module):
+            if held is not None and module == "model.embed_tokens":
+                embeddings[held] = [EMBEDDINGS]
+            continue
+        if kind == "experts":
+            module = re.sub(r"\.experts\..*", ".experts", module)
+        if held is not None:
+            bits[module] = held
+        elif kind is not None or module.endswith(".kv_b_proj"):
+            plain[module] = None
+    if "lm_head" not in bits:  # a tied one has no tensor
+        plain["lm_head"] = None
+    return modules_config(bits, list(plain), embeddings)
 
 
-def layout(tensors: Mapping[str, StoredTensor], num_hidden_layers: int, settings: CompressionSettings) -> Layout:
+def layout(
+    tensors: Mapping[str, StoredTensor], num_hidden_layers: int, settings: CompressionSettings, tied: bool = False
+) -> Layout:
     """Plan the files of a compressed checkpoint.
 
     Args:
         tensors: of the checkpoint to compress, by official names.
         num_hidden_layers: of the main model.
+        tied: whether embedding and head are one; they are left as they are, since nothing but this package could open
+            them otherwise.
 
     Raises:
         OptionError: for weights whose input is not a multiple of 32 wide; names them.
     """
     names = [name for name in tensors if not name.endswith(SCALE)]
     # Checkpoints without shared experts may have them at size zero
-    found = {name: bits_of(name, settings) if math.prod(tensors[name].shape) else None for name in names}
+    found: dict[str, int | None] = {}
+    for name in names:
+        kind = kind_of(name)
+        bits = settings.of(kind) if kind and math.prod(tensors[name].shape) else WHOLE
+        found[name] = None if bits == WHOLE or (tied and kind == "head") else bits
     odd = [name for name, bits in found.items() if bits is not None and tensors[name].shape[-1] % GROUP]
     if odd:
         described = [f"{name} has an input of {tensors[name].shape[-1]}" for name in odd]
@@ -146,4 +168,4 @@ def _packed_bytes(tensor: StoredTensor, bits: int | None) -> int:
     values = math.prod(tensor.shape)
     if bits is None:
         return values * (2 if tensor.dtype.itemsize == 1 else tensor.dtype.itemsize)  # FP8 is written as bf16
-    return values * bits // 8 + values // GROUP * 2 + 16
+    return (values if is_embedding(tensor.name) else values * bits // 8 + 16) + values // GROUP * 2

@@ -7,10 +7,11 @@
   "settings": {…},                 see `CompressionSettings`
   "text": null, or {"source", "windows", "tokens", "sha256"},     of the token ids that it was calibrated on
   "weights": 10281985,             parameters, copies in MTP layers included
+  "weights_before": 10281985,      the same before experts were removed
   "bytes_before": 20561640, "bytes_after": 5600000,               of all safetensors files
   "bits_per_weight": 4.4, "ratio": 3.7,                           bytes before over bytes after
-  "ratio_from_bf16": 3.7, "ratio_from_fp32": 7.4,
-  "layers": [{"layer": 1, "tokens_per_expert": [4096, …], "methods": ["gptq", …]}, …],   experts by number
+  "ratio_from_bf16": 3.7, "ratio_from_fp32": 7.4,                 the same if those were bf16, or fp32
+  "layers": [{"layer": 1, "tokens_per_expert": [4096, …], "methods": ["gptq", …], "kept": []}, …],   experts by number
   "seconds": 93.5                  of all commands that it took
 }
 """
@@ -50,11 +51,13 @@ class Layer:
     Attributes:
         tokens_per_expert: tokens of the text that were routed to each.
         methods: "gptq" on these, "gptq, the layer's tokens" where they were too few, or "nearest".
+        kept: where experts were removed before, the numbers that those that are left had.
     """
 
     layer: int
     tokens_per_expert: list[int]
     methods: list[str]
+    kept: list[int] = field(default_factory=list)
 
     @property
     def uncalibrated(self) -> list[int]:
@@ -72,6 +75,7 @@ class CompressionRecord:
     settings: dict
     text: Text | None
     weights: int
+    weights_before: int
     bytes_before: int
     bytes_after: int
     bits_per_weight: float

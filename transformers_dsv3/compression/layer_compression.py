@@ -20,7 +20,7 @@ from torch import nn
 
 from ..models.dsv3.modeling_dsv3 import DeepseekV3Model
 from ..models.dsv3.moe_dsv3 import DeepseekV3MoE
-from .compressed_layout import Layout
+from .compressed_layout import Layout, kind_of
 from .gptq import InverseFactor, gptq, inverse_factor, round_to_nearest
 from .row_file import RowFile
 from .settings import CompressionSettings
@@ -117,7 +117,8 @@ class LayerCompressor:
             report = LayerReport(number)
             network = _Network(self, activation, normalised, made)
             if is_mixture:
-                if f"{prefix}mlp.shared_experts.gate_proj.weight" in self.layout.bits:
+                shared = self.source.tensors.get(f"{prefix}mlp.shared_experts.gate_proj.weight")
+                if shared is not None and shared.nbytes:  # some checkpoints have them at size zero
                     network.compress(f"{prefix}mlp.shared_experts.", factor)
                 self._experts(prefix, network, torch.cat(chosen), torch.cat(mixing), factor, report)
             else:
@@ -159,8 +160,11 @@ class LayerCompressor:
         Raises:
             ValueError: for weights that are not finite; names the tensor.
         """
-        bits = self.layout.bits[name]
+        bits = self.layout.bits.get(name)
         weight = self.source.read(name)
+        if bits is None:
+            self.files.put(name, weight)
+            return weight.float()
         try:
             rounded = round_to_nearest(weight, bits) if factor is None else gptq(weight, factor, bits)
         except ValueError as error:
@@ -173,11 +177,11 @@ class LayerCompressor:
         """Reads what is not rounded, and what attention needs to run before it is."""
         weights = {}
         for name in self.layout_names(prefix):
-            inside = name.removeprefix(prefix)
-            if inside.endswith(("embed_tokens.weight", "shared_head.head.weight")):  # the model's own again
-                self.files.put(name, round_to_nearest(self.source.read(name), self.layout.bits[name]))
-                continue
-            if name not in self.layout.bits:
+            inside, kind = name.removeprefix(prefix), kind_of(name)
+            if kind == "head":  # the model's own again
+                stored, bits = self.source.read(name), self.layout.bits.get(name)
+                self.files.put(name, stored if bits is None else round_to_nearest(stored, bits))
+            elif kind is None or not self.source.tensors[name].nbytes:
                 stored = self.source.read(name)
                 self.files.put(name, stored)
                 weights[inside] = stored.float()

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from ..evaluation.machine import resident_bytes
 from ..models.dsv3.checkpoint_files_dsv3 import StoredTensor
 from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
-from .compressed_layout import Layout
+from .compressed_layout import Layout, kind_of
 from .gptq import WIDEST_IN_FP64
+from .settings import CompressionSettings
 
 
 # What allocators keep back and libraries take for themselves
@@ -30,6 +31,31 @@ def memory_needed(
     return base + max(_of_step(config, tensors, layout, step, at_once) for step in layout.steps)
 
 
+def weights_left(tensors: Mapping[str, StoredTensor], share: float) -> int:
+    """Weights that are left when a share of the routed experts is removed."""
+    experts = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if kind_of(name) == "experts")
+    return sum(math.prod(tensor.shape) for tensor in tensors.values()) - round(share * experts)
+
+
+def pruning_memory(
+    config: DeepseekV3Config, tensors: Mapping[str, StoredTensor], settings: CompressionSettings
+) -> int:
+    """Bytes that `prune_and_heal` takes, but for activations, those of the program itself included."""
+    base = (resident_bytes()["now"] or 0) + _SLACK
+    weights = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if settings.heal:
+        # The unpruned model in fp32, and what is left with gradients and the optimizer's two moments; logits of a
+        # batch of four windows of both, in several forms
+        logits = 6 * 4 * settings.window * config.vocab_size
+        return base + 4 * (weights + 4 * weights_left(tensors, settings.prune) + logits)
+    if settings.prune_by == "random":  # shard by shard
+        shards: dict[str, int] = {}
+        for tensor in tensors.values():
+            shards[tensor.path] = shards.get(tensor.path, 0) + tensor.nbytes
+        return base + max(shards.values())
+    return base + sum(math.prod(tensor.shape) * max(tensor.dtype.itemsize, 2) for tensor in tensors.values())
+
+
 def _of_step(
     config: DeepseekV3Config,
     tensors: Mapping[str, StoredTensor],
@@ -45,7 +71,7 @@ def _of_step(
         values = math.prod(tensor.shape)
         if ".self_attn." in name:
             attention += values
-        if name not in layout.bits:
+        if kind_of(name) is None or not values:
             continue
         if at_once is None or name.endswith(_NEAREST):  # the whole numbers, and their packed form on its way
             rounding = max(rounding, tensor.nbytes + 3 * values)

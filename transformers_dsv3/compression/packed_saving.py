@@ -16,7 +16,7 @@ from .packed_loading import PARTS
 from .quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, dequantize, whole_numbers
 
 
-OF_MTP_HEADS = r"re:.*shared_head\.head$"
+OF_MTP_HEADS, EMBEDDINGS = r"re:.*shared_head\.head$", r"re:.*embed_tokens$"
 QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedExperts)
 
 
@@ -91,11 +91,22 @@ def packed_model_config(model: Any) -> dict[str, Any]:
         if _is_tied(model, module):
             plain += [official] if module is model.get_output_embeddings() else []
         elif isinstance(module, QuantizedEmbedding):
-            embeddings[module.stored_bits] = [r"re:.*embed_tokens$"]
+            embeddings[module.stored_bits] = [EMBEDDINGS]
         elif isinstance(module, QUANTIZED):
             bits[official] = module.stored_bits
         elif isinstance(module, (nn.Linear, DeepseekV3Experts)):
             plain.append(official)
+    return modules_config(bits, plain, embeddings)
+
+
+def modules_config(bits: dict[str, int], plain: list[str], embeddings: dict[int, list[str]]) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint by its modules.
+
+    Args:
+        bits: of linear layers, and of routed experts by the name of their stack. plain: those that are not quantised.
+            Both by official names, copies in MTP layers left out.
+        embeddings: as `packed_config` takes them.
+    """
     experts = [held for name, held in bits.items() if name.endswith(".experts")]
     usual = Counter(experts or bits.values()).most_common(1)[0][0] if bits else 0
     targets: dict[int, list[str]] = defaultdict(list)

@@ -22,11 +22,9 @@ from ..models.dsv3.configuration_dsv3 import DeepseekV3Config, KimiK2Config
 from ..option_error import OptionError
 from .expert_choice import kept_experts
 from .published_shapes import PUBLISHED
+from .settings import WHOLE, CompressionSettings
 
 
-# Bits of a weight that is not quantised
-WHOLE = 16
-BITS, EXPERTS_BITS = (4, 8, WHOLE), (3, 4, 8, WHOLE)
 PARTS = (
     "embedding",
     "head",
@@ -43,51 +41,12 @@ _CONFIGS = {"deepseek_v3": DeepseekV3Config, "kimi_k2": KimiK2Config}
 _READ_BYTES = 2**28
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a model is to be compressed.
-
-    Args:
-        bits: of linear layers: attention, dense and shared networks, the projection of MTP layers. 16 leaves them.
-        experts_bits: of routed experts; as `bits` by default.
-        head_bits: of the embedding and the head.
-        prune: share of the routed experts of each layer that is removed.
-
-    Raises:
-        OptionError: for other bits.
-    """
-
-    bits: int = 4
-    experts_bits: int | None = None
-    head_bits: int = 8
-    prune: float = 0.0
-
-    def __post_init__(self) -> None:
-        for option, value, known in (
-            ("--bits", self.bits, BITS),
-            ("--experts-bits", self.of("experts"), EXPERTS_BITS),
-            ("--head-bits", self.head_bits, BITS),
-        ):
-            if value not in known:
-                raise OptionError(option, f"is one of {', '.join(map(str, known))}, not {value!r}")
-
-    def of(self, kind: str) -> int:
-        """Bits of a kind of weights."""
-        if kind == "experts":
-            return self.bits if self.experts_bits is None else self.experts_bits
-        return {"linear": self.bits, "head": self.head_bits}.get(kind, WHOLE)
-
-    def __str__(self) -> str:
-        pruned = f", {self.prune:.4g} of the experts pruned" if self.prune else ""
-        return f"{self.bits} bits, experts {self.of('experts')}, embedding and head {self.head_bits}{pruned}"
-
-
 # From the gentlest on: what comes later is smaller and loses more. Pruned models are to be healed
 LADDER = (
-    Settings(8),
-    Settings(4),
-    Settings(4, experts_bits=3),
-    *(Settings(4, experts_bits=3, prune=share) for share in (0.25, 0.375, 0.5, 0.625, 0.75)),
+    CompressionSettings(8),
+    CompressionSettings(4),
+    CompressionSettings(4, experts_bits=3),
+    *(CompressionSettings(4, experts_bits=3, prune=share) for share in (0.25, 0.375, 0.5, 0.625, 0.75)),
 )
 
 
@@ -98,6 +57,7 @@ class _Weights:
     Args:
         part: one of `PARTS`.
         kind: "linear", "experts" or "head", which are quantised by their own settings; "whole"; "fp32".
+        in_bytes: whether files hold each in a byte, whatever its bits: embeddings.
         rows, columns: of each. Vectors have one row.
         count: how many there are.
         read: how many of them one token reads.
@@ -111,6 +71,7 @@ class _Weights:
     count: int = 1
     read: float = 1
     in_memory: bool = True
+    in_bytes: bool = False
 
     @property
     def parameters(self) -> int:
@@ -120,6 +81,8 @@ class _Weights:
         """Bytes in a file."""
         if self.kind == "fp32" or bits == WHOLE:
             return self.parameters * (4 if self.kind == "fp32" else 2)
+        if self.in_bytes:
+            return self.parameters + self.parameters // GROUP * 2
         return self.parameters * bits // 8 + self.parameters // GROUP * 2 + self.count * 16
 
     def resident(self, bits: int) -> int:
@@ -159,7 +122,7 @@ class Plan:
         bytes_read: in memory, for one token at the end of that context.
     """
 
-    settings: Settings
+    settings: CompressionSettings
     experts_before: int
     experts: int
     rows: tuple[Row, ...]
@@ -205,7 +168,7 @@ class Choice:
     reached: bool
 
 
-def plan(config: DeepseekV3Config, settings: Settings, context: int = 4096) -> Plan:
+def plan(config: DeepseekV3Config, settings: CompressionSettings, context: int = 4096) -> Plan:
     """Counts what a compressed model of a configuration takes. Nothing is read, and nothing allocated.
 
     Args:
@@ -213,8 +176,8 @@ def plan(config: DeepseekV3Config, settings: Settings, context: int = 4096) -> P
         context: tokens of one sequence, for the cache and for what a token reads.
 
     Raises:
-        OptionError: for a share of experts that cannot be removed.
-        ValueError: naming the field, where a width does not divide into groups of 32.
+        OptionError: for a share of experts that cannot be removed, and, naming the field of the configuration, where a
+            width does not divide into groups of 32.
     """
     _check_widths(config, settings)
     if context < 1:
@@ -291,6 +254,31 @@ def gentlest(
     return Choice(smallest, False)
 
 
+def settings_that_reach(
+    config: DeepseekV3Config,
+    settings: CompressionSettings,
+    target_ratio: float | None = None,
+    fit_bytes: int | None = None,
+    ratio_from: str = "bf16",
+) -> CompressionSettings:
+    """Settings with the bits and the share of experts of `gentlest`, healed where experts are removed.
+
+    Raises:
+        OptionError: nothing reaches the target; names the settings that come nearest. And as `gentlest` does.
+    """
+    choice = gentlest(config, target_ratio, fit_bytes, ratio_from)
+    made = choice.plan
+    if not choice.reached:
+        fitting = target_ratio is None or made.ratio(ratio_from) >= target_ratio
+        raise OptionError(
+            "--fit" if fitting else "--target-ratio",
+            f"cannot be reached: nearest come {made.settings}, {made.ratio(ratio_from):.2f} times smaller than in "
+            f"{ratio_from} and {made.memory_bytes / 2**30:.2f} GiB to run",
+        )
+    chosen = {name: getattr(made.settings, name) for name in ("bits", "experts_bits", "head_bits", "prune")}
+    return replace(settings, **chosen, heal=settings.heal if made.settings.prune else 0)
+
+
 def model_config(source: str | Path) -> DeepseekV3Config:
     """The configuration of a checkpoint's folder, of a `config.json`, or of one of the `PUBLISHED` shapes by name.
 
@@ -329,7 +317,7 @@ def reading_bandwidth() -> float:
     return buffer.nbytes / min(read() for _ in range(4))
 
 
-def _check_widths(config: DeepseekV3Config, settings: Settings) -> None:
+def _check_widths(config: DeepseekV3Config, settings: CompressionSettings) -> None:
     """Every input of a weight that is to be quantised has to be whole groups wide."""
     linear = {"hidden_size": config.hidden_size, "v_head_dim": config.num_attention_heads * config.v_head_dim}
     if config.q_lora_rank is not None:
@@ -343,18 +331,21 @@ def _check_widths(config: DeepseekV3Config, settings: Settings) -> None:
     for kind, fields in widths.items():
         for field, width in fields.items():
             if settings.of(kind) != WHOLE and width % GROUP:
-                raise ValueError(
+                raise OptionError(
+                    "CHECKPOINT",
                     f"`{field}={getattr(config, field)!r}`: inputs of weights have to be multiples of {GROUP} wide, "
-                    f"and this makes one of {width}"
+                    f"and this makes one of {width}",
                 )
 
 
 def _weights(config: DeepseekV3Config, experts: int) -> Iterator[_Weights]:
     """All tensors of a checkpoint with so many routed experts a layer."""
     hidden, vocabulary = config.hidden_size, config.vocab_size
-    yield _Weights("embedding", "head", vocabulary, hidden, read=1 / vocabulary)
+    # Nothing but this package opens tied ones quantised
+    heads = "whole" if config.tie_word_embeddings else "head"
+    yield _Weights("embedding", heads, vocabulary, hidden, read=1 / vocabulary, in_bytes=True)
     if not config.tie_word_embeddings:
-        yield _Weights("head", "head", vocabulary, hidden)
+        yield _Weights("head", heads, vocabulary, hidden)
     yield _Weights("routers and norms", "whole", 1, hidden)
     for layer in range(config.num_hidden_layers):
         yield from _layer(config, layer, experts)
@@ -363,7 +354,8 @@ def _weights(config: DeepseekV3Config, experts: int) -> Iterator[_Weights]:
             yield replace(weights, part="MTP")
         yield _Weights("MTP", "whole", 1, hidden, count=3, read=3)
         yield _Weights("MTP", "linear", hidden, 2 * hidden)
-        yield _Weights("MTP", "head", vocabulary, hidden, count=2, in_memory=False)
+        yield _Weights("MTP", heads, vocabulary, hidden, in_memory=False, in_bytes=True)
+        yield _Weights("MTP", heads, vocabulary, hidden, in_memory=False)
 
 
 def _layer(config: DeepseekV3Config, layer: int, experts: int) -> Iterator[_Weights]:

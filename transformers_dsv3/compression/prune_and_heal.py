@@ -22,6 +22,10 @@ from .plan import model_config
 from .pruned_checkpoint import copy_companions, prune_checkpoint
 
 
+# In the folder that is made: pairs of a layer's number and the experts that are left, by the numbers that they had
+KEPT_EXPERTS = "pruning_record.json"
+
+
 def prune_and_heal(
     checkpoint: str | Path,
     output: str | Path,
@@ -42,7 +46,7 @@ def prune_and_heal(
 
     Args:
         checkpoint: folder of an official checkpoint.
-        output: folder to make.
+        output: folder to make; pruning_record.json there has what is returned.
         share, by, seed: as `prune_experts` takes them.
         windows: token ids of the text, int64 `(n, S)`; S tokens are a window, and an example.
         heal_steps: optimizer steps of healing; 0 leaves it out.
@@ -95,6 +99,7 @@ def prune_and_heal(
         copy_companions(pruned, finished)
     else:
         finished = pruned
+    shutil.copyfile(kept_file, finished / KEPT_EXPERTS)
     kept = {layer: tuple(experts) for layer, experts in json.loads(kept_file.read_text(encoding="utf-8"))}
     finished.replace(output)
     shutil.rmtree(work, ignore_errors=True)

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from ..files import partial_path
 from ..models.dsv3.checkpoint_checks_dsv3 import SCALE
 from ..models.dsv3.checkpoint_files_dsv3 import StoredTensor
-from .compressed_layout import Layout
+from .compressed_layout import Layout, is_embedding
 from .gptq import Rounded
-from .packed_format import packed_tensors
+from .packed_format import byte_tensors, packed_tensors
 from .quantizer_fp8 import dequantize_blocks
 
 
@@ -32,6 +32,7 @@ class WeightSource:
 
     def __init__(self, tensors: Mapping[str, StoredTensor], block_size: tuple[int, int] | None):
         self.tensors, self.block_size = tensors, block_size
+        self.files = sorted({tensor.path for tensor in tensors.values()})
 
     def read(self, name: str) -> torch.Tensor:
         """In the dtype on disk; weights in FP8 as the bf16 that they stand for."""
@@ -75,6 +76,8 @@ class CompressedFiles:
 
 
 def _packed(name: str, rounded: Rounded, bits: int) -> dict[str, torch.Tensor]:
+    if is_embedding(name):
+        return byte_tensors(name, rounded.whole, rounded.scale)
     step = max(1, _PACKED_AT_ONCE // rounded.whole.shape[1])
     parts = [
         packed_tensors(name, whole, scale, bits)
