@@ -189,6 +189,7 @@ def parse_pytest(words):
     parser.add_argument("-m")
     parser.add_argument("-r")
     parser.add_argument("-n")
+    parser.add_argument("-k")
     given = parser.parse_args(words)
     for path in given.paths:
         assert (ROOT / path).exists(), f"{path} is not there"

@@ -125,5 +125,7 @@ def cache_bytes_per_token(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors of a cache's layers, without the room kept behind them; a tensor held twice counts once."""
-    tensors = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
+    # Layers that share one tensor make theirs when these are asked for
+    held = ([*vars(layer).values(), layer.keys, layer.values] for layer in cache.layers)
+    tensors = (value for values in held for value in values if isinstance(value, torch.Tensor))
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
