@@ -14,7 +14,7 @@ from ..operators import define
 from ..selection import QUANTIZED, cpu_refusal
 from . import library
 from .linear import limit_of_rows
-from .operators import TYPES, addresses
+from .operators import GROUP, TYPES, addresses
 
 
 def refusal(x: torch.Tensor, *weights: torch.Tensor) -> str | None:
@@ -42,7 +42,7 @@ def experts_refusal(x: torch.Tensor, experts: nn.Module, index: object, weights:
 
 
 def _dequantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    N, K = scale.shape[0], scale.shape[1] * 32
+    N, K = scale.shape[0], scale.shape[1] * GROUP
     return dequantize_into(values, scale, values.new_empty(N, K, dtype=dtype))
 
 
@@ -68,7 +68,7 @@ def dequantize_into(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor
 operator = define(
     "dequantize(Tensor values, Tensor scale, ScalarType dtype) -> Tensor",
     _dequantize,
-    lambda values, scale, dtype: values.new_empty(scale.shape[0], scale.shape[1] * 32, dtype=dtype),
+    lambda values, scale, dtype: values.new_empty(scale.shape[0], scale.shape[1] * GROUP, dtype=dtype),
     "CPU",
 )
 
@@ -89,7 +89,7 @@ class _OneAtATime:
 
     def __init__(self, values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
         self.values, self.scale = values, scale
-        self.shape = (*scale.shape[:2], scale.shape[2] * 32)
+        self.shape = (*scale.shape[:2], scale.shape[2] * GROUP)
         self.room = values.new_empty(self.shape[1:], dtype=dtype)
 
     def __getitem__(self, expert: int) -> torch.Tensor:

@@ -227,12 +227,17 @@ class SharedLayer(DynamicLayer):
     then on.
     """
 
+    def _held(self, name: str, whole: str) -> torch.Tensor | None:
+        """What was put into the layer under a name, or else its part of a tensor of the room."""
+        state = self.__dict__
+        if name in state:
+            return state[name]
+        room = state["room"]
+        return getattr(room, whole)[state["index"]].narrow(2, 0, room.filled)
+
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        state = self.__dict__
-        if "keys" in state:
-            return state["keys"]
-        return state["room"].latent[state["index"]].narrow(2, 0, state["room"].filled)
+        return self._held("keys", "latent")
 
     @keys.setter
     def keys(self, tensor: torch.Tensor | None) -> None:
@@ -240,10 +245,7 @@ class SharedLayer(DynamicLayer):
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        state = self.__dict__
-        if "values" in state:
-            return state["values"]
-        return state["room"].k_rope[state["index"]].narrow(2, 0, state["room"].filled)
+        return self._held("values", "k_rope")
 
     @values.setter
     def values(self, tensor: torch.Tensor | None) -> None:
