@@ -42,6 +42,7 @@ class Arguments:
     plot: Path | None = HfArg(default=None, help="Draw the figures that are there, and train nothing.")
     steps: int = HfArg(default=2000, help="Optimizer steps of the base model, of 8 x 256 tokens.")
     heal: int = HfArg(default=400, help="Optimizer steps of healing, and of the control.")
+    bf16: bool = HfArg(default=False, help="Train with products in bf16: faster on CPUs with AMX and on GPUs.")
     small: bool = HfArg(default=False, help="A small model on little text, to see that all of it runs.")
 
 
@@ -64,7 +65,8 @@ class Models:
             model, steps, teacher = self.start(name)
             if steps:
                 rate = RATE if name in ("base", "dense") else RATE / 2
-                options = {"per_device_train_batch_size": BATCH, "disable_tqdm": self.arguments.small}
+                own = self.arguments
+                options = {"per_device_train_batch_size": BATCH, "disable_tqdm": own.small, "bf16": own.bf16}
                 heal(model, self.tokens.train, healing_arguments(folder / "training", steps, rate, **options), teacher)
             self.tokens.tokenizer.save_pretrained(folder)
             model.to(torch.bfloat16).save_pretrained(folder)
