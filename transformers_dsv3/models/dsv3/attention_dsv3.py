@@ -206,6 +206,32 @@ def changes_attention(implementation: str, kwargs: dict[str, Any]) -> bool:
     return bool(given - {"output_attentions"} if implementation == "eager" else given)
 
 
+class AttendingCache:
+    """What is given to attention in the place of a cache, and attends what it holds itself."""
+
+    def attend(
+        self,
+        attention: "DeepseekV3Attention",
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            attention: the module, whose layer these are of.
+            q_nope, q_rope: `(B, H, Q, N)` and `(B, H, Q, P)`, rotated.
+            latent, k_rope: new ones to be held, `(B, 1, Q, R)` and `(B, 1, Q, P)`.
+
+        Returns:
+            `(B, Q, H, V)`.
+        """
+        raise NotImplementedError
+
+    def update(self, *arguments: object) -> None:
+        raise RuntimeError(f"{type(self).__name__} is attended by the plugin's own attention alone")
+
+
 class DeepseekV3Attention(native.DeepseekV3Attention):
     """Multi-head latent attention over a cache of latents.
 
@@ -350,19 +376,49 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
         )
         return output[..., : self.v_head_dim] if padded else output, weights
 
+    def attend_causally(
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of a sequence's last tokens to those before and to themselves, by the cheaper of the two ways.
+
+        Args:
+            q_nope, q_rope: `(1, H, Q, N)` and `(1, H, Q, P)`, rotated.
+            latent, k_rope: of all its tokens, `(1, S, R)` and `(1, S, P)`.
+
+        Returns:
+            `(1, Q, H, V)`.
+        """
+        q_len, kv_len = q_nope.shape[2], latent.shape[1]
+        mask = None
+        if q_len > 1:
+            mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=latent.device).tril(kv_len - q_len)[None, None]
+        if self.is_absorbed_cheaper(q_len, kv_len) and self.absorbed_refusal() is None:
+            arguments = (q_nope, q_rope, latent, k_rope, self.kv_b_proj.weight, mask, self.scaling)
+            output = serve(ABSORBED, self, *arguments, None)
+            return absorbed_attention(*arguments)[0] if output is None else output
+        kv = linear(self.kv_b_proj, latent).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+        output = serve(EXPANDED, self, q_nope, q_rope, kv, k_rope, mask, self.scaling)
+        if output is None:
+            key, value = self._expand(kv, k_rope.unsqueeze(1))
+            query = torch.cat([q_nope, q_rope], dim=-1)
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
+            output = output.transpose(1, 2)
+        return output
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | AttendingCache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states: `(B, Q, D)`.
             position_embeddings: cos and sin, `(B or 1, Q, P)` each.
-            attention_mask: as Transformers' mask functions make it for `config._attn_implementation`.
+            attention_mask: as Transformers' mask functions make it for `config._attn_implementation`. Not for an
+                `AttendingCache`, which knows what each query may attend.
             past_key_values: the cache, extended in place by the new latents.
 
         Returns:
@@ -386,7 +442,7 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
                 query = linear(self.q_b_proj, self.q_a_layernorm(linear(self.q_a_proj, hidden_states)))
             q_nope, q_rope = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2).split(dims, dim=-1)
             kv_a = linear(self.kv_a_proj_with_mqa, hidden_states)
-            if past_key_values is not None:
+            if past_key_values is not None and not isinstance(past_key_values, AttendingCache):
                 place = partial(next_place, past_key_values, kv_a, self.layer_idx)
                 rows = (kv_a, self.kv_a_layernorm, q_rope, cos, sin, self.config.rope_interleave, place)
                 written = serve(LATENT_ROWS, self, *rows)
@@ -396,6 +452,9 @@ class DeepseekV3Attention(native.DeepseekV3Attention):
                 q_rope = self._rotate(q_rope, cos, sin)
                 k_rope = self._rotate(k_rope.unsqueeze(1), cos, sin)
 
+        if isinstance(past_key_values, AttendingCache):
+            output = past_key_values.attend(self, q_nope, q_rope, latent, k_rope)
+            return linear(self.o_proj, output.reshape(batch_size, q_len, -1)), None
         if written is not None:
             q_rope, latent, k_rope = written
         elif past_key_values is not None:

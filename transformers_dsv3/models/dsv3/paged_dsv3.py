@@ -1,0 +1,259 @@
+"""The forward pass over pages of latents, for many sequences at once: some decode, others bring a part of a prompt.
+
+Latents and rotary keys lie in pages of a pool, and each sequence has a table of the pages that hold its tokens, in
+order (arXiv 2309.06180). What a page holds may be shared by several sequences; who may write to it is the caller's to
+know. New tokens of all sequences go through the layers as one row of T tokens, without padding, so projections,
+experts and head are the model's own modules, adapters, hooks and all. Attention alone looks at sequences.
+
+Shape suffixes: B sequences, T new tokens of all of them, P pages of a table, W rows whose logits are wanted, and those
+of `attention_dsv3.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ...kernels.pages import in_huge_pages
+from .attention_dsv3 import AttendingCache, DeepseekV3Attention, is_known_attention
+from .decoder_dsv3 import DeepseekV3DecoderLayer
+from .linear_dsv3 import linear
+
+
+# Tokens of a page. What a sequence leaves empty of its last one is lost, half a page on the average
+PAGE_SIZE = 64
+# Angles of these follow the longest position of a call, so that those of a sequence would depend on its neighbours
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
+
+
+def paged_refusal(model: Any) -> str | None:
+    """The reason why a model cannot run over pages, or None where it can.
+
+    Args:
+        model: a `DeepseekV3ForCausalLM`.
+    """
+    decoder = model.model
+    layers = decoder.layers[: model.config.num_hidden_layers]
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, DeepseekV3DecoderLayer) or not isinstance(layer.self_attn, DeepseekV3Attention):
+            return f"layer {index} is a {type(layer).__name__}, not the plugin's own"
+        if layer.self_attn.is_head_parallel:
+            return "its heads are shared out among processes"
+        if layer.self_attn.layer_idx != index:
+            return f"layer {index}'s place in the cache is another"
+    implementation = model.config._attn_implementation or "eager"
+    if not is_known_attention(implementation):
+        return f"{implementation!r} is an attention function that computes something of its own"
+    if decoder.rotary_emb.rope_type in _ROPE_BY_LENGTH:
+        return f"rotary embeddings of type {decoder.rotary_emb.rope_type!r} follow the longest position of a call"
+    return None
+
+
+class PagedLatents:
+    """The memory of a page pool: what all layers hold of each token.
+
+    Args:
+        model: a `DeepseekV3ForCausalLM`, read for its sizes.
+        pages: how many.
+        page_size: tokens of a page.
+        dtype, device: those of the model's activations unless given.
+
+    Attributes:
+        latent: `(layers, pages, page_size, R)`, normalised latents. Uninitialised until it is written to.
+        k_rope: `(layers, pages, page_size, P)`, rotated keys that all heads share.
+
+    Raises:
+        ValueError: for sizes below 1, or a model that cannot run over pages.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pages: int,
+        page_size: int = PAGE_SIZE,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        for name, number in (("pages", pages), ("page_size", page_size)):
+            if number < 1:
+                raise ValueError(f"`{name}` is {number}, not at least 1")
+        if (reason := paged_refusal(model)) is not None:
+            raise ValueError(f"The model does not run over pages: {reason}.")
+        config, like = model.config, model.model.norm.weight
+        self.pages, self.page_size = pages, page_size
+        self.latent, self.k_rope = (
+            in_huge_pages(
+                torch.empty(
+                    *(config.num_hidden_layers, pages, page_size, width),
+                    dtype=dtype or like.dtype,
+                    device=like.device if device is None else device,
+                )
+            )
+            for width in (config.kv_lora_rank, config.qk_rope_head_dim)
+        )
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes that a page takes in all layers."""
+        return (self.latent.nbytes + self.k_rope.nbytes) // self.pages
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copies what a page holds, in all layers, to another one.
+
+        Raises:
+            IndexError: for a page that there is not.
+        """
+        for tensor in (self.latent, self.k_rope):
+            tensor[:, target] = tensor[:, source]
+
+
+@dataclass
+class RaggedBatch:
+    """New tokens of several sequences, for [`forward_pages`].
+
+    Args:
+        tokens_T: int64, all new tokens, sequence after sequence.
+        starts_B: how many tokens of each sequence the pages hold already.
+        counts_B: how many new ones each has, at least one.
+        tables_BP: whole numbers, the pages of each sequence, in order, with room for its new tokens. Entries behind
+            those that are needed are not read.
+        wanted_W: int64, places in `tokens_T` whose logits are wanted.
+    """
+
+    tokens_T: torch.Tensor
+    starts_B: list[int]
+    counts_B: list[int]
+    tables_BP: torch.Tensor
+    wanted_W: torch.Tensor
+
+
+class PagedOutput(NamedTuple):
+    """
+    Args:
+        logits: `(W, vocabulary)`, in the weights' dtype.
+        hidden_states: `(T, D)` of all new tokens, after the last norm, from which MTP layers draft.
+    """
+
+    logits: torch.Tensor
+    hidden_states: torch.Tensor
+
+
+class _PagedStep(AttendingCache):
+    """One pass over pages, in the place of a cache.
+
+    Args:
+        places_T: int64, where each new token lies in the pool, counted in tokens.
+        tables_BP: int64.
+    """
+
+    def __init__(self, pages: PagedLatents, batch: RaggedBatch, places_T: torch.Tensor, tables_BP: torch.Tensor):
+        self.pages, self.places_T = pages, places_T
+        self.sequences, first = [], 0
+        for start, count, table in zip(batch.starts_B, batch.counts_B, tables_BP):
+            end = start + count
+            self.sequences.append((first, count, end, table[: -(-end // pages.page_size)]))
+            first += count
+
+    def attend(
+        self,
+        attention: DeepseekV3Attention,
+        q_nope_1HTN: torch.Tensor,
+        q_rope_1HTP: torch.Tensor,
+        latent_11TR: torch.Tensor,
+        k_rope_11TP: torch.Tensor,
+    ) -> torch.Tensor:
+        held = self.pages.latent[attention.layer_idx], self.pages.k_rope[attention.layer_idx]
+        for pool, new in zip(held, (latent_11TR, k_rope_11TP)):
+            pool.flatten(0, 1).index_copy_(0, self.places_T, new[0, 0])
+        outputs = []
+        for first, count, end, table in self.sequences:
+            latent_1SR, k_rope_1SP = (pool[table].flatten(0, 1)[None, :end] for pool in held)
+            rows = slice(first, first + count)
+            queries = q_nope_1HTN[:, :, rows], q_rope_1HTP[:, :, rows]
+            outputs.append(attention.attend_causally(*queries, latent_1SR, k_rope_1SP))
+        return torch.cat(outputs, dim=1)
+
+
+@torch.no_grad()
+def forward_pages(model: Any, pages: PagedLatents, batch: RaggedBatch) -> PagedOutput:
+    """New tokens of several sequences through a model. Their latents are in the pages afterwards.
+
+    Each sequence attends what it has in the pages and its own new tokens up to each, nothing else. Decoder, layers and
+    what is in them are called as they are, but the hooks of the model and of its decoder themselves, which would
+    see no padded batch here.
+
+    Args:
+        model: a `DeepseekV3ForCausalLM` in evaluation mode.
+
+    Raises:
+        ValueError: naming the field, before anything is written.
+    """
+    decoder = model.model
+    positions_T, step = _begin(model, pages, batch)
+    hidden_1TD = decoder.embed_tokens(batch.tokens_T[None])
+    if hidden_1TD.dtype != pages.latent.dtype:
+        raise ValueError(f"`pages` hold {pages.latent.dtype}, the activations are {hidden_1TD.dtype}")
+    angles = decoder.rotary_emb(hidden_1TD, positions_T[None])
+    for layer in decoder.layers[: model.config.num_hidden_layers]:
+        hidden_1TD = layer(
+            hidden_1TD,
+            attention_mask=None,
+            position_ids=positions_T[None],
+            past_key_values=step,
+            use_cache=True,
+            position_embeddings=angles,
+        )
+    hidden_TD = decoder.norm(hidden_1TD)[0]
+    return PagedOutput(linear(model.lm_head, hidden_TD[batch.wanted_W]), hidden_TD)
+
+
+def _begin(model: Any, pages: PagedLatents, batch: RaggedBatch) -> tuple[torch.Tensor, _PagedStep]:
+    """Positions `(T,)` of the new tokens, and what stands for a cache.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if model.training:
+        raise ValueError("`model` is in training mode: call `model.eval()`")
+    if (reason := paged_refusal(model)) is not None:
+        raise ValueError(f"The model does not run over pages: {reason}.")
+    starts, counts, device = batch.starts_B, batch.counts_B, pages.latent.device
+    if not counts or len(starts) != len(counts) or len(batch.tables_BP) != len(counts):
+        sizes = f"{len(starts)}, {len(counts)} and {len(batch.tables_BP)}"
+        raise ValueError(
+            f"`starts_B`, `counts_B` and `tables_BP` are of {sizes} sequences, not of as many, at least one"
+        )
+    if min(starts) < 0 or min(counts) < 1:
+        raise ValueError(f"`starts_B` has {min(starts)} and `counts_B` {min(counts)}: at least 0 and 1 are needed")
+    tokens = sum(counts)
+    if batch.tokens_T.shape != (tokens,):
+        raise ValueError(f"`tokens_T` is of shape {tuple(batch.tokens_T.shape)}, the counts are of {tokens} tokens")
+    for name, numbers, below in (
+        ("tokens_T", batch.tokens_T, getattr(model.model.embed_tokens, "num_embeddings", model.config.vocab_size)),
+        ("wanted_W", batch.wanted_W, tokens),
+    ):
+        if numbers.dim() != 1 or numbers.dtype != torch.int64:
+            raise ValueError(
+                f"`{name}` is {numbers.dtype} of shape {tuple(numbers.shape)}, not int64 in one dimension"
+            )
+        if numbers.numel():
+            low, high = (int(bound) for bound in numbers.aminmax())
+            if low < 0 or high >= below:
+                raise ValueError(f"`{name}` has {low if low < 0 else high}, which is not from 0 to {below - 1}")
+    tables = batch.tables_BP.to(device, torch.int64)
+    longest = max(start + count for start, count in zip(starts, counts))
+    needed = -(-longest // pages.page_size)
+    if tables.dim() != 2 or tables.shape[1] < needed:
+        raise ValueError(
+            f"`tables_BP` is of shape {tuple(tables.shape)}, {longest} tokens need {needed} pages of {pages.page_size}"
+        )
+    counts_B, ends_B = torch.tensor(counts), torch.tensor(starts) + torch.tensor(counts)
+    positions_T = torch.arange(tokens) + (ends_B - counts_B.cumsum(0)).repeat_interleave(counts_B)
+    positions_T = positions_T.to(device)
+    sequence_T = torch.arange(len(counts)).repeat_interleave(counts_B).to(device)
+    used_BP = torch.arange(needed, device=device) * pages.page_size < ends_B.to(device)[:, None]
+    low, high = (int(bound) for bound in tables[:, :needed][used_BP].aminmax())
+    if low < 0 or high >= pages.pages:
+        raise ValueError(f"`tables_BP` has page {low if low < 0 else high} of a pool of {pages.pages}")
+    places_T = tables[sequence_T, positions_T // pages.page_size] * pages.page_size + positions_T % pages.page_size
+    return positions_T, _PagedStep(pages, batch, places_T, tables)
