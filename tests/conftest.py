@@ -46,6 +46,15 @@ TINY = {
     # The default of 0.02 makes activations so small that errors drown
     "initializer_range": 0.1,
 }
+# For weights in groups of 32, beside `byte_tokenizer`
+WIDTHS_OVER_BYTES = {
+    "vocab_size": 258,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "q_lora_rank": 32,
+    "v_head_dim": 16,
+}
 
 
 # Models of this size gain nothing from a second thread, and lose a factor of ten where another program is busy, since

@@ -70,7 +70,7 @@ LATE = {f"transformers_dsv3/training/{name}.py": {"peft"} for name in PEFT_PLACE
     path.relative_to(PACKAGE.parent).as_posix(): {"triton"}
     for path in (PACKAGE / "kernels" / "triton_src").glob("*.py")
 }
-LATE["transformers_dsv3/compression/packed_lora.py"] = {"peft"}
+LATE["transformers_dsv3/compression/packed/lora.py"] = {"peft"}
 # Verbs import these inside their functions; server.py is imported by its verb alone.
 HEAVY = {"torch", "transformers", "transformers_dsv3"}
 

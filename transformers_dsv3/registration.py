@@ -19,9 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_deepseek_v3
 from transformers.utils import is_peft_available
 
-from .compression.gguf_registration import register_gguf
+from .compression.gguf.registration import register_gguf
+from .compression.packed.quantizer import register_packed
 from .compression.quantizer_fp8 import register_fp8
-from .compression.quantizer_packed import register_packed
 from .kernels import experts_auto
 from .models.dsv3 import (
     DeepseekV3Config,

@@ -30,7 +30,7 @@ def export_gguf(
       transformers-dsv3 export-gguf ./dsv3-quickstart --output dsv3-quickstart-q4_0.gguf --type q4_0
       transformers-dsv3 export-gguf moonshotai/Moonlight-16B-A3B --output moonlight.gguf --type q4_k_m
     """
-    from transformers_dsv3.compression.gguf_export import export_gguf as export
+    from transformers_dsv3.compression.gguf.export import export_gguf as export
 
     try:
         with as_bad_parameters():

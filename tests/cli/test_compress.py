@@ -5,18 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from tests.conftest import WIDTHS_OVER_BYTES
 from transformers_dsv3.compression import plan as plans
 from transformers_dsv3_cli.main import app
-
-
-WIDTHS = {
-    "vocab_size": 258,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "q_lora_rank": 32,
-    "v_head_dim": 16,
-}
 
 
 @pytest.fixture
@@ -27,7 +18,7 @@ def run(monkeypatch):
 
 @pytest.fixture
 def folder(make_model, byte_tokenizer, tmp_path):
-    make_model(**WIDTHS).save_pretrained(tmp_path / "model")
+    make_model(**WIDTHS_OVER_BYTES).save_pretrained(tmp_path / "model")
     byte_tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

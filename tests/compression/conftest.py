@@ -5,7 +5,7 @@ import torch
 from gguf_checkpoints import WIDTHS
 from transformers import AutoTokenizer
 
-from transformers_dsv3.compression.gguf_export import export_gguf
+from transformers_dsv3.compression.gguf.export import export_gguf
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 
 

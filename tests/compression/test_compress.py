@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fp8_files import write_fp8_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -19,16 +20,15 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCa
 from typer.testing import CliRunner
 
 from tests import programs
-from tests.compression.fp8_files import write_fp8_checkpoint
-from tests.conftest import TINY
+from tests.conftest import TINY, WIDTHS_OVER_BYTES
 from transformers_dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers_dsv3.compression import compress as compress_module
 from transformers_dsv3.compression import compression_job
 from transformers_dsv3.compression.calibration_text import calibration_text
 from transformers_dsv3.compression.compress import compress
 from transformers_dsv3.compression.compression_record import read_compression_record
-from transformers_dsv3.compression.gguf_export import export_gguf
-from transformers_dsv3.compression.packed_format import unpack
+from transformers_dsv3.compression.gguf.export import export_gguf
+from transformers_dsv3.compression.packed.format import unpack
 from transformers_dsv3.compression.prune_and_heal import prune_and_heal
 from transformers_dsv3.compression.settings import CompressionSettings, parse_memory
 from transformers_dsv3.data.byte_bpe import TokenBlocks
@@ -41,17 +41,7 @@ from transformers_dsv3.option_error import OptionError
 from transformers_dsv3_cli.main import app
 
 
-# Every input a multiple of 32 wide
-WIDTHS = {
-    "vocab_size": 258,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "q_lora_rank": 32,
-    "v_head_dim": 16,
-    "num_hidden_layers": 2,
-    "num_nextn_predict_layers": 2,
-}
+WIDTHS = {**WIDTHS_OVER_BYTES, "num_nextn_predict_layers": 2}
 SETTINGS = CompressionSettings(experts_bits=3, tokens=2560, window=64, min_tokens=300)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers_dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM, quantize
 from transformers_dsv3.benchmark.floors import count_weights
 from transformers_dsv3.compression import plan as plans
-from transformers_dsv3.compression.packed_format import byte_tensors, packed_tensors
+from transformers_dsv3.compression.packed.format import byte_tensors, packed_tensors
 from transformers_dsv3.compression.plan import LADDER, PUBLISHED, gentlest, model_config, plan, settings_that_reach
 from transformers_dsv3.compression.settings import CompressionSettings
 from transformers_dsv3.option_error import OptionError

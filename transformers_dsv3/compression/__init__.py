@@ -1,1 +1,1 @@
-"""Quantized checkpoints: reading DeepSeek's FP8 format."""
+"""Quantised formats read and written; checkpoints pruned and rounded to few bits, and plans of it."""

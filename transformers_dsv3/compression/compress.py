@@ -1,6 +1,6 @@
 """A checkpoint to one of few bits a weight, calibrated on a text, layer by layer.
 
-The result has the official names, compressed-tensors' `pack-quantized` weights (see packed_format.py), and the MTP
+The result has the official names, compressed-tensors' `pack-quantized` weights (see packed/format.py), and the MTP
 layers. Everything that does not fit is refused before any work (compression_job.py). Where experts are to be removed,
 that is done first, and healed, and what is left is rounded.
 
@@ -38,6 +38,7 @@ from ..models.dsv3.checkpoint_saving_dsv3 import lock_folder, unlock_folder
 from ..models.dsv3.modeling_dsv3 import DeepseekV3ForCausalLM
 from ..models.dsv3.norm_dsv3 import DeepseekV3RMSNorm
 from ..option_error import OptionError
+from .compressed_files import CompressedFiles
 from .compressed_layout import Layout, quantization_config
 from .compression_job import CompressionJob, prepare, pruned_job, work_folder
 from .compression_record import COMPRESSION_RECORD, CompressionRecord, Layer, Text
@@ -46,7 +47,6 @@ from .layer_compression import LayerCompressor
 from .prune_and_heal import KEPT_EXPERTS, prune_and_heal
 from .row_file import RowFile
 from .settings import CompressionSettings
-from .weight_files import CompressedFiles
 
 
 # Weights, what describes them and what was measured of them, which are not those of the compressed checkpoint

@@ -15,7 +15,7 @@ from ..kernels.cpu.operators import GROUP
 from ..models.dsv3.checkpoint_checks_dsv3 import SCALE
 from ..models.dsv3.checkpoint_files_dsv3 import StoredTensor, listing
 from ..option_error import OptionError
-from .packed_saving import EMBEDDINGS, modules_config
+from .packed.saving import EMBEDDINGS, modules_config
 from .settings import WHOLE, CompressionSettings
 
 

@@ -25,12 +25,12 @@ from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from ..models.dsv3.modeling_dsv3 import DeepseekV3ForCausalLM
 from ..option_error import OptionError
 from .calibration_text import CalibrationText, calibration_text
+from .checkpoint_weights import CheckpointWeights
 from .compressed_layout import Layout, kind_of, layout
 from .expert_choice import kept_experts
 from .layer_compression import tokens_at_once
 from .memory_need import memory_needed, pruning_memory, weights_left
 from .settings import WHOLE, CompressionSettings
-from .weight_files import WeightSource
 
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
@@ -42,7 +42,7 @@ class CompressionJob:
 
     folder: CheckpointFolder
     config: DeepseekV3Config
-    source: WeightSource
+    source: CheckpointWeights
     layout: Layout
     settings: CompressionSettings
     text: CalibrationText | None
@@ -123,17 +123,25 @@ def pruned_job(job: CompressionJob, folder: Path) -> CompressionJob:
     return replace(job, folder=read, config=config, source=source, layout=planned)
 
 
-def _read(folder: CheckpointFolder) -> tuple[DeepseekV3Config, WeightSource]:
+def _read(folder: CheckpointFolder) -> tuple[DeepseekV3Config, CheckpointWeights]:
     """The configuration with the MTP layers that are there, and the weights."""
     config = _config(folder)
-    source = WeightSource(folder.tensors, _block_size(folder))
+    stored = folder.fields.get("quantization_config")
+    fields = stored if isinstance(stored, dict) else {"quant_method": stored}
+    method = fields.get("quant_method", "an unknown method")
+    if stored is not None and not (method == "fp8" and fields.get("weight_block_size")):
+        raise CheckpointError(
+            f"{folder.config_path}: the checkpoint is quantised already, by {method}; give the one that it was made "
+            "from"
+        )
+    source = CheckpointWeights(folder.tensors, stored)
     config.num_nextn_predict_layers = mtp_layers_present(
         list(source.tensors), config.num_hidden_layers, config.num_nextn_predict_layers or 0
     )
     return config, source
 
 
-def _check_tensors(checkpoint: Path, config: DeepseekV3Config, source: WeightSource) -> None:
+def _check_tensors(checkpoint: Path, config: DeepseekV3Config, source: CheckpointWeights) -> None:
     tensors = source.tensors
     with torch.device("meta"):
         whole = DeepseekV3ForCausalLM._from_config(config)
@@ -182,20 +190,6 @@ def _config(folder: CheckpointFolder) -> DeepseekV3Config:
         what = "an adapter" if folder.is_adapter else f"a checkpoint of type {model_type!r}"
         raise CheckpointError(f"{folder.path} is {what}; compressed are {' and '.join(MODEL_TYPES)}")
     return folder.model_config()
-
-
-def _block_size(folder: CheckpointFolder) -> tuple[int, int] | None:
-    """Rows and columns of FP8 blocks, the form in which DeepSeek publishes what it trained in FP8."""
-    stored = folder.fields.get("quantization_config")
-    if stored is None:
-        return None
-    blocks = stored.get("weight_block_size") if isinstance(stored, dict) else None
-    if blocks and stored.get("quant_method") == "fp8":
-        return int(blocks[0]), int(blocks[1])
-    method = stored.get("quant_method", "an unknown method") if isinstance(stored, dict) else stored
-    raise CheckpointError(
-        f"{folder.config_path}: the checkpoint is quantised already, by {method}; give the one that it was made from"
-    )
 
 
 def _gib(n_bytes: float) -> str:

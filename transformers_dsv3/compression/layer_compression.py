@@ -20,11 +20,12 @@ from torch import nn
 
 from ..models.dsv3.modeling_dsv3 import DeepseekV3Model
 from ..models.dsv3.moe_dsv3 import DeepseekV3MoE
+from .checkpoint_weights import CheckpointWeights
+from .compressed_files import CompressedFiles
 from .compressed_layout import Layout, kind_of
 from .gptq import InverseFactor, gptq, inverse_factor, round_to_nearest
 from .row_file import RowFile
 from .settings import CompressionSettings
-from .weight_files import CompressedFiles, WeightSource
 
 
 # How the weights of an expert were rounded, the first first
@@ -60,7 +61,7 @@ class LayerCompressor:
     def __init__(
         self,
         model: DeepseekV3Model,
-        source: WeightSource,
+        source: CheckpointWeights,
         files: CompressedFiles,
         settings: CompressionSettings,
         windows: tuple[int, int],

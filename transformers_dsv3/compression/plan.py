@@ -1,6 +1,6 @@
 """What compressing a model gives, from its configuration alone: bytes by part, memory, speed; and which settings do.
 
-The file is the official layout with `packed_format`'s three tensors for each weight of 3 to 8 bits: the weights, a
+The file is the official layout with `packed/format.py`'s three tensors for each weight of 3 to 8 bits: the weights, a
 scale of 16 bits for each group of 32, and the shape. Routers, norms and `kv_b_proj`, whose weight is folded into the
 queries, stay whole. MTP layers are counted with the copies of embedding and head that official checkpoints repeat in
 each of them, and that no memory holds.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..kernels.cpu.operators import GROUP
 from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
+from .packed.quantizer import PackedWeightsConfig, PackedWeightsQuantizer
 from .quantized_weights import (
     ROUNDED_DTYPES,
     QuantizedEmbedding,
@@ -18,7 +19,6 @@ from .quantized_weights import (
     QuantizedLinear,
     quantize_groups,
 )
-from .quantizer_packed import PackedWeightsConfig, PackedWeightsQuantizer
 
 
 def _input_widths(module: nn.Module) -> list[int]:

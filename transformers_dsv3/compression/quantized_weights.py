@@ -175,7 +175,7 @@ class QuantizedLinear(_Quantized):
     @property
     def lora_class(self) -> type:
         """PEFT's layer for a LoRA adapter over this one."""
-        from .packed_lora import QuantizedLora
+        from .packed.lora import QuantizedLora
 
         return QuantizedLora
 

@@ -55,7 +55,7 @@ _loading = threading.RLock()
 
 # Name of our reader of DeepSeek's FP8 format among Transformers' quantization methods (compression/quantizer_fp8.py).
 FP8_METHOD = "deepseek_fp8"
-# And of our reader of weights that stay packed (compression/quantizer_packed.py)
+# And of our reader of weights that stay packed (compression/packed/quantizer.py)
 PACKED_METHOD = "packed_weights"
 
 # Readers of other formats, which their modules register: by format, a function from a file's path, a function from the

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ..kernels.cpu.operators import GROUP
-from ..models.dsv3.checkpoint_conversion_dsv3 import official_name
-from .quantized_weights import quantize_groups
+from ...kernels.cpu.operators import GROUP
+from ...models.dsv3.checkpoint_conversion_dsv3 import official_name
+from ..quantized_weights import quantize_groups
 
 
 ARCHITECTURE = "deepseek2"

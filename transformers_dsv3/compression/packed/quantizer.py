@@ -21,12 +21,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..models.dsv3.checkpoint_conversion_dsv3 import JoinGateUp, MergeExperts
-from ..models.dsv3.checkpoint_dsv3 import PACKED_METHOD, renamed_table
-from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, read_checkpoint
-from .packed_loading import SCALE_OF_GROUPS, PackedLoading, prepare, share_scales
-from .packed_saving import packed_model_config, packed_state_dict
-from .quantized_weights import ROUNDED_DTYPES
+from ...models.dsv3.checkpoint_conversion_dsv3 import JoinGateUp, MergeExperts
+from ...models.dsv3.checkpoint_dsv3 import PACKED_METHOD, renamed_table
+from ...models.dsv3.checkpoint_files_dsv3 import CheckpointError, read_checkpoint
+from ..quantized_weights import ROUNDED_DTYPES
+from .loading import SCALE_OF_GROUPS, PackedLoading, prepare, share_scales
+from .saving import packed_model_config, packed_state_dict
 from .stored_weights import format_refusal, stored_weights
 
 

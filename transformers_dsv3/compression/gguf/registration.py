@@ -10,22 +10,22 @@ from typing import Any
 
 from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 
-from ..models.dsv3.checkpoint_dsv3 import READERS
+from ...models.dsv3.checkpoint_dsv3 import READERS
 
 
 _ARCHITECTURE = "deepseek2"
 
 
 def _open(path: str, sibling: Callable[[str], str] | None, config: Any) -> Any:
-    from .gguf_reading import open_gguf
+    from .reading import open_gguf
 
     return open_gguf(path, sibling, config)
 
 
 def _config(metadata: dict[str, Any], tensor_names: tuple[str, ...]) -> dict[str, Any]:
     """Fields of a file's config. `AutoTokenizer` asks for them before it builds a tokenizer."""
-    from .gguf_config import config_of
-    from .gguf_tokenizer import register_tokenizers
+    from .config import config_of
+    from .tokenizer import register_tokenizers
 
     register_tokenizers()
     return config_of(metadata, tensor_names)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError
-from .gguf_format import ARCHITECTURE
+from ...models.dsv3.checkpoint_files_dsv3 import CheckpointError
+from .format import ARCHITECTURE
 
 
 logger = logging.getLogger(__name__)

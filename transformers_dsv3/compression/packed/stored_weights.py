@@ -17,16 +17,24 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from ..kernels.cpu.operators import GROUP
-from ..models.dsv3.checkpoint_files_dsv3 import StoredTensor
-from .packed_format import unpack
+from ...kernels.cpu.operators import GROUP
+from ...models.dsv3.checkpoint_files_dsv3 import StoredTensor
+from .format import unpack
+
+
+def rows_of(tensor: StoredTensor, rows: slice) -> StoredTensor:
+    """Some rows of a tensor of a file, to be read alone."""
+    row = tensor.nbytes // max(1, tensor.shape[0])
+    count = rows.stop - rows.start
+    shape = (count, *tensor.shape[1:])
+    return replace(tensor, offset=tensor.offset + rows.start * row, shape=shape, nbytes=count * row)
 
 
 @dataclass
@@ -142,9 +150,9 @@ class StoredWeight(ABC):
         return None if exact and bool(scale.isfinite().all()) else "scales that fp16 does not hold"
 
     def grouped_scale(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """`(N, K / 32)` fp16, scales of wider groups repeated."""
+        """`(N, K / 32)` in the dtype on disk, scales of wider groups repeated."""
         rows, columns = shape
-        scale = self.read_scale().half()
+        scale = self.read_scale()
         wider = (self.group or columns) // GROUP
         return scale.repeat_interleave(wider, dim=1)[:, : columns // GROUP].expand(rows, -1)
 
@@ -155,8 +163,12 @@ class CompressedWeight(StoredWeight):
     scale, zero, order = "weight_scale", "weight_zero_point", "weight_g_idx"
 
     @property
+    def _main(self) -> str:
+        return "weight_packed" if "weight_packed" in self.parts else "weight"
+
+    @property
     def main(self) -> StoredTensor:
-        return self.parts.get("weight_packed") or self.parts["weight"]
+        return self.parts[self._main]
 
     def shape(self, expected: tuple[int, ...] | None) -> tuple[int, ...]:
         if "weight_packed" not in self.parts:
@@ -179,6 +191,15 @@ class CompressedWeight(StoredWeight):
             self.zero: [(-(-rows * self.bits // 32), groups)] if is_packed else scales,
             self.order: [(columns,)],
         }
+
+    def of_rows(self, rows: slice) -> CompressedWeight:
+        """The weight that is some rows of this one, read alone; of one without zero points."""
+        by_row = {part: rows_of(self.parts[part], rows) for part in (self._main, self.scale) if self._is_by_row(part)}
+        return replace(self, parts=self.parts | by_row)
+
+    def _is_by_row(self, part: str) -> bool:
+        """Whether a tensor has a row for each row of the weight, not one for all."""
+        return self.parts[part].shape[:1] == self.main.shape[:1]
 
     def read_stored(self, shape: tuple[int, ...]) -> torch.Tensor:
         return _unpack_rows(self.main.read(), self.bits, shape[1])

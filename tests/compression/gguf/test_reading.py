@@ -17,9 +17,9 @@ from transformers import (
 )
 
 import transformers_dsv3
-from transformers_dsv3.compression.gguf_export import export_gguf
-from transformers_dsv3.compression.gguf_file import read_gguf
-from transformers_dsv3.compression.gguf_tokenizer import SPLITS, metadata_of_tokenizer, tokenizer_of
+from transformers_dsv3.compression.gguf.export import export_gguf
+from transformers_dsv3.compression.gguf.file import read_gguf
+from transformers_dsv3.compression.gguf.tokenizer import SPLITS, metadata_of_tokenizer, tokenizer_of
 from transformers_dsv3.compression.quantized_weights import (
     QuantizedEmbedding,
     QuantizedExperts,

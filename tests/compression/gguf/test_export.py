@@ -16,9 +16,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests import programs
-from transformers_dsv3.compression.gguf_export import export_gguf
-from transformers_dsv3.compression.gguf_format import Q4_0, Q8_0, pack_blocks, split_kv_b, unpack_blocks
-from transformers_dsv3.compression.packed_format import packed_config, packed_tensors
+from transformers_dsv3.compression.gguf.export import export_gguf
+from transformers_dsv3.compression.gguf.format import Q4_0, Q8_0, pack_blocks, split_kv_b, unpack_blocks
+from transformers_dsv3.compression.packed.format import packed_config, packed_tensors
 from transformers_dsv3.compression.quantized_weights import quantize_groups, whole_numbers
 from transformers_dsv3.models.dsv3.checkpoint_files_dsv3 import CheckpointError
 from transformers_dsv3.option_error import OptionError
@@ -119,7 +119,9 @@ def packed_copy(checkpoint, folder, bits):
         written |= packed_tensors(name, whole, scale, own)
     save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = packed_config({bits: ["Linear"]}, ["re:.*kv_b_proj"])
+    targets = {8: ["re:.*(embed_tokens|head)$"]}
+    targets[bits] = [*targets.get(bits, []), "Linear"]
+    config["quantization_config"] = packed_config(targets, ["re:.*kv_b_proj"])
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..kernels.cpu.operators import GROUP
-from ..models.dsv3.checkpoint_conversion_dsv3 import READERS, mtp_renamings, official_name
-from ..models.dsv3.checkpoint_dsv3 import expected_tensors
-from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, DerivedTensor, StoredTensor, listing
-from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
-from .quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, empty_groups, held_in
+from ...kernels.cpu.operators import GROUP
+from ...models.dsv3.checkpoint_conversion_dsv3 import READERS, mtp_renamings, official_name
+from ...models.dsv3.checkpoint_dsv3 import expected_tensors
+from ...models.dsv3.checkpoint_files_dsv3 import CheckpointError, DerivedTensor, StoredTensor, listing
+from ...models.dsv3.moe_dsv3 import DeepseekV3Experts
+from ..quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, empty_groups, held_in
 from .stored_weights import StoredWeight
 
 

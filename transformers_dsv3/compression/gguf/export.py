@@ -16,15 +16,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from ..files import file_refusal, partial_path
-from ..kernels.cpu.operators import GROUP
-from ..models.dsv3.checkpoint_checks_dsv3 import mtp_layers_present
-from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, listing, read_checkpoint, resolve_checkpoint
-from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
-from ..option_error import OptionError
-from .checkpoint_weights import CheckpointWeights
-from .gguf_config import config_refusal, metadata_of, warn_of_llama_cpp
-from .gguf_format import (
+from ...files import file_refusal, partial_path
+from ...kernels.cpu.operators import GROUP
+from ...models.dsv3.checkpoint_checks_dsv3 import mtp_layers_present
+from ...models.dsv3.checkpoint_files_dsv3 import CheckpointError, listing, read_checkpoint, resolve_checkpoint
+from ...models.dsv3.configuration_dsv3 import DeepseekV3Config
+from ...option_error import OptionError
+from ..checkpoint_weights import CheckpointWeights
+from .config import config_refusal, metadata_of, warn_of_llama_cpp
+from .format import (
     ARCHITECTURE,
     BF16,
     BITS,
@@ -41,7 +41,7 @@ from .gguf_format import (
     row_bytes,
     split_kv_b,
 )
-from .gguf_tokenizer import metadata_of_tokenizer, tokenizer_refusal
+from .tokenizer import metadata_of_tokenizer, tokenizer_refusal
 
 
 # Names of `--type`: the number of matrices' type, and llama.cpp's of the file
@@ -261,7 +261,7 @@ class _Planner:
                 if ggml_type in BITS and self.weights.bits(name) is not None:
                     yield _blocks_of_codes(*self.weights.codes(name, rows), ggml_type)
                 else:
-                    yield encode(self.weights.floats(name, rows), ggml_type)
+                    yield encode(self.weights.read(name, rows, torch.float32), ggml_type)
         except ValueError as error:
             raise CheckpointError(f"'{name}' cannot be written: {error}") from error
 
@@ -305,7 +305,7 @@ class _Planner:
         ggml_type = BF16 if self.ggml_type in BITS else self.ggml_type
 
         def part(which: int) -> Iterator[torch.Tensor]:
-            whole = torch.cat([self.weights.floats(name, rows) for rows in self.weights.chunks(name)])
+            whole = torch.cat([self.weights.read(name, rows, torch.float32) for rows in self.weights.chunks(name)])
             yield encode(split_kv_b(whole, c)[which], ggml_type)
 
         return [

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformers_dsv3.compression.packed_format import pack, packed_config, unpack
+from transformers_dsv3.compression.packed.format import pack, packed_config, unpack
 
 
 @settings(deadline=None, max_examples=60)

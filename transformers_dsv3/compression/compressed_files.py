@@ -1,8 +1,7 @@
-"""Weights of a checkpoint one at a time, and the files of a compressed one, each written as soon as it is whole."""
+"""The files of a compressed checkpoint, each written as soon as it is whole."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from ..files import partial_path
-from ..models.dsv3.checkpoint_checks_dsv3 import SCALE
-from ..models.dsv3.checkpoint_files_dsv3 import StoredTensor
 from .compressed_layout import Layout, is_embedding
 from .gptq import Rounded
-from .packed_format import byte_tensors, packed_tensors
-from .quantizer_fp8 import dequantize_blocks
+from .packed.format import byte_tensors, packed_tensors
 
 
 # Weights that are packed at once: on its way each is several times as large
 _PACKED_AT_ONCE = 1 << 22
-
-
-class WeightSource:
-    """Tensors of an official checkpoint, each read when it is asked for.
-
-    Args:
-        tensors: by name.
-        block_size: rows and columns of the blocks of FP8 weights; None where there are none.
-    """
-
-    def __init__(self, tensors: Mapping[str, StoredTensor], block_size: tuple[int, int] | None):
-        self.tensors, self.block_size = tensors, block_size
-        self.files = sorted({tensor.path for tensor in tensors.values()})
-
-    def read(self, name: str) -> torch.Tensor:
-        """In the dtype on disk; weights in FP8 as the bf16 that they stand for."""
-        weight = self.tensors[name].read()
-        scale = self.tensors.get(name + SCALE)
-        if scale is None or self.block_size is None:
-            return weight
-        out = torch.empty(weight.shape, dtype=torch.bfloat16)
-        return dequantize_blocks(weight, scale.read(), self.block_size, out)
 
 
 class CompressedFiles:

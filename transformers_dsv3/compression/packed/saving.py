@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.dsv3.checkpoint_conversion_dsv3 import official_name
-from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
-from .packed_format import byte_tensors, packed_config, packed_tensors
-from .packed_loading import PARTS
-from .quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, dequantize, whole_numbers
+from ...models.dsv3.checkpoint_conversion_dsv3 import official_name
+from ...models.dsv3.moe_dsv3 import DeepseekV3Experts
+from ..quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, dequantize, whole_numbers
+from .format import byte_tensors, packed_config, packed_tensors
+from .loading import PARTS
 
 
 OF_MTP_HEADS, EMBEDDINGS = r"re:.*shared_head\.head$", r"re:.*embed_tokens$"

@@ -1,6 +1,6 @@
 """`from_pretrained(..., gguf_file=…)`: models and tokenizers of GGUF files, Q8_0 and Q4_0 kept as they are.
 
-`Dsv3CheckpointMixin.from_pretrained` is handed it by `gguf_registration`.
+`Dsv3CheckpointMixin.from_pretrained` is handed it by `registration.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.pages import in_huge_pages
-from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, listing
-from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
-from .gguf_config import config_of
-from .gguf_file import GgufFile, GgufTensor, dequantized, read_gguf
-from .gguf_format import BF16, BITS, F16, FLOATS, KEY_PART, join_kv_b, sources_of, unpack_blocks
-from .quantize import mark_quantized
-from .quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, empty_groups, whole_numbers
+from ...kernels.pages import in_huge_pages
+from ...models.dsv3.checkpoint_files_dsv3 import CheckpointError, listing
+from ...models.dsv3.moe_dsv3 import DeepseekV3Experts
+from ..quantize import mark_quantized
+from ..quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, empty_groups, whole_numbers
+from .config import config_of
+from .file import GgufFile, GgufTensor, dequantized, read_gguf
+from .format import BF16, BITS, F16, FLOATS, KEY_PART, join_kv_b, sources_of, unpack_blocks
 
 
 # Of safetensors, which a loader may ask a tensor for

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.cpu.operators import GROUP
+from ...kernels.cpu.operators import GROUP
 
 
 FORMAT, BYTES_FORMAT, SEVERAL_FORMATS = "pack-quantized", "int-quantized", "mixed-precision"

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError, listing
-from .gguf_format import BITS, FLOATS, TYPE_NAMES, row_bytes
+from ...models.dsv3.checkpoint_files_dsv3 import CheckpointError, listing
+from .format import BITS, FLOATS, TYPE_NAMES, row_bytes
 
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -1,0 +1,1 @@
+"""GGUF files, llama.cpp's: written from checkpoints, and read as they are."""
