@@ -1,4 +1,4 @@
-"""Pages of a pool: none is lost, none is shared by who may not, and what is evicted is what was used least recently."""
+"""Pages of a pool: none is lost, none is shared by who may not, and what was used least recently is evicted first."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -58,7 +58,9 @@ def test_the_same_text_computed_twice_at_a_time_is_kept_once():
 
 def test_who_fills_the_same_page_is_known_before():
     pool = PagePool(8, 2)
-    one, other, salted = (pool.open(key, tokens, 2).table for key, tokens in (("a", [1, 2, 3]), ("a", [1, 2, 4]), ("b", [1, 2])))
+    one, other, salted = (
+        pool.open(key, tokens, 2).table for key, tokens in (("a", [1, 2, 3]), ("a", [1, 2, 4]), ("b", [1, 2]))
+    )
     assert pool.next_shared(one, [1, 2, 3]) == pool.next_shared(other, [1, 2, 4]) is not None
     assert pool.next_shared(salted, [1, 2]) != pool.next_shared(one, [1, 2])
     assert pool.next_shared(one, [1]) is None

@@ -131,7 +131,7 @@ def test_blocks_find_what_torch_finds(rows, vocabulary, count, seed, rounded):
     scores = logits(rows, vocabulary, 3.0, seed, rounded)
     assert sampling_dsv3.most_likely(scores).tolist() == scores.argmax(-1).tolist()
     count = min(count, vocabulary)
-    values, tokens = sampling_dsv3._largest(scores, count)
+    values, tokens = sampling_dsv3.largest(scores, count)
     assert values.tolist() == scores.topk(count).values.tolist()
     assert values.tolist() == scores.gather(1, tokens).tolist()
     assert all(len(set(row)) == count for row in tokens.tolist())

@@ -1,8 +1,8 @@
 """Which page of a pool holds what: references, prefixes found by their tokens, eviction by last use. No tensors.
 
-A page holds `page_size` tokens of one sequence. What a page holds depends on all tokens before it, so pages that others
-may use form trees, one for each key (a salt and an adapter): a page is found below the page before it by the tokens that
-it holds. Python's dictionaries compare these, not their hashes alone, so nobody is ever given another's text.
+A page holds `page_size` tokens of one sequence. What it holds depends on all tokens before it, so pages that others
+may use form trees, one for each key (a salt and an adapter): a page is found below the page before it by the tokens
+that it holds. Python's dictionaries compare these, not their hashes alone, so nobody is given another's text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 
-# Pages below one page that are compared token by token, the latest ones, when none begins with all of a prompt's tokens
+# The latest pages below one page are compared token by token, where none has the prompt's next tokens all
 _COMPARED = 32
 
 
@@ -49,7 +49,7 @@ class Opened:
 
     Attributes:
         cached: tokens that its pages hold already.
-        copy: the page to be copied, before anything is written, and where to: its first tokens are this sequence's too.
+        copy: the page to be copied before anything is written, and where to: it begins with tokens of this sequence.
     """
 
     table: Table
@@ -78,6 +78,11 @@ class PagePool:
     def used(self) -> int:
         """Pages that tables hold."""
         return self.total - self.available
+
+    @property
+    def cached(self) -> int:
+        """Idle pages."""
+        return len(self._idle)
 
     def pages_for(self, tokens: int) -> int:
         """Pages that so many tokens take."""

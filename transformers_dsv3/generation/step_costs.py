@@ -50,7 +50,7 @@ class StepCosts:
         self._weights = self._fit([0, 1, 2])
 
     def tokens_within(self, seconds: float, tokens: int, pairs: int, start: int, most: int) -> int:
-        """How many tokens of one sequence from `start` on, `most` at most, a step of these may have to take no longer."""
+        """How many tokens more a step may have to take no longer: `most` at most, of a sequence from `start` on."""
         left = seconds - self.seconds(tokens, pairs)
         a_token = self._weights[1] * _SCALES[1] + self._weights[2] * _SCALES[2] * (start + most / 2)
         if left <= 0:
@@ -59,7 +59,9 @@ class StepCosts:
 
     def _fit(self, chosen: list[int]) -> list[float]:
         """Least squares by some of the features, without those that would count below 0."""
-        rows = [[self._products[i][j] + (1e-9 if i == j else 0.0) for j in chosen] + [self._targets[i]] for i in chosen]
+        rows = [
+            [self._products[i][j] + (1e-9 if i == j else 0.0) for j in chosen] + [self._targets[i]] for i in chosen
+        ]
         solution = _solve(rows)
         kept = [i for i, weight in zip(chosen, solution) if weight > 0]
         if len(kept) < len(chosen):

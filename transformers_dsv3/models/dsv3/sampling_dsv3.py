@@ -47,7 +47,7 @@ def most_likely(scores_BV: torch.Tensor) -> torch.Tensor:
     return block_B * BLOCK + inside.argmax(dim=-1)
 
 
-def _largest(scores_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def largest(scores_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[`torch.topk`]: the `count` largest scores in descending order and their indices, both `(B, count)`."""
     blocks = _in_blocks(scores_BV)
     if blocks is None or 2 * count > blocks.shape[1]:
@@ -165,7 +165,7 @@ class NextToken:
         token_BN = dropped = None
         vocabulary = scores_BV.shape[1]
         if 0 < self.top_k < vocabulary:
-            values_BN, token_BN = _largest(scores_BV, min(self.top_k + _SPARE, vocabulary))
+            values_BN, token_BN = largest(scores_BV, min(self.top_k + _SPARE, vocabulary))
             scaled_BN = values_BN / self.temperature  # equal scores are those that are equal afterwards
             least_B1 = scaled_BN[:, self.top_k - 1 : self.top_k]
             if values_BN.shape[1] == vocabulary or bool((scaled_BN[:, -1:] < least_B1).all()):
