@@ -38,6 +38,7 @@ NAMES = [
     "heal",
     "is_registered",
     "lora_config",
+    "mix",
     "model_card",
     "prune_experts",
     "pull_from_hub",

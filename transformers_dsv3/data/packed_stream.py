@@ -72,6 +72,9 @@ class PackedStream(torch.utils.data.IterableDataset):
         texts_of_pass: see [`TextStream`].
         reset_positions: see [`packed_example`].
         shuffle_window: 1 keeps the order of the text. A window is held in memory, at 5 bytes a token.
+
+    Attributes:
+        epoch: the pass over the text, 0 for the first, in which the window of the block that was given last begins.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.reset_positions = reset_positions
         self.shuffle_window = shuffle_window
         self.seed = seed
+        self.epoch = 0
         self._first_block = 0
         # Where reading may start to get at a window, by the window's number
         self._marks: dict[int, dict[str, Any]] = {}
@@ -155,6 +159,7 @@ class PackedStream(torch.utils.data.IterableDataset):
                     origins.pop(0)
                 place, origin = origins[0]
                 self._marks.setdefault(number, {**origin, "skip": -place})
+                self.epoch = origin["pass"]
                 yield ids[:size], starts[:size]
                 ids, starts = ids[size:], starts[size:]
                 origins = [(place - size, origin) for place, origin in origins]

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..data.mixture import MixedStream
 from ..data.packed_stream import PackedStream
 
 
@@ -28,15 +29,16 @@ def check_stream_arguments(args: TrainingArguments) -> None:
 
 
 class StreamPosition(TrainerCallback, ExportableState):
-    """Sends a [`PackedStream`] to the block after the last one that a resumed checkpoint was trained on.
+    """Sends a stream of blocks to the one after the last that a resumed checkpoint was trained on.
 
     The trainer's own way is to read everything up to there again, and it loses count where a stream was read to its
     end and begun anew. Needs `ignore_data_skip=True`, so that only one of the two skips.
 
-    The position is in `trainer_state.json`, which is the last file of a checkpoint: both are there or neither is.
+    The position is in `trainer_state.json`, which is the last file of a checkpoint: both are there or neither is. Of a
+    mixture the logs tell tokens and passes of each domain.
     """
 
-    def __init__(self, stream: PackedStream):
+    def __init__(self, stream: PackedStream | MixedStream):
         self.stream = stream
         self.block = 0
         self.blocks_per_step = 0
@@ -61,3 +63,11 @@ class StreamPosition(TrainerCallback, ExportableState):
         self.block += self.blocks_per_step
         # Without its own skipping the trainer counts epochs from where it was resumed.
         state.epoch = state.global_step / state.max_steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if isinstance(self.stream, MixedStream) and "loss" in logs:
+            figures = {f"mixture/{name}_tokens": count for name, count in self.stream.tokens(self.block).items()}
+            figures |= {f"mixture/{name}_epochs": count for name, count in self.stream.epochs.items()}
+            logs.update(figures)
+            if state.log_history:
+                state.log_history[-1].update(figures)
