@@ -16,13 +16,13 @@ from transformers.hf_argparser import HfArg
 
 from transformers_dsv3 import LoadBalancingCallback, MtpObjectiveCallback
 from transformers_dsv3.data.local_paths import local_or_hub
-from transformers_dsv3.evaluation.training_record import result, save_training_record
+from transformers_dsv3.evaluation.training_record import held_out_results, save_training_record
 from transformers_dsv3.training.held_out_metrics import BitsPerByteMetric, nats_of_rows
 from transformers_dsv3.training.model_arguments import read_config
 from transformers_dsv3.training.run_folder import RunFolder
 from transformers_dsv3.training.script_arguments import ScriptArgumentParser, check_reporting, exit_on_refusal
 from transformers_dsv3.training.stream_position import StreamPosition, check_stream_arguments
-from transformers_dsv3.training.text_arguments import TextArguments, given_or_trained_tokenizer
+from transformers_dsv3.training.text_arguments import CorpusArguments, given_or_trained_tokenizer
 
 
 @dataclass
@@ -39,7 +39,7 @@ class ModelArguments:
     )
 
 
-def main(model_args: ModelArguments, text_args: TextArguments, args: TrainingArguments) -> None:
+def main(model_args: ModelArguments, text_args: CorpusArguments, args: TrainingArguments) -> None:
     folder, say = RunFolder(args.output_dir), PartialState().on_main_process(print)
     with exit_on_refusal():  # whatever is wrong with what was asked for, before anything is trained
         check_stream_arguments(args)
@@ -47,7 +47,7 @@ def main(model_args: ModelArguments, text_args: TextArguments, args: TrainingArg
         model_args.model = local_or_hub(model_args.model, one_of=["config.json"])
         config = read_config(model_args.model)
         text_args.check(config.max_position_embeddings)
-        text = text_args.stream(args.seed, exclude=folder.path)
+        text = text_args.stream(args.seed, exclude=folder.path, run=args)
         settings = {**asdict(model_args), **text_args.settings(text), "seed": args.seed}
         folder.check(settings)
         if folder.is_finished(args):
@@ -73,7 +73,7 @@ def main(model_args: ModelArguments, text_args: TextArguments, args: TrainingArg
         processing_class=tokenizer,
         callbacks=callbacks,
         preprocess_logits_for_metrics=nats_of_rows,
-        compute_metrics=BitsPerByteMetric(eval_dataset.bytes_per_token),
+        compute_metrics=BitsPerByteMetric(eval_dataset.bytes_per_token, eval_dataset.groups),
     )
 
     def record(metrics: dict[str, float]) -> None:
@@ -86,7 +86,7 @@ def main(model_args: ModelArguments, text_args: TextArguments, args: TrainingArg
             block_size=text_args.block_size,
             settings=asdict(model_args),
             base=model_args.model,
-            results=[result(name, "held-out text", metrics[f"eval_{name}"]) for name in ("bits_per_byte", "loss")],
+            results=held_out_results(metrics),
         )
 
     folder.train_evaluate_save(trainer, checkpoint, record)
@@ -94,7 +94,7 @@ def main(model_args: ModelArguments, text_args: TextArguments, args: TrainingArg
 
 
 if __name__ == "__main__":
-    parser = ScriptArgumentParser((ModelArguments, TextArguments, TrainingArguments), description=__doc__)
+    parser = ScriptArgumentParser((ModelArguments, CorpusArguments, TrainingArguments), description=__doc__)
     parser.set_defaults(
         output_dir="./dsv3-continued",
         max_steps=500,

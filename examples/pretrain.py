@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 from transformers.hf_argparser import HfArg
 
 from transformers_dsv3 import LoadBalancingCallback, MtpObjectiveCallback, distribute
-from transformers_dsv3.evaluation.training_record import result, save_training_record
+from transformers_dsv3.evaluation.training_record import held_out_results, save_training_record
 from transformers_dsv3.training.held_out_metrics import BitsPerByteMetric, nats_of_rows
 from transformers_dsv3.training.model_arguments import NewModelArguments
 from transformers_dsv3.training.parallel import ParallelArguments
 from transformers_dsv3.training.run_folder import RunFolder
 from transformers_dsv3.training.script_arguments import ScriptArgumentParser, check_reporting, exit_on_refusal
 from transformers_dsv3.training.stream_position import StreamPosition, check_stream_arguments
-from transformers_dsv3.training.text_arguments import TextArguments, given_or_trained_tokenizer
+from transformers_dsv3.training.text_arguments import CorpusArguments, given_or_trained_tokenizer
 
 
 @dataclass
@@ -46,7 +46,7 @@ class ModelArguments(NewModelArguments):
 
 
 def main(
-    model_args: ModelArguments, text_args: TextArguments, parallel_args: ParallelArguments, args: TrainingArguments
+    model_args: ModelArguments, text_args: CorpusArguments, parallel_args: ParallelArguments, args: TrainingArguments
 ) -> None:
     folder, say = RunFolder(args.output_dir), PartialState().on_main_process(print)
     with exit_on_refusal():  # whatever is wrong with what was asked for, before anything is trained
@@ -55,7 +55,7 @@ def main(
         parallel_args.prepare(args)
         config = model_args.make_config()
         text_args.check(config.max_position_embeddings)
-        text = text_args.stream(args.seed, exclude=folder.path)
+        text = text_args.stream(args.seed, exclude=folder.path, run=args)
         settings = {**asdict(model_args), **text_args.settings(text), "seed": args.seed}
         folder.check(settings)
         if folder.is_finished(args):
@@ -84,7 +84,7 @@ def main(
         processing_class=tokenizer,
         callbacks=callbacks,
         preprocess_logits_for_metrics=nats_of_rows,
-        compute_metrics=BitsPerByteMetric(eval_dataset.bytes_per_token),
+        compute_metrics=BitsPerByteMetric(eval_dataset.bytes_per_token, eval_dataset.groups),
     )
 
     def record(metrics: dict[str, float]) -> None:
@@ -96,7 +96,7 @@ def main(
             data=text.to_dict(),
             block_size=text_args.block_size,
             settings=asdict(model_args),
-            results=[result(name, "held-out text", metrics[f"eval_{name}"]) for name in ("bits_per_byte", "loss")],
+            results=held_out_results(metrics),
         )
 
     folder.train_evaluate_save(trainer, checkpoint, record)
@@ -104,7 +104,7 @@ def main(
 
 
 if __name__ == "__main__":
-    dataclasses = (ModelArguments, TextArguments, ParallelArguments, TrainingArguments)
+    dataclasses = (ModelArguments, CorpusArguments, ParallelArguments, TrainingArguments)
     parser = ScriptArgumentParser(dataclasses, description=__doc__)
     parser.set_defaults(
         output_dir="./dsv3-pretrain",

@@ -84,7 +84,7 @@ def period_order(quotas: tuple[int, ...], seed: int) -> np.ndarray:
     """
     period = sum(quotas)
     numbers = np.concatenate([np.arange(quota) for quota in quotas])
-    domains = np.repeat(np.arange(len(quotas)), quotas)
+    domains: np.ndarray = np.repeat(np.arange(len(quotas)), quotas)
     of = np.array(quotas, dtype=np.int64)[domains]
     first = numbers * period // of
     last = -((numbers + 1) * period // -of)

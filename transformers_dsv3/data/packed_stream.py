@@ -194,10 +194,13 @@ class HeldOutBlocks(torch.utils.data.Dataset):
 
     Attributes:
         bytes_per_token: of the held-out text, begin and end tokens counted as tokens but not as bytes.
+        groups: none, see [`HeldOutMixture`].
 
     Raises:
         TextError: the texts make less than one block.
     """
+
+    groups: Sequence[tuple[str, int, int, float]] = ()
 
     def __init__(self, stream: TextStream, tokenizer: PreTrainedTokenizerBase, block_size: int, reset_positions: bool):
         ids, starts = tokenize_documents(tokenizer, stream.held_out or [""])

@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class TextStream:
         fingerprint: changes with the text as far as that can be told without reading it: with the names and sizes of
             files, with the name and split of a dataset.
         fingerprint_of: what it is a sha256 of, in words.
+        held_out_languages: of each held-out text, where the dataset has a column `language`; else empty.
     """
 
     source: str
@@ -61,6 +63,7 @@ class TextStream:
     split: str
     fingerprint: str
     fingerprint_of: str
+    held_out_languages: tuple[str, ...] = ()
 
     @property
     def held_out_bytes(self) -> int:
@@ -179,7 +182,8 @@ def stream_dataset(
     Every pass reads it in its own order.
 
     Args:
-        name: as for `load_dataset`, or a file that ends in .jsonl, .json, .parquet, .csv, .arrow or .txt.
+        name: as for `load_dataset`, or a file that ends in .jsonl, .json, .parquet, .csv, .arrow or .txt, or several
+            such by a pattern: `folder/part-*.jsonl`.
         config: which of the dataset's configurations.
         held_out_split: the split to evaluate on. Without it the first `held_out_documents` documents of `split` are
             held out.
@@ -190,18 +194,20 @@ def stream_dataset(
     """
     from datasets import load_dataset
 
+    files = sorted(glob(str(Path(name).expanduser()))) if "*" in name else []
     try:
-        name = local_or_hub(name)
+        name = name if files else local_or_hub(name)
     except ValueError as error:
         raise TextError(str(error)) from None
-    builder = BUILDERS.get(Path(name).suffix) if Path(name).is_file() else None
-    if Path(name).is_file() and builder is None:
+    files = files or ([name] if Path(name).is_file() else [])
+    builder = BUILDERS.get(Path(files[0]).suffix) if files else None
+    if files and builder is None:
         raise TextError(f"{name}: the ending is none of {', '.join(BUILDERS)}")
 
     def opened(which: str) -> Any:
         try:
             if builder is not None:
-                return load_dataset(builder, data_files=name, split=which, streaming=True)
+                return load_dataset(builder, data_files=files, split=which, streaming=True)
             return load_dataset(name, config, split=which, streaming=True)
         except (OSError, ValueError) as error:  # every error of `datasets` and huggingface_hub is one of them
             raise TextError(f"{name} cannot be opened as a dataset, split {which!r}: {error}") from error
@@ -220,9 +226,11 @@ def stream_dataset(
     else:
         ends, words = opened(held_out_split), f"its split {held_out_split!r} held out"
     texts: list[str] = []
+    languages: list[str] = []
     size = 0
     for example in ends:
         texts.append(checked_text(example[text_column], text_column))
+        languages.append(str(example.get("language")))
         size += len(texts[-1].encode("utf-8"))
         if size >= held_out_max_bytes:
             break
@@ -234,6 +242,7 @@ def stream_dataset(
         split=words,
         fingerprint=_fingerprint([name, config, split, text_column, held_out_split, held_out_documents]),
         fingerprint_of="the dataset's name and splits",
+        held_out_languages=tuple(languages) if "language" in first else (),
     )
 
 

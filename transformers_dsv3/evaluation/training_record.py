@@ -218,6 +218,18 @@ def loss_results(before: Mapping[str, float], after: Mapping[str, float]) -> lis
     return [result("loss", f"held-out {name} text", new, old) for name, (old, new) in parts.items()]
 
 
+def held_out_results(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The results of pre-training: bits a byte and loss of the held-out text, and of each of its groups by name."""
+    names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_")]
+    return [
+        result(metric, f"held-out {f'{group} ' if group else ''}text", metrics[f"eval_{name}"])
+        for metric in ("bits_per_byte", "loss")
+        for name in names
+        if name.endswith(metric)
+        for group in [name.removesuffix(metric).rstrip("_").replace("_", ", ")]
+    ]
+
+
 def history(log: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """A trainer's log as curves: by name, `steps` and `values`, thinned out evenly with the last point kept."""
     curves: dict[str, dict[int, float]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,18 +33,25 @@ class BitsPerByteMetric:
 
     Args:
         bytes_per_token: of the held-out text.
+        groups: of rows, each with its own `NAME_bits_per_byte` and `NAME_loss` (nats a token): name, numbers of the
+            first row and of the one behind the last, bytes a token.
     """
 
-    def __init__(self, bytes_per_token: float):
+    def __init__(self, bytes_per_token: float, groups: Sequence[tuple[str, int, int, float]] = ()):
         self.bytes_per_token = bytes_per_token
+        self.groups = groups
 
     def __call__(self, prediction: Any) -> dict[str, float]:
-        n_targets = int((prediction.label_ids[:, 1:] != -100).sum())
-        nats_per_token = float(prediction.predictions.astype("float64").sum()) / max(n_targets, 1)
-        return {
+        nats, labels = prediction.predictions.astype("float64"), prediction.label_ids[:, 1:]
+        nats_per_token = float(nats.sum()) / max(int((labels != -100).sum()), 1)
+        metrics = {
             "bits_per_byte": nats_per_token / math.log(2) / self.bytes_per_token,
             "perplexity": math.exp(nats_per_token),
         }
+        for name, first, end, bytes_per_token in self.groups:
+            loss = float(nats[first:end].sum()) / max(int((labels[first:end] != -100).sum()), 1)
+            metrics |= {f"{name}_loss": loss, f"{name}_bits_per_byte": loss / math.log(2) / bytes_per_token}
+        return metrics
 
 
 def losses_of_parts(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, tuple[float, float]]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers.utils import logging
 
 from ..data.byte_bpe import train_byte_bpe
 from ..data.local_paths import local_or_hub
+from ..data.mixture import MixedStream
 from ..data.packed_stream import HeldOutBlocks, PackedStream, check_boundary_tokens
 from ..data.python_reference import python_reference
 from ..data.text_files import Corpus, TextError
+from ..data.text_mixture import HeldOutMixture, TextMixture, read_mixture
 from ..data.text_stream import TextStream, stream_corpus, stream_dataset, stream_files
 from ..data.tuning_examples import TuningExamples, dataset_examples, text_examples
 
+
+logger = logging.get_logger(__name__)
 
 # Less than this teaches nothing that holds for other text.
 MIN_TEXT_BYTES = 100_000
@@ -142,13 +148,99 @@ class TextArguments:
         )
         return packed, HeldOutBlocks(stream, tokenizer, self.block_size, self.reset_positions)
 
-    def settings(self, stream: TextStream) -> dict[str, Any]:
+    def settings(self, stream: TextStream | TextMixture) -> dict[str, Any]:
         """What decides which blocks come in which order, for `check_run_folder`."""
         return {
             "text": stream.source,
             "text_fingerprint": stream.fingerprint,
             **{name: getattr(self, name) for name in ("block_size", "reset_positions", "shuffle_window")},
         }
+
+
+@dataclass
+class CorpusArguments(TextArguments):
+    """The text, of one kind or of several domains in given shares."""
+
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of --text, a mixture of domains: a JSON file (examples/data.md), or the folder that "
+            "`transformers-dsv3 filter` wrote."
+        },
+    )
+    weights: str | None = field(
+        default=None,
+        metadata={"help": "Shares of tokens in place of those of --data: 'article', or JSON, {\"code\": 0.35, …}."},
+    )
+    allow_repetition: bool = field(
+        default=False, metadata={"help": "Train even where a domain of --data would be read more than 16 times."}
+    )
+
+    def check_mixture(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            ValueError: naming them.
+        """
+        if self.data and (self.text or self.dataset):
+            raise ValueError(f"--data and --{'text' if self.text else 'dataset'}: give one of them")
+        if self.weights and not self.data:
+            raise ValueError("--weights are those of the domains of --data, which is not given")
+
+    def stream(  # type: ignore[override]
+        self, seed: int, exclude: Path, default: Corpus | None = None, run: TrainingArguments | None = None
+    ) -> TextStream | TextMixture:
+        """As of [`TextArguments`], or the mixture that `data` names.
+
+        Args:
+            run: of which it is told beforehand how often it would read a domain.
+
+        Raises:
+            TextError, ValueError: a domain has no documents, or would be read more than 16 times while
+                `allow_repetition` is off; it is named.
+        """
+        self.check_mixture()
+        if not self.data:
+            return super().stream(seed, exclude, default)
+        mixture = read_mixture(self.data, seed, exclude, _weights(self.weights))
+        for name, stream in mixture.streams.items():
+            if not stream.head(1):
+                raise TextError(f"--data {self.data}: the domain {name!r} has no documents beside those held out")
+        if run is not None:
+            rows = run.train_batch_size * run.gradient_accumulation_steps * run.world_size
+            total = run.max_steps * rows * self.block_size
+            refusal = mixture.repetition_refusal(total, self.block_size)
+            if refusal and not self.allow_repetition:
+                raise ValueError(f"--data {self.data}: {refusal}, or give --allow_repetition")
+            if warning := mixture.repetition_warning(total, self.block_size):
+                logger.warning_once(f"--data {self.data}: {warning}")
+        return mixture
+
+    def datasets(  # type: ignore[override]
+        self, stream: TextStream | TextMixture, tokenizer: PreTrainedTokenizerBase, seed: int
+    ) -> tuple[PackedStream | MixedStream, HeldOutBlocks | HeldOutMixture]:
+        """As of [`TextArguments`], or those of a mixture."""
+        if not isinstance(stream, TextMixture):
+            return super().datasets(stream, tokenizer, seed)
+        check_boundary_tokens(tokenizer)
+        packed = stream.packed(
+            tokenizer,
+            self.block_size,
+            reset_positions=self.reset_positions,
+            shuffle_window=self.shuffle_window,
+            seed=seed,
+            allow_repetition=self.allow_repetition,
+        )
+        return packed, HeldOutMixture(stream, tokenizer, self.block_size, self.reset_positions)
+
+
+def _weights(given: str | None) -> Any:
+    if given is None or not given.lstrip().startswith("{"):
+        return given
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise ValueError(f"--weights is no JSON: {error}") from None
 
 
 @dataclass
@@ -183,7 +275,7 @@ class DomainArguments:
 
 
 def given_or_trained_tokenizer(
-    given: str | Path | None, stream: TextStream, config: PretrainedConfig
+    given: str | Path | None, stream: TextStream | TextMixture, config: PretrainedConfig
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of that folder or name; where there is none, a byte-level BPE trained on the first of the text.
 
