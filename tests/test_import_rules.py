@@ -37,7 +37,7 @@ ALLOWED = {
         "serving",
         "hub",
     },
-    "registration": {"models", "kernels", "compression", "training"},
+    "registration": {"models", "kernels", "generation", "compression", "training"},
     "__init__": {"models", "kernels", "registration", "training", "hub"},
 }
 # Optional dependencies: imported where they are used, never at the top of a module.

@@ -5,6 +5,7 @@ both ends of the supported range (`tests/compatibility.sh`).
 """
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -122,6 +123,32 @@ class TestTransformers:
         assert checking == ["self", "generation_mode", "generation_config", "generation_mode_kwargs"]
         assert hasattr(GenerationConfig(), "use_mtp")
         assert parameters(GenerationMixin._prepare_generation_config) == ["self", "generation_config", "kwargs"]
+
+    def test_continuous_batching(self):
+        """What `generate_batch` and the server ask of a manager, and what they read of results."""
+        from transformers import ContinuousBatchingConfig
+        from transformers.generation.continuous_batching import continuous_api, requests
+        from transformers.generation.continuous_batching.utils import WorkloadHints
+
+        from transformers_dsv3.generation.manager import ContinuousBatching
+
+        asked = set(re.findall(r"manager\.(\w+)\(", inspect.getsource(continuous_api.ContinuousMixin.generate_batch)))
+        entering = continuous_api.ContinuousMixin.continuous_batching_context_manager
+        asked |= set(re.findall(r"manager\.(\w+)\(", inspect.getsource(inspect.unwrap(entering))))
+        assert asked == {"warmup", "start", "stop", "destroy", "add_requests", "get_result", "is_running"}
+        native = continuous_api.ContinuousBatchingManager
+        for name in (*asked, "add_request", "cancel_request", "register_result_handler", "request_id_iter"):
+            ours = [each for each in parameters(getattr(ContinuousBatching, name)) if each != "settings"]
+            assert ours == [each for each in parameters(getattr(native, name)) if not each.endswith("_kwargs")], name
+        output = {"prompt_ids", "generated_tokens", "logprobs", "error", "status", "lifespan", "timestamps"}
+        assert output <= set(parameters(requests.GenerationOutput))
+        assert requests.RequestStatus.FAILED > requests.RequestStatus.FINISHED > requests.RequestStatus.DECODING
+        workload = {"num_requests", "max_prompt_length", "max_generated_length"}
+        assert workload == set(parameters(WorkloadHints))
+        config = set(vars(ContinuousBatchingConfig()))
+        assert {"num_blocks", "max_batch_tokens", "max_requests_per_batch", "allow_block_sharing", "seed"} <= config
+        assert {"max_memory_percent", "max_queue_size", "return_logprobs", "drop_unsupported_processors"} <= config
+        assert {"page_size", "block_size"} & config
 
     def test_decoding_loop(self):
         """Of the loop on a CPU: what it replaces, what it calls, and the parts of processors that it takes over."""

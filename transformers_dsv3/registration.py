@@ -22,6 +22,7 @@ from transformers.utils import is_peft_available
 from .compression.gguf.registration import register_gguf
 from .compression.packed.quantizer import register_packed
 from .compression.quantizer_fp8 import register_fp8
+from .generation.registration import register_manager
 from .kernels import experts_auto
 from .models.dsv3 import (
     DeepseekV3Config,
@@ -75,6 +76,7 @@ def register(names: bool = False) -> None:
     register_fp8()
     register_packed()
     register_gguf()
+    register_manager()
     experts_auto.register()
     if is_peft_available():
         if names or "peft" in sys.modules:

@@ -380,7 +380,7 @@ def test_an_engine_that_never_gets_on_is_not_taken_for_a_healthy_one(model, star
 
 def test_a_thread_that_dies_tells_everyone(model, start, monkeypatch):
     engine = start(model, settings=SMALL)
-    monkeypatch.setattr(engine._scheduler, "done", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(engine.scheduler, "done", lambda *arguments: 1 / 0)
     answers = [ask(engine, [1], str(place)) for place in range(3)]
     engine._thread.join(60)
     assert isinstance(engine.failure, ZeroDivisionError)

@@ -87,13 +87,6 @@ def test_lost_precision_of_the_correction_bias(make_model):
         model(torch.ones(1, 2, dtype=torch.long))
 
 
-def test_continuous_batching_is_refused(model, no_compute):
-    with pytest.raises(NotImplementedError, match="Continuous batching"):
-        model.generate_batch([[1, 2, 3]])
-    with pytest.raises(NotImplementedError, match="Continuous batching"):
-        model.generate(torch.ones(1, 4, dtype=torch.long), cache_implementation="paged", max_new_tokens=2)
-
-
 @pytest.mark.parametrize("shape", [(1, 3), (0, 4)])
 def test_masks_of_another_shape(model, no_compute, shape):
     tokens = torch.ones(1, 4, dtype=torch.long)

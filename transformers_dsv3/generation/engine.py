@@ -15,12 +15,13 @@ import torch
 
 from ..models.dsv3.paged_dsv3 import PagedLatents, RaggedBatch, forward_pages
 from .adapters import Adapters
+from .memory import free_bytes
 from .pages import PagePool
 from .requests import Deliver, FinishReason, Output, QueueFull, Request, RequestError
 from .sampling import Drawn, draw, token_logprobs
 from .scheduler import Chunk, Limits, Scheduler, Step
 from .served import Served
-from .settings import CPU_SHARE, GPU_SHARE, EngineSettings, free_memory
+from .settings import EngineSettings
 from .text_stream import decoder_of
 
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 _MOST_FAILURES = 16
 # Tokens of prompts that a step may hold beside texts that are continued, whatever they cost
 _FEWEST_PREFILLED = 32
+# Of the memory that is free, on a CPU, where other programs live too, and on a GPU
+_CPU_SHARE, _GPU_SHARE = 0.25, 0.8
 
 
 class EngineStopped(RuntimeError):
@@ -81,6 +84,7 @@ class Engine:
     Attributes:
         model, tokenizer, settings: as given.
         max_sequence: tokens that a prompt and its text may have together.
+        scheduler: what runs and waits, to be looked at: the engine's thread changes it.
         failure: what ended the engine's thread, if something did.
 
     Raises:
@@ -110,8 +114,8 @@ class Engine:
             sequence_tokens=longest,
         )
         self._pool = PagePool(self._pages.pages, self.settings.page_size)
-        self._scheduler = Scheduler(self._pool, limits)
-        self.max_sequence = self._scheduler.longest
+        self.scheduler = Scheduler(self._pool, limits)
+        self.max_sequence = self.scheduler.longest
         self._changed = threading.Condition()
         # Guarded by `_changed`
         self._known: dict[str, Served] = {}
@@ -181,7 +185,7 @@ class Engine:
             if request.request_id in self._known:
                 raise RequestError("request_id", f"is that of a request that is being served: {request.request_id!r}")
             waiting = self._waiting()
-            if waiting >= self.settings.max_waiting + max(0, self.settings.max_running - len(self._scheduler.running)):
+            if waiting >= self.settings.max_waiting + max(0, self.settings.max_running - len(self.scheduler.running)):
                 raise QueueFull(waiting, max(1.0, self._seconds_a_request))
             self._known[request.request_id] = served
             self._arrived.append(served)
@@ -196,7 +200,7 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """What the engine does and has done."""
-        scheduler, pool, totals = self._scheduler, self._pool, self._totals
+        scheduler, pool, totals = self.scheduler, self._pool, self._totals
         return EngineStatistics(
             running=len(scheduler.running),
             waiting=self._waiting(),
@@ -214,7 +218,7 @@ class Engine:
         )
 
     def _waiting(self) -> int:
-        return len(self._arrived) + len(self._scheduler.waiting)
+        return len(self._arrived) + len(self.scheduler.waiting)
 
     def _check(self, request: Request) -> None:
         """Refuses what can never be served."""
@@ -232,7 +236,7 @@ class Engine:
         if request.adapter is not None and request.adapter not in self._adapters.names:
             known = ", ".join(self._adapters.names) or "there are none"
             raise RequestError("adapter", f"is {request.adapter!r}, which is none of: {known}")
-        self._scheduler.check(request)
+        self.scheduler.check(request)
 
     def _run(self) -> None:
         try:
@@ -256,7 +260,7 @@ class Engine:
 
     def _await_work(self) -> bool:
         """Waits for something to do, and takes what has come in; False where the thread is to end."""
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         with self._changed:
             self._changed.wait_for(
                 lambda: self._stops or self._arrived or self._cancelled or scheduler.running or scheduler.waiting
@@ -273,7 +277,7 @@ class Engine:
         return True
 
     def _make_step(self) -> None:
-        step = self._scheduler.plan()
+        step = self.scheduler.plan()
         if not step.chunks:
             return
         started = time.perf_counter()
@@ -287,12 +291,12 @@ class Engine:
         seconds = time.perf_counter() - started
         self._totals.steps += 1
         self._totals.step_seconds += seconds
-        self._scheduler.done(step, seconds)
+        self.scheduler.done(step, seconds)
         for chunk, served, result in computed:
             if isinstance(result, Exception):
                 self._finish(served, served.end("error", str(result) or type(result).__name__), sound=False)
             elif result is not None:
-                self._scheduler.drew(chunk.sequence, result.token)
+                self.scheduler.drew(chunk.sequence, result.token)
                 self._totals.generated_tokens += 1
                 output = served.take(result)
                 if output.finish_reason is not None:
@@ -369,7 +373,7 @@ class Engine:
     def _finish(self, served: Served, output: Output | None, sound: bool = True) -> None:
         """Gives a request's pages back and delivers its last output, None where nobody takes it."""
         if served.sequence is not None:
-            self._scheduler.remove(served.sequence, keep=sound)
+            self.scheduler.remove(served.sequence, keep=sound)
         with self._changed:
             del self._known[served.request.request_id]
             if not self._known:
@@ -397,9 +401,7 @@ def _make_pages(model: Any, settings: EngineSettings, longest: int) -> PagedLate
     device = one.latent.device
     given = settings.cache_bytes
     if given is None:
-        on_gpu = device.type == "cuda"
-        free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
-        given = int((GPU_SHARE if on_gpu else CPU_SHARE) * free)
+        given = int((_CPU_SHARE if device.type == "cpu" else _GPU_SHARE) * free_bytes(device))
     most = settings.max_running * -(-longest // settings.page_size)
     pages = min(given // one.bytes_per_page, most)
     if pages < 1:

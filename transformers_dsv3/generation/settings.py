@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-
-
-# Of the memory that is free, on a CPU, where other programs live too, and on a GPU
-CPU_SHARE, GPU_SHARE = 0.25, 0.8
 
 
 @dataclass(frozen=True)
@@ -60,20 +55,3 @@ class EngineSettings:
         tpot = self.target_tpot
         if tpot is not None and (not isinstance(tpot, (int, float)) or not math.isfinite(tpot) or tpot <= 0):
             raise ValueError(f"`target_tpot` has to be a number of seconds above 0, not {tpot!r}")
-
-
-def free_memory() -> int:
-    """Bytes that a program can still take here, with the limit of a container; 2^62 where the system does not tell."""
-    limits = [2**62]
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        limits.append(
-            int((group / "memory.max").read_text(encoding="utf-8"))
-            - int((group / "memory.current").read_text(encoding="utf-8"))
-        )
-    except (OSError, ValueError):  # there is none, or "max", which is no number
-        pass
-    return max(min(limits), 0)

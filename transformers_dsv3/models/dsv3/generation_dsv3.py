@@ -1,17 +1,22 @@
 """Generation: input checks, prompts padded on the right, which loop runs, what `use_mtp=True` cannot go with."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationMode
 from transformers.utils import ModelOutput
 
 from .decoding_loop_dsv3 import decode, loop_refusal
 from .inputs_dsv3 import check_inputs
 from .mtp_decoding_dsv3 import MtpDecoding, drafting_refusal
 from .sampling_dsv3 import NextToken
+
+
+# Who makes what continues many texts at a time; put there by the part of the package that can
+MANAGERS: dict[str, Callable[..., Any]] = {}
 
 
 class Dsv3GenerationMixin(GenerationMixin):
@@ -72,12 +77,33 @@ class Dsv3GenerationMixin(GenerationMixin):
             sequences[:, : given_ids.shape[1]] = given_ids.repeat_interleave(copies, dim=0)
         return output
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: Transformers sizes its pages for keys of `config.head_dim` values, which latents do not have."""
-        raise NotImplementedError(
-            "Continuous batching (`generate_batch`, `transformers serve --continuous-batching`) has no pages for the "
-            "latents of DeepSeek-V3 yet. Use `generate` with a batch of prompts."
-        )
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: Any = None,
+        workload_hints: Any = None,
+    ) -> Any:
+        """A manager of continuous batching, for `generate_batch` and whoever else asks: an engine on pages of latents.
+
+        Transformers' own sizes its pages for keys of `config.head_dim` values, which latents do not have. Members and
+        arguments are those of its `ContinuousBatchingManager`, but for tensor parallelism, offloading and pauses.
+
+        Raises:
+            ValueError: for settings that cannot go with it, and models that do not run over pages.
+        """
+        if (kept := self.__dict__.get("_cached_continuous_batching_manager")) is not None:
+            return kept
+        config = self.generation_config if generation_config is None else generation_config
+        if continuous_batching_config is None:
+            continuous_batching_config = getattr(config, "continuous_batching_config", None)
+        if not isinstance(continuous_batching_config, ContinuousBatchingConfig):
+            continuous_batching_config = ContinuousBatchingConfig()
+        return MANAGERS["continuous_batching"](self, config, continuous_batching_config, workload_hints)
+
+    def destroy_cached_continuous_batching_manager(self) -> None:
+        """Ends a manager that was kept for the next session, and lets its memory go."""
+        if (kept := self.__dict__.pop("_cached_continuous_batching_manager", None)) is not None:
+            kept.destroy()
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
