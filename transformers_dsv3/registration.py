@@ -2,7 +2,6 @@
 
 import sys
 
-import torch
 import transformers
 from transformers import (
     AutoConfig,
@@ -17,12 +16,12 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.deepseek_v3 import configuration_deepseek_v3, modeling_deepseek_v3
-from transformers.utils import is_peft_available
 
 from .compression.gguf.registration import register_gguf
 from .compression.packed.quantizer import register_packed
 from .compression.quantizer_fp8 import register_fp8
 from .generation.registration import register_manager
+from .imports import AfterImport
 from .kernels import experts_auto
 from .models.dsv3 import (
     DeepseekV3Config,
@@ -33,7 +32,6 @@ from .models.dsv3 import (
     KimiK2Config,
 )
 from .models.dsv3.checkpoint_conversion_dsv3 import deepseek_v3_conversion_mapping
-from .models.dsv3.configuration_dsv3 import before_first_config
 
 
 MODEL_TYPE = "deepseek_v3"
@@ -60,8 +58,7 @@ def register(names: bool = False) -> None:
             is no registry of them.
 
     PEFT looks the plugin's tuners up in a table of its own, whose import takes longer than all of this. They are put
-    there when the first config of the plugin is made, which every model of it needs; at once where PEFT is imported
-    already, or with `names`, since the program to be run may adapt native's models.
+    there when PEFT is imported.
     """
     _set_names(of_plugin=names)
     for config_class in CONFIGS:
@@ -78,11 +75,10 @@ def register(names: bool = False) -> None:
     register_gguf()
     register_manager()
     experts_auto.register()
-    if is_peft_available():
-        if names or "peft" in sys.modules:
-            _register_tuners()
-        else:
-            before_first_config.add(_register_tuners)
+    if "peft" in sys.modules:
+        _register_tuners()
+    else:
+        _WITH_PEFT.start()
 
 
 def _set_names(of_plugin: bool) -> None:
@@ -94,11 +90,12 @@ def _set_names(of_plugin: bool) -> None:
 
 
 def _register_tuners() -> None:
-    # The config may be made where tensors are to have no storage; those that PEFT makes when it is imported are real
-    with torch.device("cpu"):
-        from .training import peft_tuners
+    from .training import peft_tuners
 
     peft_tuners.register()
+
+
+_WITH_PEFT = AfterImport("peft", _register_tuners)
 
 
 def unregister() -> None:
@@ -106,7 +103,7 @@ def unregister() -> None:
     _set_names(of_plugin=False)
     AutoConfig.register(MODEL_TYPE, configuration_deepseek_v3.DeepseekV3Config, exist_ok=True)
     register_checkpoint_conversion_mapping(MODEL_TYPE, NATIVE_CONVERSION, overwrite=True)
-    before_first_config.discard(_register_tuners)
+    _WITH_PEFT.stop()
     if (peft_tuners := sys.modules.get(f"{__package__}.training.peft_tuners")) is not None:
         peft_tuners.unregister()
 

@@ -73,7 +73,7 @@ def test_importing_brings_no_module_of_others_but_natives():
     assert others in ([], ["transformers.integrations.gguf.gguf_config_mapping"])
     # What only asks, trains, measures or shares comes when it is named
     parts = {".".join(name.split(".")[1:2]) for name in brought if name not in others}
-    assert parts <= {"", "compression", "generation", "kernels", "models", "registration"}
+    assert parts <= {"", "compression", "generation", "imports", "kernels", "models", "registration"}
     assert not {"transformers_dsv3.kernels.explain", "transformers_dsv3.generation.engine"} & set(brought)
 
 
@@ -87,35 +87,45 @@ PEFT = (
 ) + TUNERS  # fmt: skip
 
 
-def test_pefts_tuners_come_with_the_first_config():
+def test_pefts_tuners_come_with_peft():
     code = (
-        "import sys, torch, transformers_dsv3\n"
-        "print('peft' in sys.modules)\n"
-        "with torch.device('meta'):\n"
-        "    transformers_dsv3.DeepseekV3Config()\n"
+        "import importlib.util, pickle, sys, torch, transformers_dsv3\n"
+        "from transformers.utils import is_peft_available\n"
+        "config = pickle.loads(pickle.dumps(transformers_dsv3.DeepseekV3Config(num_hidden_layers=3)))\n"
+        "print(is_peft_available(), importlib.util.find_spec('peft').origin[-16:])\n"
         f"{PEFT}"
         f"transformers_dsv3.unregister()\n{TUNERS}"
         f"transformers_dsv3.register()\n{TUNERS}"
+        "import inspect\n"
+        "loaders = peft.__loader__, peft.__spec__.loader\n"
+        "print(*(type(loader).__name__ for loader in loaders), len(inspect.getsource(peft)) > 99)\n"
+        "print([finder for finder in sys.meta_path if type(finder).__name__ == 'AfterImport'])\n"
     )
     assert run(code).splitlines() == [
-        *("False", "True", "transformers_dsv3 cpu"),
+        *("True peft/__init__.py", "False", "transformers_dsv3 cpu"),
         *("peft cpu", "transformers_dsv3 cpu"),
+        *("SourceFileLoader SourceFileLoader True", "[]"),
     ]
 
 
-def test_pefts_tuners_come_with_the_config_of_a_pickled_model():
-    code = (
-        "import pickle, sys, transformers_dsv3\n"
-        "transformers_dsv3.unregister()\n"
-        "pickled = pickle.dumps(transformers_dsv3.DeepseekV3Config(num_hidden_layers=3))\n"
-        "transformers_dsv3.register()\n"
-        "print('peft' in sys.modules)\n"
-        "print(pickle.loads(pickled).num_hidden_layers)\n"
-        f"{PEFT}"
-    )
-    assert run(code).split() == ["False", "3", "True", "transformers_dsv3", "cpu"]
-
-
-def test_pefts_tuners_come_at_once_where_a_program_is_to_be_run():
-    code = f"import sys, transformers_dsv3\ntransformers_dsv3.register(names=True)\n{PEFT}"
+def test_pefts_tuners_come_at_once_where_peft_is_there():
+    code = f"import peft, sys, transformers_dsv3\n{PEFT}"
     assert run(code).split() == ["True", "transformers_dsv3", "cpu"]
+
+
+def test_pefts_tuners_stay_its_own_where_the_plugin_is_taken_away_before():
+    code = f"import sys, transformers_dsv3\ntransformers_dsv3.unregister()\n{PEFT}"
+    assert run(code).split() == ["False", "peft", "cpu"]
+
+
+def test_pefts_tuners_come_where_two_threads_import_it():
+    code = (
+        "import sys, threading, transformers_dsv3\n"
+        "def bring():\n"
+        "    import peft\n"
+        "    print(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA].__module__.split('.')[0])\n"
+        "threads = [threading.Thread(target=bring) for _ in range(2)]\n"
+        "[thread.start() for thread in threads]\n"
+        "[thread.join() for thread in threads]\n"
+    )
+    assert run(code).split() == ["transformers_dsv3"] * 2

@@ -1,21 +1,10 @@
 """Configuration of DeepSeek-V3 models (arXiv 2412.19437, section 4.2 for the published sizes)."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.deepseek_v3 import configuration_deepseek_v3 as native
-
-
-# What `registration` leaves for the time when the first config is made, as it is before every model
-before_first_config: set[Callable[[], None]] = set()
-
-
-def _run_what_was_left() -> None:
-    for action in tuple(before_first_config):
-        action()  # another thread that comes meanwhile waits for the same import
-        before_first_config.discard(action)
 
 
 @strict
@@ -88,7 +77,6 @@ class DeepseekV3Config(native.DeepseekV3Config):
         """
 
     def __post_init__(self, **kwargs: Any):
-        _run_what_was_left()
         # A repository with remote code of its own (Moonlight's, for one) names that code here. These classes serve
         # the model instead, and a checkpoint saved from them carries no code.
         if "auto_map" in kwargs:
@@ -107,11 +95,6 @@ class DeepseekV3Config(native.DeepseekV3Config):
             # Models of this package had names of their own once
             self.architectures = [_official_architecture(name) for name in self.architectures]  # type: ignore[has-type]
         self.check_fields()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # The config of a pickled model is made by none of the above
-        _run_what_was_left()
-        self.__dict__.update(state)
 
     def check_fields(self) -> None:
         """Refuses fields that contradict each other. Models call it too, for fields changed after construction."""
