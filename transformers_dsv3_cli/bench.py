@@ -28,7 +28,8 @@ def bench(
     what: Annotated[
         str,
         typer.Option(
-            help="Any of decode, prefill, batched, mtp, train; of one layer by itself, experts and attention."
+            help="Any of decode, prefill, batched, mtp, train, load (to the first token, in a process of its own); of "
+            "one layer by itself, experts and attention."
         ),
     ] = "decode,prefill",
     device: Annotated[
@@ -68,7 +69,7 @@ def bench(
         str,
         typer.Option(
             metavar="NAME=PYTHON,...",
-            help="Other programs, vllm and llama.cpp, each with the interpreter that has it.",
+            help="Other programs, vllm, llama.cpp and ik_llama.cpp, each with the interpreter that has it.",
         ),
     ] = "",
     converter: Annotated[
@@ -93,8 +94,10 @@ def bench(
 
     Both implementations run in this process on the same weights and take turns (A B, B A, ...), and between the turns
     the machine's own ceilings are measured: how fast its memory reads and how fast it multiplies matrices. The table
-    gives the median of each, its quartiles, how many times faster it is, and its share of the floor: the time that
-    reading the weights once, or computing what must be computed, takes at those ceilings.
+    gives the median of each, its quartiles, how many times faster it is, its share of the floor (the time that
+    reading the weights once, or computing what must be computed, takes at those ceilings), and of decoding the host's
+    time a step beside its kernels, with how many it calls. Of a checkpoint with a tokenizer it also says how many bits
+    a byte each form of the weights needs, on text that quickstart holds out.
 
     Decoding is the model's own generate(), from a cache that already holds the context. Run it on a machine that does
     nothing else.
@@ -105,8 +108,8 @@ def bench(
     themselves, beside the error of each against float64.
 
     --against runs other programs too, in their own interpreters and between the same turns: vLLM's CPU build on the
-    checkpoint, llama.cpp on GGUF files (bf16, Q8_0, Q4_0) that its own programs make of it. They run on the CPU, with
-    bf16 only. One that fails is reported with its reason.
+    checkpoint, llama.cpp on GGUF files (bf16, Q8_0, Q4_0) that its own programs make of it, ik_llama.cpp on the same
+    files. They run on the CPU, with bf16 only. One that fails is reported with its reason.
 
     \b
     Examples:
@@ -248,7 +251,7 @@ def show(results: dict[str, Any]) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)  # a file or a pipe has no width of its own, and 80 columns break every cell
+        console = Console(width=180)  # a file or a pipe has no width of its own, and 80 columns break every cell
     for headings, rows in ((KERNEL_HEADINGS, list(kernel_rows(results))), (HEADINGS, list(table_rows(results)))):
         if rows:
             table = Table(*headings)

@@ -126,14 +126,18 @@ def test_peers_without_their_programs_are_left_out_with_a_reason(make_model, tmp
     """This interpreter has neither llama.cpp's converter nor vLLM."""
     broken = tmp_path / "convert.py"
     broken.write_text("raise SystemExit('this converter knows no DeepSeek')")
-    settings = BenchSettings(
-        peers=(("llama.cpp", sys.executable), ("vllm", sys.executable)), converter=broken, keep=tmp_path / "kept"
-    )
+    programs = tuple((name, sys.executable) for name in ("llama.cpp", "ik_llama.cpp", "vllm"))
+    settings = BenchSettings(peers=programs, converter=broken, keep=tmp_path / "kept")
     said = []
+    model = make_model()
     with ExitStack() as stack:
-        ready, failed = peer_files.start_peers(settings, make_model(), 1, broken, stack, said.append)
+        folder = peer_files.folder_of_files(settings, stack)
+        checkpoint = peer_files.checkpoint_folder(settings, model, folder)
+        ready, failed = peer_files.start_peers(settings, model, folder, checkpoint, 1, broken, stack, said.append)
     assert ready == []
-    assert set(failed) == {"llama.cpp bf16", "llama.cpp Q8_0", "llama.cpp Q4_0", "vLLM bf16"}
+    of_gguf = {f"{program} {kind}" for program in ("llama.cpp", "ik_llama.cpp") for kind in ("bf16", "Q8_0", "Q4_0")}
+    assert set(failed) == {*of_gguf, "vLLM bf16"}
+    assert "No module named 'ik_llama_cpp'" in failed["ik_llama.cpp Q4_0"]
     assert "No module named 'conversion'" in failed["llama.cpp bf16"]
     assert "No module named 'vllm'" in failed["vLLM bf16"]
     saved = {path.name for path in (tmp_path / "kept" / "checkpoint").iterdir()}

@@ -10,11 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 import transformers_dsv3
-from transformers_dsv3.benchmark import benchmark, ceilings, kernel_workloads
+from transformers_dsv3.benchmark import benchmark, ceilings, kernel_workloads, loading
 from transformers_dsv3.benchmark.contenders import ModelContender
+from transformers_dsv3.benchmark.host_time import kernel_calls
+from transformers_dsv3.benchmark.peer_files import bytes_tokenizer
 from transformers_dsv3.benchmark.presets import PRESETS, Preset
 from transformers_dsv3.benchmark.settings import BenchSettings
 from transformers_dsv3.evaluation import machine
+from transformers_dsv3.kernels.cpu import library
 from transformers_dsv3.option_error import OptionError
 from transformers_dsv3_cli.main import app
 
@@ -80,6 +83,8 @@ def test_everything_in_one_run(checkpoint, tmp_path):
             if name != "plugin MTP":
                 share = figures["floor"]["seconds"] / figures["median"]
                 assert math.isclose(figures["floor"]["share"], share) and share > 0
+            if entry["what"] in ("decode", "batched"):
+                assert 0 <= figures["host"]["seconds"] < figures["median"] and figures["host"]["calls"] > 0
         pair = entry["ratios"]["transformers / plugin"]
         seconds = [entry["contenders"][name]["seconds"] for name in ("transformers", "plugin")]
         assert pair["per_round"] == [a / b for a, b in zip(*seconds)]
@@ -88,6 +93,49 @@ def test_everything_in_one_run(checkpoint, tmp_path):
     assert mtp["drafted"] > 0 and mtp["acceptance"] == mtp["accepted"] / mtp["drafted"]
     memory = results["workloads"][5]["contenders"]["transformers"]["memory"]
     assert memory["peak_bytes"] >= memory["before_bytes"] > 2**20
+
+
+@pytest.mark.slow
+def test_loading_in_processes_of_their_own_and_the_quality_of_each_width(monkeypatch, make_model, tmp_path):
+    monkeypatch.setattr(benchmark, "QUALITY_TOKENS", 100)
+    monkeypatch.setattr(benchmark, "QUALITY_WINDOW", 32)
+    folder, path = tmp_path / "model", tmp_path / "bench.json"
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+    make_model(**sizes).save_pretrained(folder)
+    bytes_tokenizer().save_pretrained(folder)
+    result = bench(folder, "--what", "load", "--weights", "plain,int4", "--rounds", 1, "--json", path)
+    assert result.exit_code == 0, result.output
+    assert "plugin int4 loads in" in result.output and "bits a byte of" in result.output
+    results = json.loads(path.read_text())
+    figures = results["workloads"][0]["contenders"]
+    assert set(figures) == {"plugin", "plugin int4", "transformers"}
+    for each in figures.values():
+        assert set(each["parts"]) == {"reading", "loading", "first_token", "next_token"}
+        assert each["median"] == each["parts"]["loading"] + each["parts"]["first_token"]
+    quality = {name: bits["value"] for name, bits in results["quality"].items()}
+    assert math.isclose(quality["plugin, bf16"], quality["transformers, bf16"], rel_tol=1e-2)
+    assert 5 < quality["plugin int4, bf16"] < 12  # a model that knows nothing: log2(300) bits
+
+
+@pytest.mark.parametrize("contender", ["plain", "int8", "transformers"])
+def test_what_a_process_that_loads_measures(checkpoint, contender):
+    threads = torch.get_num_threads()
+    request = {"contender": contender, "checkpoint": checkpoint, "dtype": "bfloat16", "tokens": 4, "threads": threads}
+    parts = loading.load(request)
+    assert list(parts) == ["reading", "loading", "first_token", "next_token"]
+    assert min(parts["reading"], parts["loading"], parts["first_token"]) > 0
+
+
+def test_host_time_counts_what_the_compiled_library_and_torch_are_called_for():
+    ones = torch.ones(64, 64)
+
+    def decode(tokens):
+        torch.zeros(3)
+        for _ in range(tokens):
+            ones.neg_()
+            library.read_seconds(ones)
+
+    assert kernel_calls(decode).number == 2
 
 
 def test_a_preset_is_made_of_random_weights(monkeypatch, tiny_config, tmp_path):

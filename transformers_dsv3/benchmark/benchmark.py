@@ -9,12 +9,15 @@ from contextlib import ExitStack
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..evaluation import machine
+from ..evaluation.held_out_text import checked_stream, read_texts
+from ..evaluation.text_quality import bits_per_byte
 from ..files import write_json
 from ..models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from ..option_error import OptionError
@@ -32,20 +35,24 @@ from .contenders import (
 )
 from .devices import STATE, Device, find_device, nvidia_smi
 from .floors import ExpertsUsed, Work, expected_experts, floor_seconds, work_of
+from .host_time import kernel_calls
 from .kernel_workloads import measure_kernels
-from .peer_files import COPIES, check_disk, start_peers
+from .loading import LoadContender
+from .peer_files import COPIES, check_disk, checkpoint_folder, folder_of_files, start_peers
 from .peers import find_converter
 from .prefill_profile import time_by_kind
 from .presets import PRESETS, parameter_count, preset_config, random_model
 from .rounds import Turn, interleave, ratio, reason_of, spread
 from .settings import DTYPES, BenchSettings
 from .training_memory import measure_apart, measure_on_gpu
-from .workloads import Inputs, Workload, continue_text, make_inputs, workloads
+from .workloads import Inputs, Workload, continue_text, decode, make_inputs, workloads
 
 
 MTP = f"{PLUGIN} MTP"
 # Tokens of the turn that warms a contender up, from which the length of its turns is decided
 WARM_UP_TOKENS = 2
+# Of the text that forms of the weights are compared on: enough to see hundredths of a percent between them
+QUALITY_TOKENS, QUALITY_WINDOW = 16384, 256
 
 
 class Contender(Protocol):
@@ -134,6 +141,7 @@ class Benchmark:
         self.converter = find_converter(settings)
         copies = 1 + sum(COPIES[name] for name, _ in settings.peers)
         copies += sum(VARIANTS[name].copies for name in settings.weights)
+        copies += 1 if "load" in settings.what else 0
         self.config, cut = load_config(settings, copies, self.device)
         parameters = parameter_count(self.config)
         check_disk(settings, 2 * parameters)
@@ -159,6 +167,7 @@ class Benchmark:
             "warnings": [],
             "contenders": {},
             "agreement": {},
+            "quality": {},
             "failed": {},
             "workloads": [],
             "finished": False,
@@ -220,13 +229,19 @@ class Benchmark:
         contenders = self._contenders(model, name, dtype)
         ceilings = Ceilings(sorted({each.linear_dtype for each in contenders} | {dtype}, key=str), self.device)
         others: list[Any] = []
-        if name == "bf16" and self.settings.peers:
+        checkpoint = None
+        if self.settings.reads_files:
+            self.watcher.say("writing the checkpoint")
+            folder = folder_of_files(self.settings, stack)
+            checkpoint = checkpoint_folder(self.settings, model, folder)
+        if checkpoint is not None and name == "bf16" and self.settings.peers:
+            threads = torch.get_num_threads()
             others, failed = start_peers(
-                self.settings, model, torch.get_num_threads(), self.converter, stack, self.watcher.say
+                self.settings, model, folder, checkpoint, threads, self.converter, stack, self.watcher.say
             )
             self.results["failed"].update(failed)
             self.results["contenders"].update({peer.name: {"version": peer.version} for peer in others})
-        groups = [(workload, self._entrants(workload, contenders, others)) for workload in listed]
+        groups = [(workload, self._entrants(workload, contenders, others, checkpoint)) for workload in listed]
         self.watcher.plan(sum(len(entrants) for _, entrants in groups) * (self.settings.rounds + 1))
         for workload, entrants in groups:
             inputs = make_inputs(workload, self.config, dtype, self.settings.seed, self.device)
@@ -265,16 +280,30 @@ class Benchmark:
             self.results["failed"][NATIVE] = reason_of(error)
         if "mtp" in self.settings.what and self._takes_part(MTP):
             found.insert(1, ModelContender(MTP, model, dtype, use_mtp=True, device=self.device))
+        text = self._held_out(model.config)
         for contender in found:
             self.results["contenders"].setdefault(contender.name, describe(contender.model))
+            if text is not None and not (contender.static or contender.use_mtp):
+                self.watcher.say(f"bits a byte of {contender.name}")
+                bits = bits_per_byte(contender.model, *text, window=QUALITY_WINDOW, stride=QUALITY_WINDOW // 2)
+                self.results["quality"][f"{contender.name}, {dtype_name}"] = vars(bits)
             if contender.model is not model and not contender.static:
                 apart = agreement(model, contender.model, self.settings.seed)
                 self.results["agreement"][f"{contender.name}, {dtype_name}"] = apart
         return found
 
     def _entrants(
-        self, workload: Workload, contenders: Sequence[ModelContender], others: Sequence[Contender]
+        self,
+        workload: Workload,
+        contenders: Sequence[ModelContender],
+        others: Sequence[Contender],
+        checkpoint: Path | None,
     ) -> list[Contender]:
+        if workload.what == "load":
+            forms = {variant_name(weights): weights for weights in self.settings.weights} | {NATIVE: NATIVE}
+            return [
+                LoadContender(each.name, forms[each.name], checkpoint) for each in contenders if each.name in forms
+            ]
         if workload.what == "train":
             return [each for each in contenders if each.name in (PLUGIN, NATIVE)]
         if workload.what == "prefill":
@@ -283,16 +312,31 @@ class Benchmark:
             return list(contenders)
         return [*(each for each in contenders if not each.use_mtp), *others]
 
-    def _text(self) -> torch.Tensor | None:
-        """Real text for MTP, since text decides how often drafts are accepted; None without a tokenizer."""
-        if self.settings.source in PRESETS or "mtp" not in self.settings.what:
+    def _tokenizer(self) -> Any:
+        """The checkpoint's, or None where it has none."""
+        if self.settings.source in PRESETS:
             return None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.settings.source)
+            return AutoTokenizer.from_pretrained(self.settings.source)
         except (OSError, ValueError):
+            return None
+
+    def _text(self) -> torch.Tensor | None:
+        """Real text for MTP, since text decides how often drafts are accepted; None without a tokenizer."""
+        if "mtp" not in self.settings.what or (tokenizer := self._tokenizer()) is None:
             return None
         ids = tokenizer(Path(copy.__file__).read_text(encoding="utf-8"))["input_ids"]
         return torch.tensor(ids)
+
+    def _held_out(self, config: DeepseekV3Config) -> tuple[torch.Tensor, int] | None:
+        """Text by which forms of the weights are compared, as tokens and their bytes; None without a tokenizer."""
+        if (tokenizer := self._tokenizer()) is None or config.max_position_embeddings < QUALITY_WINDOW:
+            return None
+        _, texts = read_texts(None)
+        stream = checked_stream(
+            "CHECKPOINT_OR_PRESET", self.settings.source, tokenizer, texts, QUALITY_WINDOW, config.vocab_size
+        )[:QUALITY_TOKENS]
+        return stream, len(tokenizer.decode(stream).encode("utf-8"))
 
     def _run_workload(
         self, workload: Workload, inputs: Inputs, entrants: Sequence[Contender], ceilings: Ceilings
@@ -374,7 +418,10 @@ class Benchmark:
         figures: dict[str, Any],
         ceilings: Ceilings,
     ) -> dict[str, Any]:
-        """What needs a pass of its own: where a prefill spends its time, what a training step takes of memory."""
+        """What needs a pass of its own: the host's part of a step, a prefill's parts, memory of training."""
+        if workload.what in ("decode", "batched") and not (self.device.is_gpu or contender.static):
+            calls = kernel_calls(lambda tokens: decode(contender.model, inputs, tokens))
+            return {"host": {"seconds": max(figures["median"] - calls.seconds, 0.0), "calls": calls.number}}
         if workload.what == "prefill":
             self.watcher.say(f"{workload.title}: profile of {contender.name}")
             profile = time_by_kind(lambda: contender.measure(workload, inputs, 0), self.device)
@@ -411,8 +458,7 @@ class Benchmark:
     ) -> dict[str, Any]:
         seconds = [turn.seconds for turn in turns]
         figures: dict[str, Any] = {"seconds": seconds, **spread(seconds), "units_a_turn": turns[0].units}
-        units = workload.batch * (1 if workload.decodes else workload.tokens)
-        figures["tokens_per_second"] = units / figures["median"]
+        figures["tokens_per_second"] = workload.tokens_a_unit / figures["median"]
         if work is not None:
             plain_dtype = getattr(torch, DTYPES[workload.dtype])
             floor = floor_seconds(
@@ -425,6 +471,8 @@ class Benchmark:
             figures["mtp"] = {"drafted": drafted, "accepted": accepted, "acceptance": accepted / max(drafted, 1)}
         if workload.what == "train":
             figures["losses"] = [turn.notes["loss"] for turn in turns]
+        if workload.what == "load":
+            figures["parts"] = {part: median(turn.notes[part] for turn in turns) for part in turns[0].notes}
         return figures
 
     def _write(self) -> None:

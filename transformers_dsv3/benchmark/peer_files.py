@@ -17,12 +17,12 @@ from .settings import BenchSettings
 
 
 VLLM = "vLLM bf16"
-# Its converter writes the first two, its quantizer the last, of the first
-LLAMA_CPP = {"llama.cpp bf16": "bf16", "llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
+# What llama.cpp and ik_llama.cpp read: llama.cpp's converter writes the first two, its quantizer the last
+GGUF = {"bf16": "bf16", "Q8_0": "q8_0", "Q4_0": "q4_0"}
 # How often each peer has the weights in memory, in copies of the bf16 ones
-COPIES = {"vllm": 1.0, "llama.cpp": 1.8}
-# Its files on disk, in copies likewise, beside the checkpoint itself
-COPIES_ON_DISK = {"vllm": 0.0, "llama.cpp": 1.8}
+COPIES = {"vllm": 1.0, "llama.cpp": 1.8, "ik_llama.cpp": 1.8}
+# Its files on disk, in copies likewise, beside the checkpoint itself. ik_llama.cpp reads llama.cpp's
+COPIES_ON_DISK = {"vllm": 0.0, "llama.cpp": 1.8, "ik_llama.cpp": 0.0}
 
 
 def check_disk(settings: BenchSettings, weight_bytes: int) -> None:
@@ -34,7 +34,7 @@ def check_disk(settings: BenchSettings, weight_bytes: int) -> None:
     Raises:
         OptionError: naming `--keep`.
     """
-    if not settings.peers:
+    if not settings.reads_files:
         return
     folder = settings.keep if settings.keep is not None else Path(tempfile.gettempdir())
     while not folder.exists():
@@ -43,13 +43,16 @@ def check_disk(settings: BenchSettings, weight_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OptionError(
-            "--keep", f"peers read about {needed / 2**30:.0f} GiB of files, and {folder} has {free / 2**30:.0f} GiB"
+            "--keep",
+            f"contenders read about {needed / 2**30:.0f} GiB of files, and {folder} has {free / 2**30:.0f} GiB",
         )
 
 
 def start_peers(
     settings: BenchSettings,
     model: PreTrainedModel,
+    folder: Path,
+    checkpoint: Path,
     threads: int,
     converter: Path | None,
     stack: ExitStack,
@@ -58,24 +61,13 @@ def start_peers(
     """Writes what the peers need and starts them.
 
     Args:
-        stack: ends the processes and removes the files, unless `settings.keep` names a folder for them.
+        folder: of the files that they read. checkpoint: the model's own.
+        stack: ends the processes.
 
     Returns:
         The peers that are ready, and the reasons of those that are not, by name.
     """
     interpreters = dict(settings.peers)
-    if settings.keep is None:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv3-bench-")))
-    else:
-        folder = settings.keep
-        folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = Path(settings.source)
-    if not checkpoint.is_dir():
-        say("writing the checkpoint for the peers")
-        checkpoint = folder / "checkpoint"
-        model.save_pretrained(checkpoint)
-        bytes_tokenizer().save_pretrained(checkpoint)
-
     ready, failed = [], {}
 
     def start(name: str, make: Callable[[], peers.Peer]) -> None:
@@ -88,21 +80,23 @@ def start_peers(
         stack.callback(peer.close)
         ready.append(peer)
 
-    if "llama.cpp" in interpreters and converter is not None:
-        interpreter = interpreters["llama.cpp"]
-        for name, outtype in LLAMA_CPP.items():
-            gguf = folder / f"model-{outtype}.gguf"
+    for program in ("llama.cpp", "ik_llama.cpp"):
+        if program not in interpreters or converter is None:
+            continue
+        for title, outtype in GGUF.items():
 
-            def converted(name: str = name, gguf: Path = gguf, outtype: str = outtype) -> peers.Peer:
-                if outtype == "q4_0":
-                    peers.quantize(interpreter, folder / "model-bf16.gguf", gguf, outtype)
-                else:
-                    peers.convert(interpreter, converter, checkpoint, gguf, outtype)
-                peer = peers.llama_cpp(name, interpreter, gguf, settings, threads, folder / f"{outtype}.log")
+            def with_gguf(program: str = program, title: str = title, outtype: str = outtype) -> peers.Peer:
+                gguf = folder / f"model-{outtype}.gguf"
+                if program == "llama.cpp" and outtype == "q4_0":
+                    peers.quantize(interpreters[program], folder / "model-bf16.gguf", gguf, outtype)
+                elif program == "llama.cpp":
+                    peers.convert(interpreters[program], converter, checkpoint, gguf, outtype)
+                log = folder / f"{program}-{outtype}.log"
+                peer = peers.reads_gguf(f"{program} {title}", interpreters[program], gguf, settings, threads, log)
                 peer.weights = model if outtype == "bf16" else None
                 return peer
 
-            start(name, converted)
+            start(f"{program} {title}", with_gguf)
     if "vllm" in interpreters:
 
         def served() -> peers.Peer:
@@ -113,6 +107,24 @@ def start_peers(
 
         start(VLLM, served)
     return ready, failed
+
+
+def folder_of_files(settings: BenchSettings, stack: ExitStack) -> Path:
+    """`settings.keep`, or one that `stack` removes."""
+    if settings.keep is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv3-bench-")))
+    settings.keep.mkdir(parents=True, exist_ok=True)
+    return settings.keep
+
+
+def checkpoint_folder(settings: BenchSettings, model: PreTrainedModel, folder: Path) -> Path:
+    """The checkpoint that is measured, as files: written into `folder` where it is a preset of random weights."""
+    if Path(settings.source).is_dir():
+        return Path(settings.source)
+    checkpoint = folder / "checkpoint"
+    model.save_pretrained(checkpoint)
+    bytes_tokenizer().save_pretrained(checkpoint)
+    return checkpoint
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:

@@ -197,11 +197,15 @@ def _offline() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def llama_cpp(name: str, interpreter: str, gguf: Path, settings: BenchSettings, threads: int, log: Path) -> Peer:
-    """llama.cpp on a GGUF file, with the settings of its own benchmark (batches of 2,048, micro-batches of 512)."""
-    worker = [interpreter, str(WORKERS / "llama_cpp_worker.py"), "serve"]
+def reads_gguf(name: str, interpreter: str, gguf: Path, settings: BenchSettings, threads: int, log: Path) -> Peer:
+    """llama.cpp, or ik_llama.cpp by its name, on a GGUF file.
+
+    llama.cpp has the settings of its own benchmark: batches of 2,048, micro-batches of 512.
+    """
+    worker = "ik_llama_cpp_worker.py" if name.startswith("ik_") else "llama_cpp_worker.py"
+    command = [interpreter, str(WORKERS / worker), *([] if name.startswith("ik_") else ["serve"])]
     arguments = [str(gguf), str(settings.longest), str(threads), str(settings.seed)]
-    return Peer(name, [*worker, *arguments], log, {"OMP_NUM_THREADS": str(threads)})
+    return Peer(name, [*command, *arguments], log, {"OMP_NUM_THREADS": str(threads)})
 
 
 def vllm(

@@ -10,7 +10,8 @@ from .contenders import NATIVE, PLUGIN
 
 
 def table_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Rows of workload, contender, median, spread, tokens a second, faster than native and the plugin, share of floor.
+    """Rows of workload, contender, median, spread, tokens a second, faster than native and the plugin, share of floor,
+    and the host's time a step beside its kernels with how many it called.
 
     A workload's name stands in its first row only.
     """
@@ -30,10 +31,11 @@ def table_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 times(entry, NATIVE, name),
                 times(entry, PLUGIN, name),
                 share,
+                f"{duration(host['seconds'])} ({host['calls']})" if (host := figures.get("host")) else "",
             )
             title = ""
         for name, reason in entry["failed"].items():
-            yield (title, name, "failed", reason, "", "", "", "")
+            yield (title, name, "failed", reason, "", "", "", "", "")
             title = ""
 
 
@@ -59,7 +61,10 @@ def kernel_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 KERNEL_HEADINGS = ("measured", "backend", "median", "quartiles", "TFLOP/s", "GB/s", "x torch", "error")
 # What torch itself has for it
 KERNEL_REFERENCE = {"experts": "grouped_mm", "attention": "torch"}
-HEADINGS = ("measured", "contender", "median", "quartiles", "tokens/s", "x transformers", "x plugin", "of floor")
+HEADINGS = (
+    *("measured", "contender", "median", "quartiles", "tokens/s", "x transformers", "x plugin", "of floor"),
+    "host (calls)",
+)
 
 
 def times(entry: dict[str, Any], other: str, name: str) -> str:
@@ -117,6 +122,10 @@ def notes(results: dict[str, Any]) -> list[str]:
             f"Logits of {name} beside the plugin's: relative error {apart['relative_error']:.1e}, "
             f"best token equal at {apart['argmax']:.0%} of positions."
         )
+    for name, bits in results.get("quality", {}).items():
+        lines.append(
+            f"{name}: {bits['value']:.4f} bits a byte of {bits['bytes']:,} bytes that `quickstart` holds out."
+        )
     lines += [f"{name} was left out: {reason}" for name, reason in results["failed"].items()]
     return lines + [f"Warning: {text}" for text in results["warnings"]]
 
@@ -137,6 +146,12 @@ def details(results: dict[str, Any]) -> Iterator[str]:
             elif memory and memory["peak_bytes"]:
                 before, peak = memory["before_bytes"] / 2**20, memory["peak_bytes"] / 2**20
                 yield f"{entry['title']}: {name} peaks at {peak:,.0f} MiB, {before:,.0f} MiB of them with the model."
+            if parts := figures.get("parts"):
+                took = {part: duration(seconds) for part, seconds in parts.items()}
+                yield (
+                    f"{name} loads in {took['loading']} (reading the files takes {took['reading']}); its first token "
+                    f"takes {took['first_token']}, the next {took['next_token']}."
+                )
             if profile:
                 share = profile["linear_share_of_rate"]
                 at_rate = f", at {share:.0%} of the GEMM rate" if share else ""

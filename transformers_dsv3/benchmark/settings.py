@@ -9,12 +9,12 @@ from pathlib import Path
 from ..option_error import OptionError
 
 
-MODEL_WHAT = ("decode", "prefill", "batched", "mtp", "train")
+MODEL_WHAT = ("decode", "prefill", "batched", "mtp", "train", "load")
 KERNEL_WHAT = ("experts", "attention")
 WHAT = (*MODEL_WHAT, *KERNEL_WHAT)
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-PEERS = ("vllm", "llama.cpp")
+PEERS = ("vllm", "llama.cpp", "ik_llama.cpp")
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,8 @@ class BenchSettings:
                 raise OptionError("--against", f"{name}: there is no interpreter {interpreter}")
         if len({name for name, _ in self.peers}) != len(self.peers):
             raise OptionError("--against", "names a program twice")
+        if "ik_llama.cpp" in dict(self.peers) and "llama.cpp" not in dict(self.peers):
+            raise OptionError("--against", "ik_llama.cpp reads the files that llama.cpp writes: name that one too")
         if self.converter is not None and not self.converter.is_file():
             raise OptionError("--converter", f"there is no file {self.converter}")
 
@@ -143,6 +145,11 @@ class BenchSettings:
     def model_what(self) -> tuple[str, ...]:
         """What needs a whole model."""
         return tuple(what for what in self.what if what in MODEL_WHAT)
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the model is needed as a checkpoint on disk."""
+        return bool(self.peers) or "load" in self.what
 
     @property
     def longest(self) -> int:

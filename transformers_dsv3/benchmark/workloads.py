@@ -15,6 +15,8 @@ from .rounds import Turn
 from .settings import BenchSettings
 
 
+# Tokens of the prompt that a model is given when it has been loaded
+LOADED_PROMPT = 16
 # Steps of each `generate` with a static cache that are not timed: where they are compiled, a new cache has new
 # addresses, for which CUDA graphs are recorded again
 SETTLING_STEPS = 4
@@ -42,6 +44,11 @@ class Workload:
         return self.what in ("decode", "batched", "mtp")
 
     @property
+    def tokens_a_unit(self) -> int:
+        """Tokens that a unit of it makes or takes."""
+        return self.batch * (1 if self.decodes or self.what == "load" else self.tokens)
+
+    @property
     def title(self) -> str:
         """What the table calls it."""
         size = {
@@ -50,6 +57,7 @@ class Workload:
             "mtp": f"decode with MTP, {self.tokens:,} cached",
             "prefill": f"prefill, {self.tokens:,} tokens",
             "train": f"training step, {self.batch} x {self.tokens:,} tokens",
+            "load": f"loading, and the first token after {self.tokens:,}",
         }[self.what]
         return f"{size}, {self.dtype}"
 
@@ -66,6 +74,8 @@ def workloads(settings: BenchSettings, dtype: str) -> list[Workload]:
             listed.append(Workload(what, min(settings.contexts), 1, dtype))
         elif what == "prefill":
             listed += [Workload(what, length, 1, dtype) for length in sorted(settings.prefill)]
+        elif what == "load":
+            listed.append(Workload(what, LOADED_PROMPT, 1, dtype))
         else:
             listed.append(Workload(what, settings.train_length, settings.train_batch, dtype))
     return listed
