@@ -121,11 +121,13 @@ def test_pefts_tuners_stay_its_own_where_the_plugin_is_taken_away_before():
 def test_pefts_tuners_come_where_two_threads_import_it():
     code = (
         "import sys, threading, transformers_dsv3\n"
+        "found = []\n"
         "def bring():\n"
         "    import peft\n"
-        "    print(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA].__module__.split('.')[0])\n"
+        "    found.append(peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA].__module__.split('.')[0])\n"
         "threads = [threading.Thread(target=bring) for _ in range(2)]\n"
         "[thread.start() for thread in threads]\n"
         "[thread.join() for thread in threads]\n"
+        "print(*found)\n"
     )
     assert run(code).split() == ["transformers_dsv3"] * 2
