@@ -183,7 +183,8 @@ def _is(value: object, kind: type) -> bool:
 
 def _in_range(settings: SamplingSettings, name: str, kind: type, least: float, most: float) -> None:
     value = getattr(settings, name)
-    if not _is(value, kind) or not math.isfinite(value) or not least <= value <= most:
+    # Neither NaN nor infinity is within limits; `isfinite` would raise for a whole number of 400 digits
+    if not _is(value, kind) or not least <= value <= most:
         number = "a whole number" if kind is int else "a number"
         limits = f"of {least} or more" if most == math.inf else f"in [{least}, {most}]"
         raise RequestError(name, f"has to be {number} {limits}, not {value!r}")
