@@ -60,6 +60,7 @@ OPTIONAL = {
     "uvicorn",
     "sse_starlette",
     "prometheus_client",
+    "anyio",
     "llguidance",
     "kernels",
     "liger_kernel",
@@ -73,6 +74,13 @@ LATE = {f"transformers_dsv3/training/{name}.py": {"peft"} for name in PEFT_PLACE
     for path in (PACKAGE / "kernels" / "triton_src").glob("*.py")
 }
 LATE["transformers_dsv3/compression/packed/lora.py"] = {"peft"}
+LATE |= {
+    "transformers_dsv3/serving/app.py": {"anyio", "sse_starlette", "starlette"},
+    "transformers_dsv3/serving/constraints.py": {"llguidance"},
+    "transformers_dsv3/serving/gates.py": {"anyio", "starlette"},
+    "transformers_dsv3/serving/metrics.py": {"prometheus_client"},
+    "transformers_dsv3/serving/server.py": {"uvicorn"},
+}
 # Verbs import these inside their functions; server.py is imported by its verb alone.
 HEAVY = {"torch", "transformers", "transformers_dsv3"}
 

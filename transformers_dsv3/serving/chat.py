@@ -17,11 +17,12 @@ from .protocol import ChatAsked
 
 # For checkpoints that have none, which have not learned any either: `User: …`, `Assistant: …`
 PLAIN = (
-    "{{- bos_token -}}"
-    "{%- for message in messages -%}"
-    "{{ message.role | capitalize }}: {{ message.content or '' }}\n\n"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt %}Assistant:{% endif -%}"
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ message.role | capitalize }}: {{ message.content or '' }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
 # Templates that write a call's arguments by `tojson` take an object, the others a string of JSON
@@ -111,9 +112,7 @@ class Conversations:
                 },
             )
         except Exception as error:  # a template runs on what the client sent
-            raise ApiError(
-                400, f"`messages` cannot be written by the chat template: {error}", "messages"
-            ) from None
+            raise ApiError(400, f"`messages` cannot be written by the chat template: {error}", "messages") from None
 
     def _messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         copies: list[dict[str, Any]] = [copy.deepcopy(dict(message)) for message in messages]

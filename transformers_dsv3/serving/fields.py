@@ -1,4 +1,4 @@
-"""JSON of requests, read field by field: each has a name and a kind, and what is wrong with it is said of that name."""
+"""JSON of requests, read field by field: each has a name and a kind, and what is wrong is said of that name."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class Fields:
             raise refused(self.name(name), f"has to be {limits}, not {kind_of(value)[11:]}")
         return value
 
-    def list(self, name: str) -> list[Any] | None:
+    def array(self, name: str) -> list[Any] | None:
         return self._take(name, list, "a list")
 
     def object(self, name: str) -> Fields | None:

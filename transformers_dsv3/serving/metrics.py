@@ -113,6 +113,8 @@ class _EngineCollector:
             metric = family(name, says, labels=["model_name"])
             metric.add_metric([self.model_name], getattr(statistics, field))
             yield metric
-        used = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the pages in use, 0 to 1.", labels=["model_name"])
+        used = GaugeMetricFamily(
+            "vllm:kv_cache_usage_perc", "Share of the pages in use, 0 to 1.", labels=["model_name"]
+        )
         used.add_metric([self.model_name], statistics.pages_used / max(statistics.pages_total, 1))
         yield used

@@ -188,10 +188,10 @@ def _common(
     least = fields.whole("min_tokens", 0)
     if least is not None and max_tokens is not None and least > max_tokens:
         raise refused("min_tokens", f"is {least}, above the {max_tokens} of `max_tokens`")
+    top_k = fields.whole("top_k")
     given = {
         "min_new_tokens": least,
         "temperature": fields.number("temperature"),
-        "top_k": fields.whole("top_k"),
         "top_p": fields.number("top_p"),
         "min_p": fields.number("min_p"),
         "repetition_penalty": fields.number("repetition_penalty"),
@@ -200,12 +200,13 @@ def _common(
         "seed": fields.whole("seed"),
         "logit_bias": _logit_bias(fields, limits.vocabulary),
         "stop": _stop(fields),
-        "stop_token_ids": _tokens(fields.list("stop_token_ids"), "stop_token_ids", limits.vocabulary),
+        "stop_token_ids": _tokens(fields.array("stop_token_ids"), "stop_token_ids", limits.vocabulary),
         "ignore_eos": fields.flag("ignore_eos"),
         "logprobs": logprobs,
     }
-    if given["top_k"] == -1:  # vLLM's for all
-        given["top_k"] = 0
+    if top_k is not None:
+        # -1 is vLLM's for all; more than there are is all too, and would not fit into a tensor
+        given["top_k"] = 0 if top_k == -1 else min(top_k, limits.vocabulary)
     values = {**limits.defaults, **{name: value for name, value in given.items() if value is not None}}
     settings = sampling_settings(max_new_tokens=max_tokens or limits.sequence, **values)
     stream = fields.flag("stream")
@@ -273,7 +274,7 @@ def _logit_bias(fields: Fields, vocabulary: int) -> dict[int, float] | None:
 
 def token_ids(fields: Fields, name: str, vocabulary: int) -> tuple[int, ...] | None:
     """A list of token ids, each of which the model has."""
-    return _tokens(fields.list(name), name, vocabulary)
+    return _tokens(fields.array(name), name, vocabulary)
 
 
 def _prompts(fields: Fields, vocabulary: int) -> tuple[str | tuple[int, ...], ...]:
@@ -296,7 +297,7 @@ def _prompts(fields: Fields, vocabulary: int) -> tuple[str | tuple[int, ...], ..
 
 
 def _messages(fields: Fields) -> tuple[Mapping[str, Any], ...]:
-    given = fields.need("messages", fields.list("messages"))
+    given = fields.need("messages", fields.array("messages"))
     if not given:
         raise refused("messages", "is empty: give one message or more")
     return tuple(_message(Fields(message, f"messages.{place}")) for place, message in enumerate(given))
@@ -317,7 +318,7 @@ def _message(fields: Fields) -> dict[str, Any]:
     for name in ("name", "tool_call_id", "reasoning_content"):
         if (text := fields.text(name)) is not None:
             message[name] = text
-    calls = fields.list("tool_calls")
+    calls = fields.array("tool_calls")
     if calls:
         if role != "assistant":
             raise refused(fields.name("tool_calls"), "may only be in a message of the assistant")
@@ -340,8 +341,8 @@ def _earlier_call(fields: Fields) -> dict[str, Any]:
 
 
 def _tools(fields: Fields) -> tuple[Tool, ...]:
-    tools = []
-    for place, given in enumerate(fields.list("tools") or []):
+    tools: list[Tool] = []
+    for place, given in enumerate(fields.array("tools") or []):
         tool = Fields(given, f"tools.{place}")
         tool.need("type", tool.choice("type", "function"))
         function = tool.need("function", tool.object("function"))
@@ -429,7 +430,7 @@ def _structured(fields: Fields) -> Constrained | None:
         found.append(Constrained("json", schema, "structured_outputs.json"))
     if (regex := wanted.text("regex")) is not None:
         found.append(Constrained("regex", regex, "structured_outputs.regex"))
-    if (choices := wanted.list("choice")) is not None:
+    if (choices := wanted.array("choice")) is not None:
         if not choices or not all(isinstance(choice, str) and choice for choice in choices):
             raise refused("structured_outputs.choice", "has to hold strings, none empty")
         found.append(Constrained("lark", _one_of(choices), "structured_outputs.choice"))
