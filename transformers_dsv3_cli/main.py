@@ -37,16 +37,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
-# What follows the script's name, or the checkpoint's, belongs to that program, its own --help included.
+# What follows the script's name belongs to that program, its own --help included.
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 
 app.command(short_help="Train a small DeepSeek-V3 on real text, now.")(quickstart)
 app.command(short_help="Run a script or module with the plugin registered.", context_settings=PASS_THROUGH)(run)
-app.command(
-    short_help="Start Transformers' own server with the plugin.",
-    context_settings=PASS_THROUGH,
-    options_metavar="[CHECKPOINT] [OPTIONS]",
-)(serve)
+app.command(short_help="Serve a checkpoint to many at once: OpenAI's endpoints and a page.")(serve)
 app.command(short_help="Measure speed here, beside native Transformers.")(bench)
 app.command(short_help="Say which backend serves which part of a model.")(explain)
 app.command(short_help="Report how evenly a model uses its experts on a text.")(routing)

@@ -1,121 +1,206 @@
-"""Transformers' server, serving `deepseek_v3` checkpoints with the plugin's classes.
-
-The server finds a model's class by the name in `config.architectures` among Transformers' own classes, and so never
-asks the Auto classes where the plugin is registered. Its `Serve` command makes its model manager inside the
-constructor and offers no way to pass one in. The subclass here lets that constructor wire everything up without a
-model, gives the finished manager the loading rules below, and then loads the model and starts.
-"""
+"""What `serve` does with its options: checks them all, loads the model, and serves it."""
 
 from __future__ import annotations
 
-import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import typer
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.cli.serve import Serve
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import Modality, split_model_id
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import transformers_dsv3
 from transformers_dsv3.data.local_paths import load_refusal
-from transformers_dsv3.evaluation.loading import check_device
+from transformers_dsv3.evaluation.loading import check_device, check_dtype
+from transformers_dsv3.generation.engine import Engine
+from transformers_dsv3.generation.settings import EngineSettings
 from transformers_dsv3.option_error import OptionError
+from transformers_dsv3.serving.app import Service
+from transformers_dsv3.serving.chat import chat_template
+from transformers_dsv3.serving.server import bound_socket, serve
+from transformers_dsv3.serving.settings import ServerSettings, checkpoint_sampling
 
 
-logger = logging.get_logger(__name__)
+@dataclass(frozen=True)
+class ServerOptions:
+    """Options of `serve` that are not the engine's, by their names there."""
+
+    host: str
+    port: int
+    model_name: str | None
+    chat_template: Path | None
+    api_keys: tuple[str, ...]
+    allow_origins: tuple[str, ...]
+    max_body_mib: float
+    body_seconds: float
+    request_seconds: float
+    drain_seconds: float
 
 
-class Dsv3ModelManager(ModelManager):
-    """Loads `deepseek_v3` checkpoints through `AutoModelForCausalLM`; everything else as Transformers does."""
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of `serve` that are the model's and the engine's, by their names there."""
 
-    def _load_model(
-        self,
-        model_id_and_revision: str,
-        tqdm_class: type | None = None,
-        progress_callback: Any = None,
-        gguf_file: str | None = None,
-    ) -> Any:
-        model_id, revision = model_id_and_revision.split("@", 1)
-        common = {"revision": revision, "trust_remote_code": self.trust_remote_code}
-        if gguf_file is None:
-            config = AutoConfig.from_pretrained(model_id, **common)
-            if isinstance(config, transformers_dsv3.DeepseekV3Config):
-                if progress_callback is not None:
-                    progress_callback({"status": "loading", "model": model_id_and_revision, "stage": "weights"})
-                model = AutoModelForCausalLM.from_pretrained(
-                    model_id,
-                    attn_implementation=self.attn_implementation,
-                    dtype=self.dtype,
-                    device_map=self.device,
-                    quantization_config=self.get_quantization_config(),
-                    tqdm_class=tqdm_class,
-                    **common,
-                )
-                logger.warning(f"Serving {model_id} with {type(model).__module__}.{type(model).__name__}")
-                return model
-        return super()._load_model(
-            model_id_and_revision,
-            tqdm_class=tqdm_class,
-            progress_callback=progress_callback,
-            gguf_file=gguf_file,
+    bits: int | None
+    adapters: tuple[str, ...]
+    cache_gib: float | None
+    max_sequence: int | None
+    max_running: int
+    max_waiting: int
+    max_batch_tokens: int
+    tpot_ms: float | None
+    device: str | None
+    dtype: str
+
+
+def run_server(checkpoint: str, options: ServerOptions, engine: EngineOptions, say: Callable[[str], None]) -> None:
+    """Serves until a signal ends it.
+
+    Raises:
+        OptionError: for what cannot be, before anything is loaded.
+    """
+    name = options.model_name or checkpoint
+    adapters = _adapters(engine.adapters, name)
+    settings = _server_settings(name, tuple(adapters), options)
+    engine_settings = _engine_settings(engine)
+    if engine.bits not in (None, 4, 8):
+        raise OptionError("--bits", f"is 4 or 8, not {engine.bits}")
+    check_dtype(engine.dtype)
+    check_device(engine.device)
+    with bound_socket(options.host, options.port) as place:
+        tokenizer, where = _tokenizer(checkpoint, engine)
+        template = chat_template(tokenizer, options.chat_template)
+        model = _model(checkpoint, where, engine)
+        settings = ServerSettings(
+            **{**vars(settings), "sampling": checkpoint_sampling(getattr(model, "generation_config", None))}
         )
-
-    @staticmethod
-    def get_model_modality(model: Any, processor: Any = None) -> Modality:
-        if isinstance(model, transformers_dsv3.DeepseekV3ForCausalLM):
-            return Modality.LLM
-        return ModelManager.get_model_modality(model, processor=processor)
-
-
-def _refused(message: str) -> typer.Exit:
-    typer.echo(f"Error: {message}", err=True)
-    return typer.Exit(1)
-
-
-class Dsv3Serve(Serve):
-    """`transformers serve` with a `Dsv3ModelManager`; same arguments."""
-
-    def __init__(self, force_model: str | None = None, non_blocking: bool = False, **options: Any):
         try:
-            check_device(options.get("device", "auto"))
-        except OptionError as error:
-            raise _refused(f"{error.option}: {error}") from None
-        self._wired = False
-        # Without a model to preload, the constructor loads nothing; non-blocking, it calls `start_server` below.
-        super().__init__(force_model=None, non_blocking=True, **options)
-        # Handlers and routes already hold this manager, so it takes on the class instead of being replaced.
-        self._model_manager.__class__ = Dsv3ModelManager
-        if force_model is not None:
-            self._model_manager.force_model = force_model
-            self._model_manager.model_timeout = -1  # a preloaded model stays loaded
-            repository, gguf_file = split_model_id(force_model)
-            try:
-                self._model_manager.load_model_and_processor(
-                    self._model_manager.process_model_name(repository), gguf_file=gguf_file
-                )
-            except (OSError, ValueError) as error:
-                logger.debug("loading the model failed", exc_info=True)
-                refusal = load_refusal(repository.partition("@")[0], error)
-                raise _refused(f"cannot serve {refusal}") from None
-        self._wired = True
-        if non_blocking:
-            self.start_server()
-        else:
-            self.server.run()
-
-    def start_server(self) -> None:
-        if self._wired:
-            super().start_server()
+            running = Engine(model, tokenizer, engine_settings, adapters)
+        except ValueError as error:
+            raise OptionError(*_of_engine(error)) from None
+        running.start()
+        try:
+            service = Service(running, settings, template)
+            address = _address(place.getsockname())
+            pages = running.statistics().pages_total * engine_settings.page_size
+            for line in (
+                f"{name}: {type(model).__module__}.{type(model).__name__}, "
+                f"{running.max_sequence:,} tokens a text, {pages:,} at a time; {template.said}",
+                f"The page is at {address}/ and the API at {address}/v1. Ctrl+C ends it.",
+            ):
+                say(line)
+            serve(service, place, drain_seconds=options.drain_seconds, say=say)
+        finally:
+            running.stop()
 
 
-# typer reads the options from the signature: the ones of the installed version of `transformers serve`.
-Dsv3Serve.__signature__ = inspect.signature(Serve)  # type: ignore[attr-defined]
+def _adapters(given: tuple[str, ...], model_name: str) -> dict[str, Path]:
+    adapters: dict[str, Path] = {}
+    for one in given:
+        name, equals, folder = one.partition("=")
+        if not name or not equals or not folder:
+            raise OptionError("--adapter", f"{one!r} is not NAME=FOLDER")
+        if name in adapters or name == model_name:
+            raise OptionError("--adapter", f"{name!r} names two models")
+        path = Path(folder).expanduser()
+        if not (path / "adapter_config.json").is_file():
+            raise OptionError("--adapter", f"{folder} holds no adapter_config.json")
+        adapters[name] = path
+    return adapters
 
 
-def server_command(arguments: list[str], help_text: str) -> None:
-    """Parse `arguments` as `transformers serve` does and run the server until it is stopped."""
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    command.command(help=help_text)(Dsv3Serve)
-    command(args=arguments, prog_name="transformers-dsv3 serve")
+def _server_settings(name: str, adapters: tuple[str, ...], options: ServerOptions) -> ServerSettings:
+    for option, value in (
+        ("--max-body-mib", options.max_body_mib),
+        ("--body-seconds", options.body_seconds),
+        ("--request-seconds", options.request_seconds),
+        ("--drain-seconds", options.drain_seconds),
+    ):
+        if not math.isfinite(value) or value < 0 or (value == 0 and option != "--drain-seconds"):
+            raise OptionError(option, f"has to be above 0, not {value:g}")
+    if not all(key.strip() and key.isascii() and key.isprintable() for key in options.api_keys):
+        raise OptionError("--api-key", "has to be of printable ASCII, and not empty")
+    for origin in options.allow_origins:
+        if origin != "*" and not (origin.startswith(("http://", "https://")) and origin.count("/") == 2):
+            raise OptionError("--allow-origin", f"{origin!r} is no origin, such as https://chat.example")
+    max_body = int(options.max_body_mib * 2**20)
+    return ServerSettings(
+        model_name=name,
+        adapters=adapters,
+        api_keys=options.api_keys,
+        allow_origins=options.allow_origins,
+        max_body=max_body,
+        max_reading=max(ServerSettings.max_reading, 2 * max_body),
+        body_seconds=options.body_seconds,
+        request_seconds=options.request_seconds,
+    )
+
+
+OPTIONS = {"cache_bytes": "--cache-gib", "target_tpot": "--tpot-ms"}
+
+
+def _of_engine(error: ValueError) -> tuple[str, str]:
+    """The option that a setting of the engine is, and what is wrong with it."""
+    told = str(error)
+    field = told.split("`")[1] if told.startswith("`") else ""
+    option = OPTIONS.get(field, f"--{field.replace('_', '-')}" if field else "CHECKPOINT")
+    return option, told
+
+
+def _engine_settings(options: EngineOptions) -> EngineSettings:
+    if options.cache_gib is not None and not 0 < options.cache_gib < 2**20:
+        raise OptionError("--cache-gib", f"has to be above 0, not {options.cache_gib:g}")
+    try:
+        return EngineSettings(
+            cache_bytes=None if options.cache_gib is None else int(options.cache_gib * 2**30),
+            max_batch_tokens=options.max_batch_tokens,
+            max_running=options.max_running,
+            max_waiting=options.max_waiting,
+            max_sequence=options.max_sequence,
+            target_tpot=None if options.tpot_ms is None else options.tpot_ms / 1000,
+        )
+    except ValueError as error:
+        raise OptionError(*_of_engine(error)) from None
+
+
+def _tokenizer(checkpoint: str, options: EngineOptions) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer, and where `from_pretrained` finds the rest; the config is looked at first."""
+    path = Path(checkpoint).expanduser()
+    where: dict[str, Any] = {"pretrained_model_name_or_path": checkpoint}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise OptionError("CHECKPOINT", f"{checkpoint}: no such file")
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    elif path.exists():
+        where = {"pretrained_model_name_or_path": str(path)}
+    try:
+        config = AutoConfig.from_pretrained(**where)
+        if not isinstance(config, transformers_dsv3.DeepseekV3Config):
+            raise OptionError("CHECKPOINT", f"{checkpoint} is a {config.model_type!r} model, not 'deepseek_v3'")
+        if options.bits is not None and getattr(config, "quantization_config", None) is not None:
+            raise OptionError("--bits", f"{checkpoint} is quantised already; leave the option out")
+        return AutoTokenizer.from_pretrained(**where), where
+    except OptionError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise OptionError("CHECKPOINT", f"cannot serve {load_refusal(checkpoint, error)}") from None
+
+
+def _model(checkpoint: str, where: dict[str, Any], options: EngineOptions) -> Any:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=options.dtype, device_map=options.device)
+    except (OSError, ValueError, ImportError) as error:
+        raise OptionError("CHECKPOINT", f"cannot serve {load_refusal(checkpoint, error)}") from None
+    if options.bits is None:
+        return model
+    try:
+        return transformers_dsv3.quantize(model, bits=options.bits, progress=True)
+    except ValueError as error:
+        raise OptionError("--bits", str(error)) from None
+
+
+def _address(place: Any) -> str:
+    host, port = place[0], place[1]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{port}"

@@ -476,6 +476,8 @@ class EventStream(EventSourceResponse):
 def _check(call: Call, place: int, output: Output) -> None:
     """Raises where the engine has given up on a text."""
     if output.finish_reason == "error":
+        if call.mailroom.engine.failure is not None:
+            raise engine_failed()
         constraint = call.requests[place].constraint
         if isinstance(constraint, GrammarConstraint) and constraint.failure is not None:
             raise refused(constraint.param, f"cannot be followed any further: {constraint.failure}")

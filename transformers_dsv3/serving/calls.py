@@ -102,6 +102,8 @@ class Call:
                     raise ApiError(429, str(error), headers={"Retry-After": seconds}) from None
                 case Exception() if engine.failure is not None:
                     raise engine_failed() from None
+                case RuntimeError():  # it has been stopped
+                    raise ApiError(503, str(error)) from None
             raise
         if self.seconds is not None:
             late = ApiError(504, f"the request was not done in {self.seconds:g} s", code="timeout")

@@ -17,7 +17,7 @@ WITHOUT_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}
 )
 # As these are called by the engine, and by clients
-NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "request_id": "id"}
+NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "adapter": "model"}
 CHOICES_LIMIT = 128
 STOPS_LIMIT = 32
 
