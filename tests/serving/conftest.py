@@ -55,6 +55,27 @@ def echo(byte_tokenizer):
     engine.stop()
 
 
+@pytest.fixture(scope="module")
+def model_engine(make_model, byte_tokenizer):
+    """A running engine over a small model of experts, of one token a byte."""
+    from transformers_dsv3.generation.engine import Engine
+    from transformers_dsv3.generation.settings import EngineSettings
+
+    model = make_model(vocab_size=258, eos_token_id=257, pad_token_id=256, max_position_embeddings=512)
+    model.generation_config.eos_token_id = 257
+    engine = Engine(model, byte_tokenizer, EngineSettings(cache_bytes=2**22, max_running=16, page_size=16))
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture(scope="module")
+def model_server(model_engine):
+    """A server over `model_engine`."""
+    with serving(model_engine, model_name="tiny") as client:
+        yield client
+
+
 @pytest.fixture
 def make_engine(byte_tokenizer):
     """Function from arguments to a running engine that repeats prompts."""

@@ -1,0 +1,208 @@
+"""The page: its files and headers here, the page itself in headless Chromium where there is one."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from transformers_dsv3.serving.app import PAGE
+
+
+FOLDER = Path(__file__).parents[2] / "transformers_dsv3" / "serving" / "page"
+
+
+def test_files_come_with_a_strict_policy(echo):
+    for path, (name, kind) in PAGE.items():
+        answer = echo.get(f"/{path}")
+        assert answer.status == 200 and answer.headers["content-type"] == kind
+        assert answer.body == (FOLDER / name).read_bytes()
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'") and "unsafe" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert {name for name, _ in PAGE.values()} == {path.name for path in FOLDER.iterdir()}
+
+
+def test_nothing_is_asked_of_anywhere_else():
+    for path in FOLDER.iterdir():
+        text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", text), path.name
+        assert "innerHTML" not in text and "style=" not in text and "onclick=" not in text
+
+
+def test_what_the_script_looks_for_is_on_the_page():
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    page = (FOLDER / "page.html").read_text(encoding="utf-8")
+    names = set(re.findall(r'\$\("([\w-]+)"\)', script))
+    assert len(names) > 20
+    assert names <= set(re.findall(r'id="([\w-]+)"', page))
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# The browser's speech, which a machine without sound does not have
+SPEECH = """
+window.spoken = [];
+window.SpeechSynthesisUtterance = class { constructor(text) { this.text = text; } };
+Object.defineProperty(window, 'speechSynthesis', {
+  value: { cancel() {}, speak(one) { window.spoken.push(one.text); } }, configurable: true });
+window.webkitSpeechRecognition = class {
+  start() { this.onresult({ results: [[{ transcript: 'what I said' }]] }); this.onend(); }
+  stop() {} };
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (Debian's `chromium`)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Function from a server's client to its page; requests to anywhere else and errors in the console fail."""
+    contexts, asked, said = [], [], []
+
+    def open_one(client, init="", ready="document.querySelector('#model').options.length > 0", **options):
+        context = browser.new_context(**{"locale": "en-GB", **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: said.append(str(error)))
+        if init:
+            page.add_init_script(init)
+        page.address = client.address
+        page.goto(client.address)
+        page.wait_for_function(ready)
+        return page
+
+    yield open_one
+    addresses = {page.address for context in contexts for page in context.pages}
+    for context in contexts:
+        context.close()
+    assert all(url.startswith(tuple(addresses)) for url in asked), asked
+    assert not [one for one in said if "401" not in one], said
+
+
+def ask(page, text):
+    page.get_by_label("Your message").fill(text)
+    page.keyboard.press("Enter")
+
+
+@pytest.mark.slow
+def test_a_question_is_answered_word_by_word(open_page, echo):
+    page = open_page(echo)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Most tokens").fill("12")
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_role("button", name="Close").click()
+    ask(page, "Hello <b>there</b>")
+    page.wait_for_selector("article.assistant .tools")
+    assert page.locator("article.user .text").inner_text() == "Hello <b>there</b>"
+    assert page.locator("article.assistant .text").inner_text() == "User: Hello "
+    assert re.search(
+        r"12 tokens, first after \d+ ms, [\d.]+ tokens a second, cut", page.locator("#status").inner_text()
+    )
+    request = echo.engine.seen[-1]
+    assert request.settings.temperature == 0 and request.settings.max_new_tokens == 12
+    page.reload()  # settings are kept
+    page.wait_for_function("document.querySelector('#model').options.length > 0")
+    assert page.locator("#max_tokens").input_value() == "12"
+
+
+@pytest.mark.slow
+def test_an_answer_is_stopped(open_page, serve, make_engine):
+    engine = make_engine(step=0.02, max_sequence=100_000)
+    page = open_page(serve(engine))
+    for how in ("button", "key"):
+        ask(page, "Hello")
+        page.wait_for_function(
+            "[...document.querySelectorAll('article.assistant .text')].pop().textContent.length > 3"
+        )
+        if how == "button":
+            page.get_by_role("button", name="Stop").click()
+        else:
+            page.keyboard.press("Escape")
+        page.wait_for_function("document.querySelector('#status').textContent.includes('stopped')")
+        assert page.locator("#stop").is_hidden()
+    assert len(engine.cancelled) == 2 and not engine.states
+    page.get_by_role("button", name="New chat").click()
+    assert page.locator("article").count() == 0
+
+
+@pytest.mark.slow
+def test_errors_are_said_and_a_key_is_asked_for(open_page, serve, make_engine):
+    page = open_page(serve(make_engine(), api_keys=("secret",)), ready="document.querySelector('#settings').open")
+    page.get_by_label("API key").fill("secret")
+    page.get_by_role("button", name="Close").click()
+    page.wait_for_function("document.querySelector('#model').options.length > 0")
+    ask(page, "a" * 1000)
+    page.wait_for_function("document.querySelector('#error').textContent.includes('tokens or more')")
+    assert page.locator("article.assistant").count() == 0
+    assert not page.evaluate("Object.values(localStorage).includes('secret')")
+
+
+@pytest.mark.slow
+def test_voice_where_the_browser_has_it(open_page, echo):
+    page = open_page(echo, init=SPEECH)
+    page.get_by_role("button", name="Speak").click()
+    assert page.locator("#question").input_value() == "what I said"
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Most tokens").fill("5")
+    page.get_by_label("Read answers aloud").check()
+    page.get_by_role("button", name="Close").click()
+    ask(page, "Hello")
+    page.get_by_role("button", name="Read aloud").click()
+    assert page.evaluate("window.spoken") == ["User:", "User:"]
+    page = open_page(echo, init="delete window.speechSynthesis; delete window.webkitSpeechRecognition;")
+    assert page.locator("#listen").is_hidden() and not page.get_by_label("Read answers aloud").is_visible()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("screen", [(1280, 900), (360, 740)], ids=["desk", "phone"])
+def test_axe_finds_no_violation(open_page, model_server, theme, screen):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
+    page = open_page(
+        model_server, init=SPEECH, color_scheme=theme, viewport={"width": screen[0], "height": screen[1]},
+        bypass_csp=True,  # axe comes into the page from outside
+    )  # fmt: skip
+
+    def check(where):
+        found = axe.Axe().run(page).response["violations"]
+        assert not found, f"{where}: {json.dumps([[one['id'], [n['html'] for n in one['nodes']]] for one in found])}"
+
+    check("empty")
+    page.get_by_role("button", name="Settings").click()
+    check("settings")
+    page.get_by_label("Most tokens").fill("30")
+    page.get_by_role("button", name="Close").click()
+    ask(page, "def main(")
+    page.wait_for_selector("article.assistant .tools")
+    page.get_by_text("Experts of the last answer").click()
+    page.wait_for_selector("#routing-table table")
+    check("answered")
+    assert page.evaluate("document.documentElement.scrollWidth") <= screen[0]  # nothing to be scrolled sideways
+
+
+@pytest.mark.slow
+def test_everything_is_reached_by_the_keyboard(open_page, model_server):
+    page = open_page(model_server, init=SPEECH)
+    page.get_by_label("Your message").focus()
+    page.keyboard.type("def main(")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("article.assistant .tools")
+    reached = []
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.textContent.trim() || document.activeElement.id"))
+    first = reached.index("Skip to your message")
+    names = ["Skip to your message", "New chat", "Settings", "Read aloud", "Experts of the last answer", "question"]
+    assert reached[first : first + 8] == [*names, "Speak", "Send"]
+    assert page.locator("#log").get_attribute("aria-busy") == "false"
