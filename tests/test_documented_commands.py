@@ -7,6 +7,7 @@ Each is parsed by its own program's parser, so that an option, a file or a verb 
 """
 
 import argparse
+import json
 import os
 import re
 import runpy
@@ -56,6 +57,7 @@ RUN_BY = {
     "transformers-dsv3 routing": "tests/cli/test_routing.py",
     "transformers-dsv3 run": "tests/cli/test_run.py",
     "transformers-dsv3 serve": "tests/cli/test_serve.py",
+    "curl": "tests/serving/test_serve_page.py",
     "examples/balancing_study.py": "tests/training/test_training_cost.py",
     "examples/compress_study.py": "tests/examples/test_compress_study.py",
     "examples/continue_pretraining.py": "tests/examples/test_pretrain.py",
@@ -232,6 +234,10 @@ def parse(words, monkeypatch):
         case [script, *_] if script.endswith(".sh"):
             assert os.access(ROOT / script, os.X_OK)
             subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+        case ["curl", address, *rest]:
+            assert address.startswith("http://127.0.0.1:8000/")
+            given = dict(zip(rest[::2], rest[1::2]))
+            assert set(given) == {"-H", "-d"} and isinstance(json.loads(given["-d"]), dict)
         case ["ruff" | "mypy", *_]:
             assert " ".join(words) in read(".ci/run")
         case _:

@@ -18,6 +18,7 @@ PAGES = sorted(
 # Run by a test of its own
 OF_ITS_OWN = {
     "examples/compress.md": "tests/compression/test_compress.py",
+    "examples/serve.md": "tests/serving/test_serve_page.py",
     "examples/share.md": "tests/hub/test_share_page.py",
 }
 # Only compiled, and what they import looked up

@@ -15,6 +15,10 @@ from .errors import ApiError, refused
 from .protocol import Constrained
 
 
+# Between the parts of JSON; without an end, some models write nothing else any more
+WHITESPACE = r"(\n[ \t]{0,20}|[ \t]{1,20})"
+
+
 class GrammarConstraint:
     """The grammar of one request, as the engine asks for it.
 
@@ -95,7 +99,7 @@ class Grammars:
         schema: str | Mapping[str, Any] = asked.grammar
         try:
             text = schema if isinstance(schema, str) else json.dumps(schema)
-            return LLMatcher.grammar_from_json_schema(text)
+            return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
         except ValueError as error:
             raise refused(asked.param, f"is no JSON schema: {error}") from None
 
