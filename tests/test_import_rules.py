@@ -80,6 +80,7 @@ LATE |= {
     "transformers_dsv3/serving/gates.py": {"anyio", "starlette"},
     "transformers_dsv3/serving/metrics.py": {"prometheus_client"},
     "transformers_dsv3/serving/server.py": {"uvicorn"},
+    "transformers_dsv3_cli/server.py": set(),
 }
 # Verbs import these inside their functions; server.py is imported by its verb alone.
 HEAVY = {"torch", "transformers", "transformers_dsv3"}

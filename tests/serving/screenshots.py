@@ -1,4 +1,7 @@
-"""Pictures of the page for examples/serve.md, of a server that runs: python tests/serving/screenshots.py ADDRESS FOLDER"""
+"""Pictures of the page for examples/serve.md, of a server that runs.
+
+python tests/serving/screenshots.py ADDRESS FOLDER
+"""
 
 import shutil
 import sys
