@@ -14,28 +14,31 @@ from ..kernels.cpu import library
 from .prefill_profile import quiet_errors
 
 
+STEP = "dsv3_step"  # the compiled function that makes a step of all layers
+
+
 @dataclass
 class Calls:
     """Calls of kernels: how many, and the seconds within them."""
 
-    number: int = 0
+    number: float = 0
     seconds: float = 0.0
 
 
 class _Counted:
-    """The compiled library, its operators counted and timed."""
+    """The compiled library, its operators counted and timed by name."""
 
-    def __init__(self, loaded: Any, calls: Calls):
+    def __init__(self, loaded: Any, calls: dict[str, Calls]):
         self._loaded, self._calls = loaded, calls
 
     def __getattr__(self, name: str) -> Any:
-        operator = getattr(self._loaded, name)
+        operator, calls = getattr(self._loaded, name), self._calls.setdefault(name, Calls())
 
         def counted(*arguments: Any) -> Any:
             started = time.perf_counter()
             result = operator(*arguments)
-            self._calls.seconds += time.perf_counter() - started
-            self._calls.number += 1
+            calls.seconds += time.perf_counter() - started
+            calls.number += 1
             return result
 
         setattr(self, name, counted)
@@ -43,35 +46,42 @@ class _Counted:
 
 
 @contextmanager
-def _compiled_calls(calls: Calls) -> Iterator[None]:
+def _compiled_calls() -> Iterator[dict[str, Calls]]:
     kept = library.loaded
+    calls: dict[str, Calls] = {}
     library.loaded = _Counted(kept, calls)
     try:
-        yield
+        yield calls
     finally:
         library.loaded = kept
 
 
-def kernel_calls(decode: Callable[[int], Any], few: int = 2, more: int = 6) -> Calls:
-    """Calls of kernels in one step of decoding on a CPU: PyTorch's own and those of the compiled library.
+def _calls_of(decode: Callable[[int], Any], tokens: int) -> Calls:
+    """Calls while so many tokens are decoded."""
+    with _compiled_calls() as compiled:
+        decode(tokens)
+    calls = [each for each in compiled.values() if each.number]
+    if not compiled.get(STEP, Calls()).number:
+        # The program of a step would not run where a profiler looks on; without one PyTorch's operators are many
+        with quiet_errors(), torch.autograd.profiler.profile() as profiler:
+            decode(tokens)
+        events = [event for event in profiler.function_events if event.name.startswith("aten::")]
+        number = sum(not event.cpu_children for event in events)
+        calls.append(Calls(number, sum(event.self_cpu_time_total for event in events) * 1e-6))
+    return Calls(sum(each.number for each in calls), sum(each.seconds for each in calls))
 
-    What a call of `generate` does once falls out, as the difference between two lengths. An operator of PyTorch that
-    is made of others counts with its own part only; profiling adds about a microsecond to each.
+
+def kernel_calls(decode: Callable[[int], Any], few: int = 2, more: int = 6) -> Calls:
+    """Calls of kernels in one step of decoding on a CPU.
+
+    They are those of the compiled library, and, unless a program makes the step, PyTorch's own: of one that is made of
+    others its own part only, with the microsecond or so that profiling adds. Around a program, PyTorch's few operators
+    (embedding, choice of the token) count as the host's. What a call of `generate` does once falls out, as the
+    difference between two lengths.
 
     Args:
         decode: decodes as many tokens as it is told.
     """
-    counted = []
-    for tokens in (few, more):
-        compiled, own = Calls(), Calls()
-        with quiet_errors(), torch.autograd.profiler.profile() as profiler, _compiled_calls(compiled):
-            decode(tokens)
-        for event in profiler.function_events:
-            if event.name.startswith("aten::"):
-                own.number += not event.cpu_children
-                own.seconds += event.self_cpu_time_total * 1e-6
-        counted.append(Calls(compiled.number + own.number, compiled.seconds + own.seconds))
+    first, second = _calls_of(decode, few), _calls_of(decode, more)
     steps = more - few
-    return Calls(
-        round((counted[1].number - counted[0].number) / steps), (counted[1].seconds - counted[0].seconds) / steps
-    )
+    return Calls(round((second.number - first.number) / steps), (second.seconds - first.seconds) / steps)
