@@ -24,7 +24,7 @@ ALLOWED = {
     "data": {"models", "generation", "training"},
     "compression": {"files", "option_error", "models", "kernels", "generation", "training", "data", "evaluation"},
     "evaluation": {"files", "option_error", "models", "kernels", "generation", "training", "data"},
-    "benchmark": {"files", "option_error", "models", "kernels", "compression", "evaluation"},
+    "benchmark": {"files", "option_error", "models", "kernels", "generation", "compression", "evaluation"},
     "hub": {"files", "models", "training", "evaluation"},
     # The package of verbs, and `cli.py`, by which launchers start it
     "cli": {

@@ -29,7 +29,7 @@ def bench(
         str,
         typer.Option(
             help="Any of decode, prefill, batched, mtp, train, load (to the first token, in a process of its own); of "
-            "one layer by itself, experts and attention."
+            "one layer by itself, experts and attention; serving, many clients at a time."
         ),
     ] = "decode,prefill",
     device: Annotated[
@@ -65,6 +65,12 @@ def bench(
     attention: Annotated[
         str, typer.Option(metavar="ROWSxTOKENS,...", help="Rows and cached tokens of attention.")
     ] = "1x8k,64x8k",
+    clients: Annotated[str, typer.Option(help="Clients that ask at a time, of serving.")] = "1,10,100,300",
+    static_batches: Annotated[str, typer.Option(help="Sizes of static batches, of serving.")] = "8,32,64,100",
+    lengths: Annotated[
+        str,
+        typer.Option(metavar="PROMPT,OUTPUT", help="Mean tokens of the prompts and of the answers, of serving."),
+    ] = "140,59",
     against: Annotated[
         str,
         typer.Option(
@@ -107,6 +113,11 @@ def bench(
     are its own copies and matrix products. With --what experts,attention each backend runs these parts of one layer by
     themselves, beside the error of each against float64.
 
+    --what serving has clients ask for answers at a time, each for its next one when it has the last (--clients), and
+    measures the engine's dynamic batches beside static batches of generate (--static-batches): tokens a second, and
+    the time from asking to the end for each token of an answer. All static batches take the first round, and the best
+    of them goes on beside the engine.
+
     --against runs other programs too, in their own interpreters and between the same turns: vLLM's CPU build on the
     checkpoint, llama.cpp on GGUF files (bf16, Q8_0, Q4_0) that its own programs make of it, ik_llama.cpp on the same
     files. They run on the CPU, with bf16 only. One that fails is reported with its reason.
@@ -119,6 +130,7 @@ def bench(
       transformers-dsv3 bench bench-2b --weights plain,int8 --contexts 128,1k
       transformers-dsv3 bench bench-2b --what batched --batch 8,32
       transformers-dsv3 bench small --what train --dtype fp32
+      transformers-dsv3 bench small --what serving --rounds 2 --json serving.json --plot serving.png
       transformers-dsv3 bench moonlight --device cuda --contexts 1k,8k --what decode,batched,prefill
       transformers-dsv3 bench moonlight --device cuda --what experts,attention
       transformers-dsv3 bench bench-2b --against vllm=~/vllm/bin/python,llama.cpp=~/llama/bin/python
@@ -147,6 +159,9 @@ def bench(
             train_length=train_length,
             expert_tokens=numbers("--expert-tokens", expert_tokens),
             attention=shapes("--attention", attention),
+            clients=numbers("--clients", clients),
+            static_batches=numbers("--static-batches", static_batches),
+            lengths=numbers("--lengths", lengths),
             peers=interpreters(against),
             converter=converter,
             keep=keep,
@@ -168,6 +183,7 @@ def run_bench(settings: Any) -> None:
     from rich.console import Console
 
     from transformers_dsv3.benchmark.report import plot
+    from transformers_dsv3.benchmark.serving_report import plot_serving
     from transformers_dsv3.evaluation.routing_plot import plot_refusal
     from transformers_dsv3.option_error import OptionError
 
@@ -193,6 +209,10 @@ def run_bench(settings: Any) -> None:
     show(benchmark.results)
     if settings.plot_path is not None and any(entry["contenders"] for entry in benchmark.results["workloads"]):
         plot(benchmark.results, settings.plot_path)
+    if settings.plot_path is not None and any(entry["contenders"] for entry in benchmark.results.get("serving", ())):
+        alone = not benchmark.results["workloads"]
+        path = settings.plot_path
+        plot_serving(benchmark.results, path if alone else path.with_stem(f"{path.stem}-serving"))
     if interrupted:
         typer.echo("Stopped: the rounds above are those that were complete.", err=True)
         raise typer.Exit(130)
@@ -248,11 +268,16 @@ def show(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     from transformers_dsv3.benchmark.report import HEADINGS, KERNEL_HEADINGS, kernel_rows, notes, table_rows
+    from transformers_dsv3.benchmark.serving_report import SERVING_HEADINGS, serving_rows
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=180)  # a file or a pipe has no width of its own, and 80 columns break every cell
-    for headings, rows in ((KERNEL_HEADINGS, list(kernel_rows(results))), (HEADINGS, list(table_rows(results)))):
+    for headings, rows in (
+        (KERNEL_HEADINGS, list(kernel_rows(results))),
+        (SERVING_HEADINGS, list(serving_rows(results))),
+        (HEADINGS, list(table_rows(results))),
+    ):
         if rows:
             table = Table(*headings)
             for row in rows:

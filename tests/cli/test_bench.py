@@ -379,3 +379,27 @@ def test_variants_that_do_not_exist_are_refused(checkpoint):
         benchmark.Benchmark(BenchSettings(source=checkpoint, contexts=(4,), weights=("int3",)), None)
     assert error.value.option == "--weights"
     assert transformers_dsv3.is_registered()
+
+
+def test_serving(checkpoint, tmp_path):
+    """Clients' answers by the engine and by static batches, in the table, the file and the plot."""
+    result = bench(
+        *(checkpoint, "--what", "serving", "--clients", "1,3", "--static-batches", "2,3", "--lengths", "6,4"),
+        *("--rounds", "2", "--dtype", "fp32", "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png"),
+    )
+    assert result.exit_code == 0, result.output
+    for text in ("3 clients, fp32", "static 2", "of best static"):
+        assert text in result.output
+    entries = json.loads((tmp_path / "s.json").read_text())["serving"]
+    assert [(entry["clients"], sorted(entry["contenders"])) for entry in entries] == [
+        (1, ["engine", "static 1"]),
+        (3, ["engine", "static 2", "static 3"]),
+    ]
+    for entry in entries:
+        engine, best = entry["contenders"]["engine"], entry["contenders"][entry["best_static"]]
+        assert not entry["failed"] and len(engine["runs"]) == len(best["runs"]) == 2
+        assert engine["runs"][0]["tokens"] == best["runs"][0]["tokens"]
+        assert engine["first_token"]["p50"] <= engine["runs"][0]["seconds"]
+        assert engine["tokens_per_second"] > 0 and best["latency_a_token"]["p99"] >= best["latency_a_token"]["p50"]
+    assert (tmp_path / "s.png").stat().st_size > 1000
+    assert "--lengths" in refused(checkpoint, "--what", "serving", "--lengths", "6")

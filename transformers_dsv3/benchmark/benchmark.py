@@ -43,7 +43,8 @@ from .peers import find_converter
 from .prefill_profile import time_by_kind
 from .presets import PRESETS, parameter_count, preset_config, random_model
 from .rounds import Turn, interleave, ratio, reason_of, spread
-from .settings import DTYPES, BenchSettings
+from .serving import measure_serving
+from .settings import DTYPES, KERNEL_WHAT, BenchSettings
 from .training_memory import measure_apart, measure_on_gpu
 from .workloads import Inputs, Workload, continue_text, decode, make_inputs, workloads
 
@@ -90,7 +91,7 @@ def load_config(settings: BenchSettings, copies: float, device: Device) -> tuple
         OptionError: for a source that is neither a preset nor a `deepseek_v3` checkpoint, or does not fit.
     """
     if settings.source in PRESETS:
-        return preset_config(settings, device.free_memory() if settings.model_what else 2**62, copies)
+        return preset_config(settings, device.free_memory() if settings.needs_model else 2**62, copies)
     if settings.layers is not None:
         raise OptionError("--layers", "cuts presets only; a checkpoint has the layers that it has")
     known = f"neither a preset ({', '.join(PRESETS)}) nor a checkpoint"
@@ -174,8 +175,10 @@ class Benchmark:
         }
         if self.device.is_gpu:
             self.results["machine"]["device"] = self.device.record()
-        if set(settings.what) - set(settings.model_what):
+        if set(settings.what) & set(KERNEL_WHAT):
             self.results["kernels"] = []
+        if "serving" in settings.what:
+            self.results["serving"] = []
         warning = machine.busy_warning(self.results["machine"]["load_average"], self.results["machine"]["cores"])
         if warning:
             self.results["warnings"].append(warning)
@@ -210,6 +213,13 @@ class Benchmark:
                         for entry in parts:
                             self.results["kernels"].append(entry)
                             self._write()
+                    if "serving" in self.results:
+                        self.watcher.say(f"{self.settings.source} in {dtype}")
+                        model = self._plugin_model(getattr(torch, DTYPES[dtype]))
+                        for entry in measure_serving(self.settings, model, dtype, self.watcher.say):
+                            self.results["serving"].append(entry)
+                            self._write()
+                        del model
                     if listed:
                         self._run_dtype(dtype, listed, stack)
             self.results["finished"] = True

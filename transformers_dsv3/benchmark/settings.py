@@ -11,7 +11,9 @@ from ..option_error import OptionError
 
 MODEL_WHAT = ("decode", "prefill", "batched", "mtp", "train", "load")
 KERNEL_WHAT = ("experts", "attention")
-WHAT = (*MODEL_WHAT, *KERNEL_WHAT)
+WHAT = (*MODEL_WHAT, *KERNEL_WHAT, "serving")
+# Lengths of requests are lognormal, cut at so many times their mean
+LONGEST_OF_MEAN = 8
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 PEERS = ("vllm", "llama.cpp", "ik_llama.cpp")
@@ -23,7 +25,8 @@ class BenchSettings:
 
     Args:
         source: the name of a preset, or a checkpoint (a folder, or a repository id on the Hub).
-        what: which of `WHAT`: of a whole model (`MODEL_WHAT`), or of one layer's part by itself (`KERNEL_WHAT`).
+        what: which of `WHAT`: of a whole model (`MODEL_WHAT`), or of one layer's part by itself (`KERNEL_WHAT`),
+            or many clients at a time ("serving").
         device: one of `DEVICES`.
         contenders: names of those that take part; none for all that the device is measured with.
         contexts: tokens already cached when decoding starts.
@@ -37,6 +40,9 @@ class BenchSettings:
         train_batch, train_length: sequences of a training step, and tokens of each.
         expert_tokens: tokens that a layer's experts are given.
         attention: rows and cached tokens of attention over latents.
+        clients: numbers of clients that ask at a time.
+        static_batches: sizes of static batches beside the engine's.
+        lengths: means of the prompts' tokens and of the tokens that clients want.
         peers: interpreters of other programs, by name (`PEERS`).
         converter: llama.cpp's `convert_hf_to_gguf.py`; looked for beside the interpreter where it is None.
         threads: for every contender; None takes torch's own number.
@@ -62,6 +68,9 @@ class BenchSettings:
     train_length: int = 512
     expert_tokens: tuple[int, ...] = (1, 32, 4096)
     attention: tuple[tuple[int, int], ...] = ((1, 8192), (64, 8192))
+    clients: tuple[int, ...] = (1, 10, 100, 300)
+    static_batches: tuple[int, ...] = (8, 32, 64, 100)
+    lengths: tuple[int, ...] = (140, 59)
     peers: tuple[tuple[str, str], ...] = ()
     converter: Path | None = None
     threads: int | None = None
@@ -85,6 +94,9 @@ class BenchSettings:
             ("--prefill", self.prefill, 2),
             ("--batch", self.batches, 1),
             ("--expert-tokens", self.expert_tokens, 1),
+            ("--clients", self.clients, 1),
+            ("--static-batches", self.static_batches, 1),
+            ("--lengths", self.lengths, 1),
             ("--attention", tuple(number for shape in self.attention for number in shape), 1),
         ):
             for value in values:
@@ -98,6 +110,8 @@ class BenchSettings:
             ("--prefill", self.prefill),
             ("--batch", self.batches),
             ("--expert-tokens", self.expert_tokens),
+            ("--clients", self.clients),
+            ("--static-batches", self.static_batches),
             ("--attention", self.attention),
             ("--contenders", self.contenders),
         ]
@@ -106,6 +120,8 @@ class BenchSettings:
                 raise OptionError(option, "names nothing")
             if len(set(given)) != len(given):
                 raise OptionError(option, f"names {_repeated(given)} twice")
+        if len(self.lengths) != 2:
+            raise OptionError("--lengths", "is not two numbers, of a prompt's tokens and of those that are wanted")
         limits: list[tuple[str, int | None, int]] = [
             ("--batch-context", self.batch_context, 1),
             ("--rounds", self.rounds, 1),
@@ -152,6 +168,11 @@ class BenchSettings:
         return bool(self.peers) or "load" in self.what
 
     @property
+    def needs_model(self) -> bool:
+        """Whether a whole model is measured."""
+        return bool(self.model_what) or "serving" in self.what
+
+    @property
     def longest(self) -> int:
         """Positions that the longest measurement of a language model needs."""
         lengths = [0]
@@ -165,6 +186,8 @@ class BenchSettings:
             lengths.append(max(self.prefill))
         if "train" in self.what:
             lengths.append(self.train_length)
+        if "serving" in self.what:
+            lengths.append(LONGEST_OF_MEAN * sum(self.lengths))
         return max(lengths) + 2  # the prompt's own token, and one that starts the clock
 
 
