@@ -1,4 +1,4 @@
-"""`transformers-dsv3 compress`: a checkpoint to 8, 4 or 3 bits a weight and fewer experts, calibrated on a text."""
+"""`transformers-dsv3 compress`: a checkpoint to 8 to 2 bits a weight and fewer experts, calibrated on a text."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compress(
         int | None, typer.Option(help="Of a weight of linear layers: 8, 4, or 16, which leaves them. Default: 4.")
     ] = None,
     experts_bits: Annotated[
-        int | None, typer.Option(help="Of a weight of routed experts: 8, 4 or 3. Default: as --bits.")
+        int | None, typer.Option(help="Of a weight of routed experts: 8, 4, 3 or 2. Default: as --bits.")
     ] = None,
     head_bits: Annotated[
         int | None, typer.Option(help="Of a weight of the embedding and the output head: 16, 8 or 4. Default: 8.")

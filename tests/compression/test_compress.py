@@ -204,6 +204,7 @@ def test_it_opens_packed_and_runs_as_what_the_files_stand_for(compressed, monkey
     "settings",
     [
         {"experts_bits": 3},
+        {"experts_bits": 2},
         {"experts_bits": 8, "head_bits": 4},
         {"bits": 16, "experts_bits": 4, "head_bits": 16},  # as Kimi K2 is released
         {"tie": True},
@@ -510,7 +511,7 @@ def test_removing_experts_says_what_memory_it_takes(checkpoint, text, tmp_path, 
     "fields, option",
     [
         ({"bits": 3}, "--bits"),
-        ({"experts_bits": 2}, "--experts-bits"),
+        ({"experts_bits": 5}, "--experts-bits"),
         ({"head_bits": 3}, "--head-bits"),
         ({"method": "awq"}, "--method"),
         ({"window": 1}, "--window"),

@@ -55,7 +55,7 @@ def textbook(weight, hessian, bits):
     return whole[:, order.argsort()], torch.stack(scales, dim=1).float()[:, groups.argsort()]
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_is_the_textbooks_algorithm(bits):
     x = correlated(160, 1000)  # more than one block of columns, and a part of one
     hessian, weight = x.T @ x, weights(24, 160)
@@ -71,7 +71,7 @@ def test_is_the_textbooks_algorithm(bits):
 
 
 @settings(deadline=None, max_examples=20)
-@given(bits=st.sampled_from([3, 4, 8]), rows=st.integers(1, 9), groups=st.integers(1, 6), seed=st.integers(0, 999))
+@given(bits=st.sampled_from([2, 3, 4, 8]), rows=st.integers(1, 9), groups=st.integers(1, 6), seed=st.integers(0, 999))
 def test_with_nothing_to_choose_by_it_rounds_to_nearest(bits, rows, groups, seed):
     weight = weights(rows, 32 * groups, seed)
     expected = round_to_nearest(weight, bits)
@@ -79,7 +79,7 @@ def test_with_nothing_to_choose_by_it_rounds_to_nearest(bits, rows, groups, seed
     assert torch.equal(rounded.whole, expected.whole) and torch.equal(rounded.scale, expected.scale)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("tokens", [20, 2000])
 def test_loses_less_than_rounding_to_nearest(bits, tokens, measured):
     shares = []
@@ -116,7 +116,7 @@ def test_there_is_no_factor_of_nothing_and_of_what_is_not_finite():
 
 @settings(deadline=None, max_examples=40)
 @given(
-    bits=st.sampled_from([3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 8]),
     magnitude=st.floats(-7, 4),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 999),
@@ -129,7 +129,7 @@ def test_scales_are_held_by_bf16_and_fp16(bits, magnitude, dtype, seed):
     assert lowest <= whole.min() and whole.max() <= highest and whole.dtype == torch.int8
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_best_scale_is_no_worse_than_that_of_the_largest(bits):
     weight = weights(50, 64)
     lowest, highest = limits(bits)

@@ -26,8 +26,10 @@ _DAMPINGS = (DAMPING, 10 * DAMPING, 1.0)
 WIDEST_IN_FP64 = 4096
 # Columns whose errors reach the rest of the matrix in one product
 BLOCK = 128
-# Scales that are tried, over that which gives the largest of a group the end of the range: smaller ones clip it
-_CLIPS = torch.linspace(0.6, 1.0, 9).tolist()
+# Scales that are tried, over that which gives the largest of a group the end of the range: smaller ones clip it, which
+# pays the more the fewer bits there are
+_CLIPS = {2: torch.linspace(0.3, 1.0, 15).tolist()}
+_USUAL_CLIPS = torch.linspace(0.6, 1.0, 9).tolist()
 # Elements of a matrix that are rounded at once
 _CHUNK = 1 << 22
 
@@ -79,7 +81,7 @@ def group_scales(columns: torch.Tensor, bits: int) -> torch.Tensor:
     best, least = full, torch.full_like(full, torch.inf)
     # Of the other sign the largest takes the shorter end of the range
     for share in (1.0, lowest / highest):
-        for clip in _CLIPS:
+        for clip in _CLIPS.get(bits, _USUAL_CLIPS):
             scale = _storable(full * (share * clip))
             rounded = (columns * _inverse(scale)).round_().clamp_(lowest, highest).mul_(scale).sub_(columns)
             loss = rounded.square_().sum(dim=0)
@@ -93,7 +95,7 @@ def round_to_nearest(weight: torch.Tensor, bits: int) -> Rounded:
 
     Args:
         weight: `(N, K)`, any floating dtype, K a multiple of 32.
-        bits: 3, 4 or 8.
+        bits: 2, 3, 4 or 8.
 
     Raises:
         ValueError: as `group_scales` does.
@@ -164,7 +166,7 @@ def gptq(weight: torch.Tensor, factor: InverseFactor, bits: int) -> Rounded:
     Args:
         weight: `(N, K)`, any floating dtype, K a multiple of 32.
         factor: what `inverse_factor` gives.
-        bits: 3, 4 or 8.
+        bits: 2, 3, 4 or 8.
 
     Raises:
         ValueError: as `group_scales` does.

@@ -1,6 +1,6 @@
 """What compressing a model gives, from its configuration alone: bytes by part, memory, speed; and which settings do.
 
-The file is the official layout with `packed/format.py`'s three tensors for each weight of 3 to 8 bits: the weights, a
+The file is the official layout with `packed/format.py`'s three tensors for each weight of 2 to 8 bits: the weights, a
 scale of 16 bits for each group of 32, and the shape. Routers, norms and `kv_b_proj`, whose weight is folded into the
 queries, stay whole. MTP layers are counted with the copies of embedding and head that official checkpoints repeat in
 each of them, and that no memory holds.
@@ -86,7 +86,7 @@ class _Weights:
         return self.parameters * bits // 8 + self.parameters // GROUP * 2 + self.count * 16
 
     def resident(self, bits: int) -> int:
-        """Bytes in memory, where weights have 8 bits or 4: those of 3 are widened when they are loaded."""
+        """Bytes in memory, where weights have 8 bits or 4: those of 3 and 2 are widened when they are loaded."""
         if self.kind == "fp32" or bits == WHOLE:
             return self.stored(bits)
         return self.parameters * (4 if bits <= 4 else 8) // 8 + self.parameters // GROUP * 2

@@ -11,7 +11,7 @@ from .expert_choice import check_criterion
 
 # Bits of a weight that is left as it is
 WHOLE = 16
-BITS, EXPERTS_BITS = (4, 8, WHOLE), (3, 4, 8, WHOLE)
+BITS, EXPERTS_BITS = (4, 8, WHOLE), (2, 3, 4, 8, WHOLE)
 METHODS = ("gptq", "nearest")
 _UNITS = {
     "": 1,
