@@ -26,6 +26,22 @@ def test_a_file_is_written_or_stays(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A loss of power leaves one or the other; a process that is killed leaves the system's memory as it is."""
+    path, seen = tmp_path / "record.json", []
+    sync = os.fsync
+
+    def watch(descriptor):
+        seen.append((os.readlink(f"/proc/self/fd/{descriptor}"), path.exists()))
+        sync(descriptor)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc")
+    monkeypatch.setattr(os, "fsync", watch)
+    write_whole(path, b"new")
+    assert seen == [(str(partial_path(path)), False), (str(tmp_path), True)]
+
+
 def test_json_for_programs_and_people(tmp_path):
     value = {"name": "größe", "steps": [1, 2.5, -3e-05], "words": ["a", "b"], "file": os.fsdecode(b"caf\xe9")}
     for options in ({}, {"indent": 1}, {"rows": True}):

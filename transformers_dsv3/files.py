@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -38,6 +39,35 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def put_in_place(partial: Path, path: Path) -> None:
+    """Gives a file that is whole its name, once what it holds is on the disk: a loss of power leaves one or the other.
+
+    Args:
+        partial: where it was written, on the same file system.
+    """
+    settle(partial)
+    partial.replace(path)
+    settle(path.parent)
+
+
+def settle(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk itself."""
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except OSError:
+        if is_folder:
+            return  # Windows opens none
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not is_folder:
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it.
 
@@ -46,7 +76,7 @@ def write_whole(path: Path, data: bytes) -> None:
     partial = partial_path(path)
     try:
         partial.write_bytes(data)
-        partial.replace(path)
+        put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -11,7 +11,9 @@ from .refusals import as_bad_parameters
 
 
 def explain(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder, or a repository id on the Hub.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A folder, a repository id on the Hub, or a GGUF file.")
+    ],
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -22,10 +24,11 @@ def explain(
     \b
     Examples:
       transformers-dsv3 explain ./dsv3-quickstart
+      transformers-dsv3 explain ./dsv3-quickstart-q8_0.gguf
       transformers-dsv3 explain moonshotai/Moonlight-16B-A3B --device cuda --dtype bfloat16
       TRANSFORMERS_DSV3_BACKENDS=attention=flash_attention_3_mla transformers-dsv3 explain ./model --device cuda
     """
-    from transformers_dsv3.data.local_paths import load_refusal
+    from transformers_dsv3.data.local_paths import load_refusal, model_arguments
     from transformers_dsv3.evaluation.loading import check_device, check_dtype
 
     with as_bad_parameters():
@@ -37,7 +40,8 @@ def explain(
     import transformers_dsv3
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
+        named = model_arguments(checkpoint)
+        config = AutoConfig.from_pretrained(**named)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(load_refusal(checkpoint, error), param_hint="CHECKPOINT") from None
     if config.model_type != "deepseek_v3":
@@ -45,7 +49,7 @@ def explain(
             f"{checkpoint} is a {config.model_type!r} checkpoint, not 'deepseek_v3'", param_hint="CHECKPOINT"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device)
+        model = AutoModelForCausalLM.from_pretrained(**named, dtype=dtype, device_map=device)
     except OSError as error:
         raise typer.BadParameter(load_refusal(checkpoint, error), param_hint="CHECKPOINT") from None
     typer.echo(transformers_dsv3.explain(model))

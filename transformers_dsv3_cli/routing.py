@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def routing(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder, or a repository id on the Hub.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A folder, a repository id on the Hub, or a GGUF file.")
+    ],
     text: Text = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="PATH.png", help="Draw the load of each expert of each layer.")
@@ -56,6 +58,7 @@ def routing(
     Examples:
       transformers-dsv3 routing ./dsv3-quickstart --plot routing.png
       transformers-dsv3 routing ./balanced --beside ./unbalanced --text ~/held-out --plot both.png --json both.json
+      transformers-dsv3 routing ./dsv3-quickstart --beside ./dsv3-quickstart-q4_0.gguf
       transformers-dsv3 routing moonshotai/Moonlight-16B-A3B --device cuda --dtype bfloat16 --window 4096
     """
     from transformers_dsv3.evaluation.routing_comparison import check_options, compare_routing

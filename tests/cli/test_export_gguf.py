@@ -3,8 +3,38 @@
 import gguf
 from typer.testing import CliRunner
 
+from transformers_dsv3.compression.gguf.export import export_gguf
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3_cli.main import app
+
+
+def test_folders_of_a_gguf_file_alone(make_model, tmp_path):
+    """What opens one as it is, and what says that it does not."""
+    folder, alone = tmp_path / "model", tmp_path / "alone"
+    make_model(vocab_size=300, max_position_embeddings=512).save_pretrained(folder)
+    train_byte_bpe(["a text of the tests"], 280, 256).save_pretrained(folder)
+    alone.mkdir()
+    file = alone / "model.gguf"
+    (tmp_path / "text.txt").write_text("a text of the tests, " * 60)
+
+    def run(*words):
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        return done.exit_code, " ".join(done.output.replace("│", " ").split())
+
+    export_gguf(folder, file, "f32", progress=False)
+    for checkpoint in (alone, file):
+        code, output = run("explain", checkpoint)
+        assert code == 0 and "linear layers" in output, output
+    code, output = run("routing", alone, "--beside", folder, "--text", tmp_path / "text.txt", "--window", 64)
+    assert code == 0 and "8 experts, 3 a token" in output, output
+    code, output = run("evaluate", alone, "--what", "text")
+    assert code == 2 and "holds a GGUF file alone, model.gguf: this reads safetensors" in output, output
+    (alone / "other.gguf").write_bytes(file.read_bytes()[:200])
+    for verb in ("explain", "routing"):
+        code, output = run(verb, alone)
+        assert code == 2 and "holds several GGUF files (model.gguf, other.gguf): name one" in output, output
+        code, output = run(verb, alone / "other.gguf")
+        assert code == 2 and "other.gguf: truncated, the file of 200 bytes ends within its header" in output, output
 
 
 def test_export(make_model, tmp_path):

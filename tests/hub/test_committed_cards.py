@@ -24,7 +24,7 @@ from transformers_dsv3_cli.main import app
 ROOT = Path(__file__).parents[2]
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/checkpoint_record.json"))
 # Of other projects: the words before options that `tests/interop` uses, or that this page's reader has to know
-OTHERS = ("vllm serve", "python convert_hf_to_gguf.py")
+OTHERS = ("vllm serve",)
 
 
 @pytest.fixture(params=CARDS, ids=lambda folder: folder.name)

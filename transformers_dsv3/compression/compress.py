@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation.checkpoint_folder import CONFIG
 from ..evaluation.checkpoint_identity import config_digest
-from ..files import partial_path, write_json
+from ..files import partial_path, put_in_place, settle, write_json
 from ..models.dsv3.checkpoint_files_dsv3 import read_header
 from ..models.dsv3.checkpoint_saving_dsv3 import lock_folder, unlock_folder
 from ..models.dsv3.modeling_dsv3 import DeepseekV3ForCausalLM
@@ -283,6 +283,7 @@ def _publish(
     for path in given.folder.path.iterdir():
         if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
+            settle(folder / path.name)
     for path in folder.glob(partial_path(Path("*")).name):
         path.unlink()
     fields = {**job.folder.fields, "quantization_config": quantization_config(job.layout)}
@@ -316,7 +317,7 @@ def _publish(
         seconds=sum(step["seconds"] for step in finished),
     )
     write_json(folder / COMPRESSION_RECORD, record.to_dict(), indent=1, rows=True)
-    os.replace(folder, job.output)
+    put_in_place(folder, job.output)
     shutil.rmtree(work, ignore_errors=True)
     return record
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..files import partial_path
+from ..files import partial_path, put_in_place
 from .compressed_layout import Layout, is_embedding
 from .gptq import Rounded
 from .packed.format import byte_tensors, packed_tensors
@@ -46,7 +46,7 @@ class CompressedFiles:
             path = self.folder / self.layout.file_name(number)
             partial = partial_path(path)
             save_file(self._held.pop(number), partial, metadata={"format": "pt"})
-            partial.replace(path)
+            put_in_place(partial, path)  # before a step counts as done
 
 
 def _packed(name: str, rounded: Rounded, bits: int) -> dict[str, torch.Tensor]:

@@ -6,8 +6,11 @@ network for it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from ..models.dsv3.checkpoint_dsv3 import READERS
 
 
 # The builder of `datasets` that reads a file of this ending
@@ -46,3 +49,31 @@ def local_or_hub(name: str, one_of: Sequence[str] = ()) -> str:
     if path.is_dir() and one_of and not any(found for pattern in one_of for found in path.glob(pattern)):
         raise ValueError(f"no {' or '.join(one_of)} in {name}")
     return str(path) if name.startswith("~") else name
+
+
+def model_arguments(checkpoint: str) -> dict[str, str]:
+    """What `from_pretrained` is to be called with for a checkpoint, its model, config and tokenizer alike.
+
+    Args:
+        checkpoint: a folder, a name on the Hub, or a GGUF file. Of a folder that holds no config.json but a GGUF file,
+            that one is meant.
+
+    Raises:
+        ValueError: the folder has several, or the file is none, truncated, or one part of several.
+    """
+    path = Path(checkpoint).expanduser()
+    found = [path] if path.suffix == ".gguf" and path.is_file() else []
+    if path.is_dir() and not (path / "config.json").is_file():
+        found = sorted(path.glob("*.gguf"))
+    if not found:
+        return {"pretrained_model_name_or_path": checkpoint}
+    # Of a model in several files the first stands for all
+    whole = [file for file in found if not re.search(r"-\d{5}-of-\d{5}$", file.stem)]
+    whole += [file for file in found if re.search(r"-00001-of-\d{5}$", file.stem)]
+    if len(whole) > 1:
+        names = ", ".join(file.name for file in whole)
+        raise ValueError(f"{checkpoint} holds several GGUF files ({names}): name one, as in {whole[0]}")
+    file = (whole or found)[0]
+    # What is wrong with it, of which Transformers would say less
+    READERS["gguf"](str(file), lambda name: str(file.with_name(name)), None)
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}

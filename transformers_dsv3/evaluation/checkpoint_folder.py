@@ -20,6 +20,11 @@ from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 CONFIG = "config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+_OF_GGUF = (
+    "this reads safetensors. Load it by `from_pretrained(folder, gguf_file=...)` and save the model and its tokenizer "
+    "with `save_pretrained`; `explain` and `routing` open it as it is"
+)
+
 
 class CheckpointFolder:
     """A checkpoint or a PEFT adapter on disk. Each of its files is read once, weights by their headers alone.
@@ -43,8 +48,12 @@ class CheckpointFolder:
         self.path = Path(path)
         self.is_adapter = (self.path / ADAPTER_CONFIG).is_file() if adapter is None else adapter
         self.config_path = self.path / (ADAPTER_CONFIG if self.is_adapter else CONFIG)
+        if self.path.suffix == ".gguf" and self.path.is_file():
+            raise CheckpointError(f"{self.path} is a GGUF file: {_OF_GGUF}")
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: no such folder")
+        if not self.config_path.is_file() and (found := sorted(self.path.glob("*.gguf"))):
+            raise CheckpointError(f"{self.path} holds a GGUF file alone, {found[0].name}: {_OF_GGUF}")
         if not self.config_path.is_file():
             raise CheckpointError(
                 f"{self.path} is no checkpoint: it has neither {CONFIG} nor {ADAPTER_CONFIG}. Save the model there "

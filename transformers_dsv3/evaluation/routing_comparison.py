@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import transformers_dsv3  # noqa: F401  registers the plugin's classes with the Auto classes
 
-from ..data.local_paths import load_refusal
+from ..data.local_paths import load_refusal, model_arguments
 from ..files import file_refusal, write_json, write_whole
 from ..option_error import OptionError
 from .held_out_text import checked_stream, read_texts
@@ -99,7 +99,7 @@ def compare_routing(
     reports = []
     for option, name in checkpoints.items():
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
+            model = AutoModelForCausalLM.from_pretrained(**model_arguments(name), dtype=dtype, device_map=device)
         except (OSError, ValueError) as error:
             raise OptionError(option, load_refusal(name, error)) from error
         reports.append((name, routing_report(model, streams[option], window=window, max_tokens=max_tokens)))
@@ -110,7 +110,7 @@ def compare_routing(
 def _config(option: str, checkpoint: str, window: int) -> Any:
     """The config of a checkpoint whose routing can be measured."""
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = AutoConfig.from_pretrained(**model_arguments(checkpoint))
     except (OSError, ValueError) as error:
         raise OptionError(option, load_refusal(checkpoint, error)) from error
     if config.model_type != "deepseek_v3":
@@ -130,7 +130,7 @@ def _config(option: str, checkpoint: str, window: int) -> Any:
 
 def _tokenizer(option: str, checkpoint: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(checkpoint)
+        return AutoTokenizer.from_pretrained(**model_arguments(checkpoint))
     except (OSError, ValueError) as error:
         reason = load_refusal(checkpoint, error).removeprefix(f"{checkpoint}: ").removesuffix(":")
         raise OptionError(

@@ -10,7 +10,7 @@ from .card_sources import CardSources
 from .markdown import block, count, document, plain
 
 
-# What vLLM's attention over latents takes together, and which models without a query LoRA llama.cpp's converter knows
+# What vLLM's attention over latents takes together, and which models without a query LoRA llama.cpp knows
 VLLM_LATENTS = (320, 576)
 LLAMA_CPP_LAYERS = (26, 27, 48)
 AUTO_CLASSES = {
@@ -112,12 +112,15 @@ def _llama_cpp(config: DeepseekV3Config, name: str) -> Iterator[str]:
         yield (f"**llama.cpp**: not this model. Without a query LoRA it takes {known} layers; there are {layers}.")
         return
     file = name.rstrip("/").rpartition("/")[2]
-    dropped = " It leaves the MTP layers out." if config.num_nextn_predict_layers else ""
+    widths = (config.hidden_size, config.intermediate_size, config.moe_intermediate_size, config.q_lora_rank or 0)
+    is_in_groups = not any(width % 32 for width in (*widths, config.num_attention_heads * config.v_head_dim))
+    kind, others = ("q8_0", "`q4_0`, `bf16` and `f32`") if is_in_groups else ("bf16", "`f32`")
+    mtp = ", and the MTP layers, by which it drafts" if config.num_nextn_predict_layers else ""
     yield (
-        "**llama.cpp**, with its own converter, from a folder with the files. It knows tokenizers by a hash: "
-        f"DeepSeek's passes, one of your own has to be entered there (a byte-level BPE as `gpt-2`).{dropped}"
+        "**llama.cpp**, from a GGUF file that the package writes with the tokenizer and the chat template in it"
+        f"{mtp} (other types are {others}; needs `pip install gguf`):"
     )
-    yield block(f"python convert_hf_to_gguf.py ./{file} --outfile {file}.gguf --outtype f32", "bash")
+    yield block(f"transformers-dsv3 export-gguf {name} --output {file}-{kind}.gguf --type {kind}", "bash")
 
 
 def _adapter_usage(sources: CardSources, name: str, base: str | None) -> Iterator[str]:

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from ...files import file_refusal, partial_path
+from ...files import file_refusal, partial_path, put_in_place
 from ...kernels.cpu.operators import GROUP
 from ...models.dsv3.checkpoint_checks_dsv3 import mtp_layers_present
 from ...models.dsv3.checkpoint_files_dsv3 import CheckpointError, listing, read_checkpoint, resolve_checkpoint
@@ -127,7 +127,7 @@ def export_gguf(
             _run_tool([tool, str(whole), str(partial), name.upper()], partial)
         finally:
             whole.unlink(missing_ok=True)
-    partial.replace(output)
+    put_in_place(partial, output)
     return output
 
 
