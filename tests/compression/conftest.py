@@ -1,8 +1,9 @@
-"""What the tests of GGUF files share."""
+"""What the tests of quantised files share."""
 
 import pytest
 import torch
 from gguf_checkpoints import WIDTHS
+from packed_files import WIDE
 from transformers import AutoTokenizer
 
 from transformers_dsv3.compression.gguf.export import export_gguf
@@ -58,3 +59,9 @@ def resave():
         return folder
 
     return save
+
+
+@pytest.fixture
+def make_wide(make_model):
+    """Function from changed fields to a small model all of whose widths are multiples of 32."""
+    return lambda **fields: make_model(**{**WIDE, **fields})

@@ -20,12 +20,12 @@ from transformers_dsv3.compression.quantized_weights import (
     QuantizedEmbedding,
     QuantizedExperts,
     QuantizedLinear,
-    dequantize,
     quantize_groups,
 )
 from transformers_dsv3.kernels import selection
 from transformers_dsv3.kernels.cpu import library
 from transformers_dsv3.kernels.cpu.step import Program
+from transformers_dsv3.kernels.quantized_groups import dequantize
 
 
 QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedExperts)

@@ -20,9 +20,10 @@ from tests.fake_gpu import Launches, fake_gpu, on_gpu
 from tests.kernels.test_experts_grouped import NAMES, choose, error, exact, inputs_for, make_experts, plain, run
 from tests.kernels.test_explain import block
 from transformers_dsv3.compression.quantize import quantize
-from transformers_dsv3.compression.quantized_weights import QuantizedExperts, dequantize
+from transformers_dsv3.compression.quantized_weights import QuantizedExperts
 from transformers_dsv3.kernels import backends, experts_auto, experts_triton, triton_support
 from transformers_dsv3.kernels.experts_triton import experts_refusal, module_refusal, triton_experts
+from transformers_dsv3.kernels.quantized_groups import dequantize
 
 
 pytest.importorskip("triton")

@@ -11,17 +11,17 @@ are multiples of 2^-24: what a group of smallest weights loses is at most 127 * 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.backends import LINEAR
+from ..kernels.backends import ADAPTED, LINEAR
 from ..kernels.cpu.operators import GROUP
 from ..kernels.dispatch import serve
 from ..kernels.experts_auto import serve_experts
-from ..kernels.selection import call_refusal, register_plain
+from ..kernels.experts_lora import LowRank, eager_experts
+from ..kernels.quantized_groups import dequantize, packed_linear
+from ..kernels.selection import register_plain
 from ..models.dsv3.moe_dsv3 import DeepseekV3Experts
 
 
@@ -75,49 +75,11 @@ def empty_groups(shape: torch.Size, bits: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def held_in(whole: torch.Tensor, bits: int) -> torch.Tensor:
-    """Whole numbers int8 `(..., N, K)` as layers of 8 or 4 bits hold them: int8, or uint8 `(..., N, K / 2)`."""
-    return whole if bits == 8 else _join((whole + 8).view(torch.uint8).unflatten(-1, (-1, GROUP)))
+    """Whole numbers int8 `(..., N, K)` as layers of 8 or 4 bits hold them: int8, or uint8 `(..., N, K / 2)`.
 
-
-def whole_numbers(values: torch.Tensor) -> torch.Tensor:
-    """Reverses `held_in`."""
-    if values.dtype != torch.uint8:
-        return values
-    pairs = values.unflatten(-1, (-1, GROUP // 2))
-    return (torch.cat([pairs & 15, pairs >> 4], dim=-1).view(torch.int8) - 8).flatten(-2)
-
-
-def dequantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What quantised weights stand for, `(..., N, K)`, rounded to a dtype. Arguments as `quantize_groups` returns
-    them.
+    `whole_numbers` reverses it.
     """
-    whole = whole_numbers(values).unflatten(-1, (-1, GROUP))
-    return (whole * scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
-
-
-class _Product(torch.autograd.Function):
-    """`x @ weight.T` of a quantised weight, which the backward pass dequantises anew instead of keeping it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(values, scale)
-        ctx.dtype = x.dtype
-        return F.linear(x, dequantize(values, scale, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
-        values, scale = ctx.saved_tensors
-        return (grad @ dequantize(values, scale, grad.dtype)).to(ctx.dtype), None, None
-
-
-def packed_linear(
-    x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`(..., K)` to `(..., N)` by a quantised weight `(N, K)`, in PyTorch's own products, with gradients of x."""
-    if not torch.is_grad_enabled() or not x.requires_grad or call_refusal() is not None:
-        return F.linear(x, dequantize(values, scale, x.dtype), bias)
-    y = _Product.apply(x, values, scale)
-    return y if bias is None else y + bias
+    return whole if bits == 8 else _join((whole + 8).view(torch.uint8).unflatten(-1, (-1, GROUP)))
 
 
 class _Quantized(nn.Module):
@@ -234,6 +196,8 @@ class QuantizedExperts(_Quantized):
         self.num_experts, self.act_fn = experts.num_experts, experts.act_fn
         self.bits, self.rounded_dtypes = bits, ROUNDED_DTYPES[activations]
         self.stored_bits = bits
+        # What adapters add to the weights while their wrappers call, by the weight's name
+        self.added: dict[str, LowRank] = {}
         for name in ("gate_up_proj", "down_proj"):
             weights = getattr(experts, name)
             if weights.is_meta:  # a checkpoint has the values
@@ -244,25 +208,31 @@ class QuantizedExperts(_Quantized):
                 values, scale = (torch.stack(parts) for parts in zip(*each))
             self._hold(name, values, scale)
 
+    def shape_of(self, name: str) -> tuple[int, int, int]:
+        """Experts, outputs and inputs of one of the two stacks of weights."""
+        n_experts, rows, groups = getattr(self, f"{name}_scale").shape
+        return n_experts, rows, groups * GROUP
+
+    @property
+    def lora_class(self) -> type:
+        """PEFT's layer for a LoRA adapter over one of the two stacks."""
+        from .packed.lora import ParamWrapper
+
+        return ParamWrapper
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`(T, D)`, `(T, K)`, `(T, K)` to `(T, D)`."""
-        implementation = self.config._experts_implementation
-        served = serve_experts(implementation, self, hidden_states, top_k_index, top_k_weights)
-        if served is not None:
-            return served
-        dtype = hidden_states.dtype
-        output = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for expert in top_k_index.unique().tolist():
-            if not 0 <= expert < self.num_experts:
-                continue  # of another rank
-            tokens, places = torch.where(top_k_index == expert)
-            gate_up, down = (self._of(name, expert) for name in ("gate_up_proj", "down_proj"))
-            gate, up = packed_linear(hidden_states[tokens], *gate_up).chunk(2, dim=-1)
-            result = packed_linear(self.act_fn(gate) * up, *down).float()
-            output.index_add_(0, tokens, result * top_k_weights[tokens, places].float().unsqueeze(-1))
-        return output.to(dtype)
+        call = (hidden_states, self, top_k_index, top_k_weights)
+        adapters = (self.added.get("gate_up_proj"), self.added.get("down_proj"))
+        if not self.added:
+            implementation = self.config._experts_implementation
+            served = serve_experts(implementation, self, hidden_states, top_k_index, top_k_weights)
+            if served is not None:
+                return served
+        served = serve(ADAPTED, self, *call, *adapters)
+        return eager_experts(*call, *adapters) if served is None else served
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, bits={self.bits}"

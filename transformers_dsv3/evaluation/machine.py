@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,27 @@ def total_memory() -> int:
     """Bytes of memory that programs here may use together, with the limit of a container; without one where the system
     does not tell.
     """
-    limits = [meminfo().get("MemTotal", 2**62)]
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    return min(limits)
+    return min([meminfo().get("MemTotal", 2**62), *_memory_limits()])
+
+
+def _memory_limits() -> Iterator[int]:
+    """Of the control groups that this process is in, by either version of them."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for controllers, group in (line.split(":", 2)[1:] for line in lines):
+        if controllers == "":
+            top, name = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        # Within a container the outer groups may be out of sight
+        for folder in (top / group.lstrip("/"), *(top / group.lstrip("/")).parents):
+            if folder.is_relative_to(top):
+                with contextlib.suppress(OSError, ValueError):  # "max" is no number
+                    yield int((folder / name).read_text(encoding="utf-8"))
 
 
 def free_memory() -> int:

@@ -19,6 +19,8 @@ from .experts_grouped import ROWS, expert_segments, is_silu
 from .experts_plain import LowRank, accumulator_dtype, differentiable_gradients, is_batched, plain_experts
 from .matmul_cpu import matmul
 from .public_kernels import grouped_mm_refusal
+from .quantized_groups import QuantizedStack, stack_of
+from .selection import QUANTIZED
 
 
 def plain_low_rank_experts(
@@ -32,13 +34,14 @@ def plain_low_rank_experts(
     """The reference: a plain loop over experts, gradients by autograd.
 
     Arguments as [`low_rank_experts`]."""
-    weights = (module.gate_up_proj, module.down_proj)
-    dtype = weights[0].dtype
+    quantized = module.gate_up_proj.dtype in QUANTIZED
+    dtype = _dtype_of_products(hidden_states) if quantized else module.gate_up_proj.dtype
+    weights = (stack_of(module, "gate_up_proj", dtype), stack_of(module, "down_proj", dtype))
     return plain_experts(hidden_states, top_k_index, top_k_weights, *weights, dtype, module.act_fn, gate_up, down)
 
 
 class _CpuExperts(torch.autograd.Function):
-    """The loop of `experts_grouped` with low-rank terms, for frozen weights.
+    """The loop of `experts_grouped` with low-rank terms, for frozen weights, quantised or not.
 
     As there, rows behind an expert's own make its products whole multiples of `ROWS`: their results are not used, and
     in sums over an expert's pairs they are zero.
@@ -46,7 +49,8 @@ class _CpuExperts(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")  # so that autocast is off in the backward pass too
-    def forward(ctx, hidden_TD, index_TK, w_TK, gate_up_EID, down_EDI, a1, b1, a2, b2, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_TD, index_TK, w_TK, gate_up, gate_up_scale, down, down_scale, a1, b1, a2, b2, dtype):  # type: ignore[no-untyped-def]
+        gate_up_EID, down_EDI = _stack(gate_up, gate_up_scale, dtype), _stack(down, down_scale, dtype)
         I = down_EDI.shape[2]
         accumulator = accumulator_dtype(dtype)
         keep = any(ctx.needs_input_grad)
@@ -70,7 +74,8 @@ class _CpuExperts(torch.autograd.Function):
             out_TD.index_add_(0, tokens[start : start + count], y_ND[:count].to(accumulator))
         ctx.dtype = dtype
         ctx.save_for_backward(
-            index_TK, hidden_TD, w_TK, gate_up_EID, down_EDI, a1, b1, a2, b2, kept_SI, pairs_S, counts_E
+            *(index_TK, hidden_TD, w_TK, gate_up, gate_up_scale, down, down_scale),
+            *(a1, b1, a2, b2, kept_SI, pairs_S, counts_E),
         )
         return out_TD.to(hidden_TD.dtype)
 
@@ -81,15 +86,18 @@ class _CpuExperts(torch.autograd.Function):
         # The gradients are to be differentiated themselves, or there are several at once (`is_grads_batched`)
         if torch.is_grad_enabled() or is_batched(grad_TD):
             needs = ctx.needs_input_grad
+            weights = (_stack(saved[2], saved[3], ctx.dtype), _stack(saved[4], saved[5], ctx.dtype))
             d_hidden, d_w, *d_factors = differentiable_gradients(
-                partial(_plain_with_factors, index_TK, saved[2], saved[3], ctx.dtype),
-                (*saved[:2], *saved[4:8]),
-                (needs[0], needs[2], *needs[5:9]),
+                partial(_plain_with_factors, index_TK, *weights, ctx.dtype),
+                (*saved[:2], *saved[6:10]),
+                (needs[0], needs[2], *needs[7:11]),
                 grad_TD,
             )
-            return d_hidden, None, d_w, None, None, *d_factors, None
-        hidden_TD, w_TK, gate_up_EID, down_EDI, a1, b1, a2, b2, kept_SI, pairs_S, counts_E = saved
-        dtype, I = ctx.dtype, down_EDI.shape[2]
+            return d_hidden, None, d_w, None, None, None, None, *d_factors, None
+        hidden_TD, w_TK, gate_up, gate_up_scale, down, down_scale, a1, b1, a2, b2, kept_SI, pairs_S, counts_E = saved
+        dtype = ctx.dtype
+        gate_up_EID, down_EDI = _stack(gate_up, gate_up_scale, dtype), _stack(down, down_scale, dtype)
+        I = down_EDI.shape[2]
         accumulator = accumulator_dtype(dtype)
         needs_hidden, _, needs_w = ctx.needs_input_grad[:3]
         tokens, w_S = _padded_pairs(pairs_S, w_TK, accumulator)
@@ -135,7 +143,12 @@ class _CpuExperts(torch.autograd.Function):
                 d_hidden_TD.index_add_(0, tokens[start : start + count], d_x_ND[:count].to(accumulator))
         if d_hidden_TD is not None:
             d_hidden_TD = d_hidden_TD.to(hidden_TD.dtype)
-        return d_hidden_TD, None, None if d_w is None else d_w.view_as(w_TK), None, None, d_a1, d_b1, d_a2, d_b2, None
+        d_w = None if d_w is None else d_w.view_as(w_TK)
+        return d_hidden_TD, None, d_w, None, None, None, None, d_a1, d_b1, d_a2, d_b2, None
+
+
+def _stack(weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | QuantizedStack:
+    return weight if scale is None else QuantizedStack(weight, scale, dtype)
 
 
 def _plain_with_factors(  # type: ignore[no-untyped-def]
@@ -190,7 +203,8 @@ def frozen_refusal(module: nn.Module) -> str | None:
     """The reason why experts under adapters are left to PEFT, or None where they are served here."""
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(module, name)
-        if not isinstance(weight, nn.Parameter) or weight.dtype.itemsize < 2:
+        is_ours = weight.dtype in QUANTIZED and getattr(module, f"{name}_scale", None) is not None
+        if not isinstance(weight, nn.Parameter) or not (is_ours or weight.dtype.itemsize > 1):
             return f"{name} is quantised"
         if weight.requires_grad:
             return f"{name} is trained itself, not its adapter alone"
@@ -208,6 +222,8 @@ def loop_refusal(module: nn.Module) -> str | None:
 
 def grouped_refusal(module: nn.Module) -> str | None:
     """The reason why grouped products cannot serve a module of experts under adapters, or None where they can."""
+    if module.gate_up_proj.dtype in QUANTIZED:
+        return "takes floats, gate_up_proj is quantised"
     return frozen_refusal(module) or grouped_mm_refusal(module)
 
 
@@ -220,6 +236,8 @@ def loop_call_refusal(hidden_states: torch.Tensor, module: nn.Module, *rest: obj
 
 def grouped_call_refusal(hidden_states: torch.Tensor, module: nn.Module, *rest: object) -> str | None:
     """The reason why `grouped_mm_experts` does not take a call, or None where it does."""
+    if module.gate_up_proj.dtype in QUANTIZED:
+        return "takes floats, gate_up_proj is quantised"
     if (reason := grouped_mm_refusal(module)) is not None:
         return reason
     dtype = _dtype_of_products(hidden_states)
@@ -247,7 +265,8 @@ def low_rank_experts(
 
     Args:
         hidden_states: `(T, D)`.
-        module: has `gate_up_proj` `(E, 2I, D)` and `down_proj` `(E, D, I)` that need no gradient.
+        module: has `gate_up_proj` `(E, 2I, D)` and `down_proj` `(E, D, I)` that need no gradient; quantised ones with
+            `gate_up_proj_scale` and `down_proj_scale`.
         top_k_index, top_k_weights: `(T, K)`, index E for an expert of another rank, which is left out.
         gate_up, down: the adapters of both, `(E, R, in)` and `(E, out, R)`; ranks may differ.
         kernel: what computes it, given the adapters in the dtype of the products, and that dtype.
@@ -264,7 +283,8 @@ def low_rank_experts(
 
 
 def _loop(module, hidden_TD, index_TK, w_TK, gate_up, down, dtype):  # type: ignore[no-untyped-def]
-    weights = (module.gate_up_proj, module.down_proj)
+    names = ("gate_up_proj", "gate_up_proj_scale", "down_proj", "down_proj_scale")
+    weights = [getattr(module, name, None) for name in names]
     factors = (*(gate_up or (None, None)), *(down or (None, None)))
     with torch.autocast("cpu", enabled=False):
         return _CpuExperts.apply(hidden_TD, index_TK, w_TK, *weights, *factors, dtype)

@@ -5,7 +5,7 @@ expert, R rank of an adapter.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ def plain_experts(
     hidden_TD: torch.Tensor,
     index_TK: torch.Tensor,
     w_TK: torch.Tensor,
-    gate_up_EID: torch.Tensor,
-    down_EDI: torch.Tensor,
+    gate_up_EID: Any,
+    down_EDI: Any,
     dtype: torch.dtype,
     activation: Callable[[torch.Tensor], torch.Tensor] = F.silu,
     gate_up: LowRank | None = None,
@@ -39,12 +39,16 @@ def plain_experts(
     Args:
         index_TK: expert indices; E and beyond, experts of another rank, are left out.
         w_TK: mixing weights.
+        gate_up_EID, down_EDI: tensors, or frozen weights as `QuantizedStack` has them.
         dtype: that of the products.
         gate_up, down: adapters of the two stacks.
     """
 
-    def project(x_ND: torch.Tensor, weight: torch.Tensor, adapter: LowRank | None, expert: int) -> torch.Tensor:
-        y = F.linear(x_ND, weight[expert].to(dtype))
+    def project(x_ND: torch.Tensor, weight: Any, adapter: LowRank | None, expert: int) -> torch.Tensor:
+        if isinstance(weight, torch.Tensor):
+            y = F.linear(x_ND, weight[expert].to(dtype))
+        else:
+            y = weight.product(x_ND, expert)
         if adapter is not None:
             y = y + F.linear(F.linear(x_ND, adapter.down_ERI[expert]), adapter.up_EOR[expert])
         return y

@@ -38,22 +38,23 @@ def adaptable(model: nn.Module) -> dict[str, dict[str, int]]:
 
     MTP layers, routers and embeddings are left out, as is an output head that shares the embedding's weight.
     """
-    from .lora_targets import base_modules, is_mtp, layer_index
+    from .lora_targets import base_modules, is_linear, is_mtp, layer_index
 
     found: dict[str, dict[str, int]] = {part: {} for part in PARTS}
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     for name, module in base_modules(model):
         if module is head and not tied:
-            found["head"][name] = sum(head.weight.shape)
+            found["head"][name] = module.in_features + module.out_features
         if layer_index(name) is None or is_mtp(name):
             continue
         part = part_of(name)
-        if isinstance(module, nn.Linear) and part is not None and min(module.weight.shape):
-            found[part][name] = sum(module.weight.shape)
+        if is_linear(module) and part is not None and min(module.weight.shape):
+            found[part][name] = module.in_features + module.out_features
         elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
             for parameter in ("gate_up_proj", "down_proj"):
-                experts, *shape = getattr(module, parameter).shape
+                own = getattr(module, "shape_of", None)  # of quantised ones
+                experts, *shape = getattr(module, parameter).shape if own is None else own(parameter)
                 found["experts"][f"{name}.{parameter}"] = experts * sum(shape)
     return found
 
@@ -107,7 +108,7 @@ def lora_config(
     if not where:
         raise ValueError(f"lora_config: where is empty; it takes auto, {', '.join(PLACES)}.")
     by_part = adaptable(model)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = model.num_parameters()
     if not any(by_part.values()):
         raise ValueError(f"lora_config: {type(model).__name__} has no layers that are known here.")
 

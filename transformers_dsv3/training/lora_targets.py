@@ -62,6 +62,11 @@ def base_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         yield name, module
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, be its weights quantised by this package."""
+    return isinstance(module, nn.Linear) or (hasattr(module, "lora_class") and hasattr(module, "in_features"))
+
+
 def is_mtp(name: str) -> bool:
     """Whether a module lies in a layer of multi-token prediction."""
     return re.search(r"(?:^|\.)mtp\.\d+\.", name) is not None
@@ -91,7 +96,7 @@ def place(config: LoraConfig, model: nn.Module) -> Placement:
     if not isinstance(targets, str):
         targets = {in_model(name, model) for name in targets}
     everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
-    linear = [name for name, module in base_modules(model) if isinstance(module, nn.Linear)]
+    linear = [name for name, module in base_modules(model) if is_linear(module)]
     if everything:
         # The output head is in no layer
         targets = [name for name in linear if layer_index(name) is not None] + list(STACKED)
@@ -226,7 +231,7 @@ def resolve(config: LoraConfig, model: nn.Module) -> Resolved:
         targets = {in_model(name, model) for name in config.target_modules or []}
         lost = {t for t in targets if not any(name == t or name.endswith(f".{t}") for name in placement.names)}
         if lost:
-            linear = sorted({name.split(".")[-1] for name, m in base_modules(model) if isinstance(m, nn.Linear)})
+            linear = sorted({name.split(".")[-1] for name, m in base_modules(model) if is_linear(m)})
             logger.warning(
                 f"target_modules: this model has no {', '.join(sorted(lost))}, nothing is adapted for it. Its linear "
                 f"layers are {', '.join(linear)}."

@@ -14,10 +14,14 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3PreTrainedModel
+from transformers.utils import logging
 
 from ..models.dsv3.checkpoint_conversion_dsv3 import official_name
 from .lora_targets import Resolved, applies, in_model, resolve
-from .peft_mixins import BesideMtp, OfficialClass, base_of, without_mtp
+from .peft_mixins import BesideMtp, OfficialClass, base_of, refuse_quantized_copies, without_mtp
+
+
+logger = logging.get_logger(__name__)
 
 
 class LoraModel(OfficialClass, BesideMtp, lora.LoraModel):
@@ -27,6 +31,7 @@ class LoraModel(OfficialClass, BesideMtp, lora.LoraModel):
         self._misfits.pop(adapter_name, None)
         if not isinstance(model, DeepseekV3PreTrainedModel) or kwargs.get("state_dict") is not None:
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
+        refuse_quantized_copies(self.peft_config[adapter_name], model)
         with without_mtp(model, self.peft_config[adapter_name]):
             self._inject_resolved(model, adapter_name, *args, **kwargs)
 
@@ -75,12 +80,43 @@ class LoraModel(OfficialClass, BesideMtp, lora.LoraModel):
             return made
         return lora.LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
-    def _check_merge_allowed(self) -> None:
-        """PEFT asks before it merges the first layer."""
-        super()._check_merge_allowed()
-        for module in self.model.modules():
-            if (reason := getattr(module, "merge_refusal", None)) is not None:
-                raise ValueError(reason)
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            ValueError: weights are quantised: merging rounds them, which `unmerge_adapter` could not take back.
+        """
+        if _quantized_layers(self.model):
+            raise ValueError(
+                "merge_adapter: merging into quantised weights rounds them and cannot be undone. Use "
+                "`merge_and_unload`, which says what it costs."
+            )
+        super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """Says what rounding cost where adapters were merged into quantised weights: the model's `merge_costs`.
+
+        Raises:
+            ValueError: an adapter has values that are not finite. Nothing is merged then.
+        """
+        layers = _quantized_layers(self.model) if merge else []
+        for name, layer in layers:
+            if not all(bool(p.isfinite().all()) for key, p in layer.named_parameters() if ".lora_" in f".{key}"):
+                raise ValueError(f"The adapter of {name} has values that are not finite; nothing was merged.")
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        costs = {
+            f"{name}.{weight}": cost
+            for name, layer in layers
+            for weight, cost in getattr(layer, "merge_costs", {}).items()
+        }
+        if costs:
+            model.merge_costs = costs
+            total = sum(list(costs.values())[1:], next(iter(costs.values())))
+            worst = max(costs, key=lambda name: costs[name].share_of_change)
+            logger.warning(
+                f"Adapters were merged into {len(costs)} quantised weights, which were rounded anew: {total}. Most in "
+                f"{worst}, {costs[worst].share_of_change:.0%}."
+            )
+        return model
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         if not getattr(self, "_is_prepared", False):
@@ -161,6 +197,15 @@ class LoraModel(OfficialClass, BesideMtp, lora.LoraModel):
 Dsv3LoraModel = LoraModel  # its name before
 
 
+def _quantized_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Adapters over quantised weights of this package, with their layer's name."""
+    return [
+        (name.replace(".base_layer", ""), module)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and hasattr(module.get_base_layer(), "lora_class")
+    ]
+
+
 def refuse_quantized(targets: list[str], model: nn.Module) -> None:
     """
     Args:
@@ -170,11 +215,13 @@ def refuse_quantized(targets: list[str], model: nn.Module) -> None:
         ValueError: one of them has whole numbers, to which PEFT would add an adapter's product.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() and any(name == end or name.endswith(f".{end}") for end in targets):
+        module = model.get_submodule(name.rpartition(".")[0])
+        is_stack = hasattr(module, "lora_class") and parameter.dim() == 3
+        is_named = any(name == end or name.endswith(f".{end}") for end in targets)
+        if is_named and not parameter.is_floating_point() and not is_stack:
             raise ValueError(
-                f"target_parameters: {name} has quantised weights of routed experts, which PEFT cannot adapt. Adapt "
-                "linear layers, by names such as 'o_proj' or 'shared_experts.down_proj', or load with "
-                "`quantization_config=PackedWeightsConfig(dequantize=True)`."
+                f"target_parameters: {name} has quantised weights, which PEFT cannot adapt by that name. Name the "
+                "layer in target_modules."
             )
 
 

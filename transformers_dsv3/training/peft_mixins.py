@@ -77,6 +77,21 @@ def without_mtp(model: nn.Module, config: PeftConfig) -> Iterator[None]:
         decoder._modules["mtp"], decoder.config.num_nextn_predict_layers = layers, number
 
 
+def refuse_quantized_copies(config: PeftConfig, model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: `modules_to_save` names modules of quantised weights, of which PEFT would train a copy.
+    """
+    wanted = getattr(config, "modules_to_save", None) or []
+    for name, module in model.named_modules():
+        named = any(name == end or name.endswith(f".{end}") for end in wanted)
+        if named and any(not p.is_floating_point() for p in module.parameters()):
+            raise ValueError(
+                f"modules_to_save: {name} holds quantised weights, of which no copy can be trained. Adapt it by "
+                "target_modules, or load with `quantization_config=PackedWeightsConfig(dequantize=True)`."
+            )
+
+
 class BesideMtp:
     """Tuners of which MTP layers are hidden while they look for what to adapt."""
 
@@ -88,5 +103,6 @@ class BesideMtp:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)  # type: ignore[call-arg]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        refuse_quantized_copies(self.peft_config[adapter_name], model)
         with without_mtp(model, self.peft_config[adapter_name]):
             super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]

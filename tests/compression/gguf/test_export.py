@@ -19,7 +19,8 @@ from tests import programs
 from transformers_dsv3.compression.gguf.export import export_gguf
 from transformers_dsv3.compression.gguf.format import Q4_0, Q8_0, pack_blocks, split_kv_b, unpack_blocks
 from transformers_dsv3.compression.packed.format import packed_config, packed_tensors
-from transformers_dsv3.compression.quantized_weights import quantize_groups, whole_numbers
+from transformers_dsv3.compression.quantized_weights import quantize_groups
+from transformers_dsv3.kernels.quantized_groups import whole_numbers
 from transformers_dsv3.models.dsv3.checkpoint_files_dsv3 import CheckpointError
 from transformers_dsv3.option_error import OptionError
 

@@ -24,8 +24,8 @@ from transformers_dsv3.compression.quantized_weights import (
     QuantizedEmbedding,
     QuantizedExperts,
     QuantizedLinear,
-    dequantize,
 )
+from transformers_dsv3.kernels.quantized_groups import dequantize
 from transformers_dsv3.models.dsv3.checkpoint_files_dsv3 import CheckpointError
 
 

@@ -7,7 +7,18 @@ from functools import partial
 
 import pytest
 import torch
-from packed_files import KIMI_IGNORES, WEIGHTS, awq, compress, config_of, gptq, rewrite
+from packed_files import (
+    KIMI_IGNORES,
+    WEIGHTS,
+    awq,
+    compress,
+    config_of,
+    gptq,
+    memory_of,
+    plain_twin,
+    rewrite,
+    values_of,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DeepseekV3ForCausalLM
@@ -18,25 +29,16 @@ from transformers_dsv3.compression.quantized_weights import (
     QuantizedEmbedding,
     QuantizedExperts,
     QuantizedLinear,
-    dequantize,
 )
 from transformers_dsv3.kernels.cpu import library
 from transformers_dsv3.kernels.cpu.step import Program
-from transformers_dsv3.models.dsv3.checkpoint_conversion_dsv3 import official_name
+from transformers_dsv3.kernels.quantized_groups import dequantize
 from transformers_dsv3.models.dsv3.checkpoint_files_dsv3 import CheckpointError, StoredTensor
 
 
 QUANTIZED = (QuantizedLinear, QuantizedEmbedding, QuantizedExperts)
-WIDE = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32}
-WIDE |= {"num_attention_heads": 4, "v_head_dim": 8, "vocab_size": 150}
 IDS = torch.arange(2, 40)[None]
 FP32 = {"dtype": torch.float32}
-
-
-@pytest.fixture
-def make_wide(make_model):
-    """Function from changed fields to a small model all of whose widths are multiples of 32."""
-    return lambda **fields: make_model(**{**WIDE, **fields})
 
 
 @pytest.fixture
@@ -50,25 +52,6 @@ def saved(make_wide, tmp_path):
     return save
 
 
-def values_of(model):
-    """What a model's weights stand for, fp32, by official names."""
-    found = {}
-    for name, module in model.named_modules():
-        for leaf in ("weight", "gate_up_proj", "down_proj", "e_score_correction_bias"):
-            tensor, scale = getattr(module, leaf, None), getattr(module, f"{leaf}_scale", None)
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            tensor = dequantize(tensor, scale, torch.float32) if scale is not None else tensor.float()
-            if leaf in ("gate_up_proj", "down_proj"):
-                parts = ["down_proj"] if leaf == "down_proj" else ["gate_proj", "up_proj"]
-                for e, stacked in enumerate(tensor):
-                    for part, value in zip(parts, stacked.chunk(len(parts))):
-                        found[official_name(f"{name}.{e}.{part}.weight", model.config)] = value
-            else:
-                found[official_name(f"{name}.{leaf}", model.config)] = tensor
-    return found
-
-
 def check_values(model, expected):
     for name, value in values_of(model).items():
         assert torch.equal(value, expected[name]), name
@@ -77,19 +60,6 @@ def check_values(model, expected):
 def packed(model):
     """Last names of the modules that are packed, and the bits that they hold."""
     return {name.rpartition(".")[2]: m.bits for name, m in model.named_modules() if isinstance(m, QUANTIZED)}
-
-
-def plain_twin(model, quantized):
-    values = values_of(quantized)
-    with torch.no_grad():
-        for name, tensor in values_of(model).items():  # views of its weights
-            tensor.copy_(values[name])
-    return model
-
-
-def memory_of(model):
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 class TestOurs:
@@ -471,77 +441,3 @@ def test_the_smallest_whole_number_is_no_other(make_wide):
         with torch.no_grad():
             for rows in (1, 5):
                 torch.testing.assert_close(layer(x[:rows]).double(), exact[:rows], rtol=1e-5, atol=1e-2)
-
-
-class TestTraining:
-    """Of adapters over packed weights."""
-
-    @pytest.mark.parametrize("bits", [4, 8])
-    def test_gradients_are_those_of_the_dequantised_model(self, make_wide, bits):
-        model = make_wide(num_nextn_predict_layers=0)
-        quantized = quantize(copy.deepcopy(model), bits)
-        twin = plain_twin(model, quantized)
-        grads = []
-        for each in (quantized.train(), twin.train()):
-            inputs = twin.get_input_embeddings()(IDS).detach().requires_grad_()
-            each(inputs_embeds=inputs, labels=IDS).loss.backward()
-            grads.append(inputs.grad)
-        torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-7)
-
-    def test_no_dequantised_weight_is_kept(self, make_wide):
-        quantized = quantize(make_wide(num_nextn_predict_layers=0), 4).train()
-        kept = []
-        inputs = torch.randn(1, 8, 64, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            quantized(inputs_embeds=inputs)
-        shapes = {(64, 96), (96, 64), (64, 64), (32, 64), (64, 32), (150, 64)}  # of matrices
-        assert not [t.shape for t in kept if t.is_floating_point() and tuple(t.shape) in shapes]
-
-    def test_lora_of_routed_experts_is_refused(self, make_wide):
-        peft = pytest.importorskip("peft")
-        for targets in ({"target_parameters": ["experts.gate_up_proj"]}, {"target_modules": ["down_proj"]}):
-            with pytest.raises(ValueError, match=r"target_parameters: .*mlp\.experts\.\w+ has quantised weights"):
-                peft.get_peft_model(quantize(make_wide(), 4), peft.LoraConfig(r=4, **targets))
-
-    @pytest.mark.parametrize("asked", [{"use_dora": True}, {"init_lora_weights": "orthogonal"}])
-    def test_adapters_that_compute_with_the_weights_are_refused(self, make_wide, asked):
-        peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(r=4, target_modules=["o_proj"], **asked)
-        with pytest.raises(ValueError, match=rf"`{next(iter(asked))}=.*4 bits: leave it out, or load with"):
-            peft.get_peft_model(quantize(make_wide(), 4), config)
-
-    def test_lora(self, make_wide, tmp_path):
-        peft = pytest.importorskip("peft")
-        quantize(make_wide(), 4).save_pretrained(tmp_path / "base")
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        assert model.hf_quantizer.is_trainable
-        before = values_of(model)
-        config = peft.LoraConfig(
-            r=4, target_modules=["o_proj", "shared_experts.down_proj", "kv_b_proj"], task_type="CAUSAL_LM"
-        )
-        adapted = peft.get_peft_model(model, config).train()
-        layer = adapted.base_model.model.model.layers[0].self_attn.o_proj
-        assert isinstance(layer.base_layer, QuantizedLinear)
-        trained = [p for p in adapted.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-2)
-        losses = []
-        for _ in range(4):
-            loss = adapted(IDS, labels=IDS).loss
-            loss.backward()
-            assert all(p.grad is not None for p in trained)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0]
-        adapted.eval().save_pretrained(tmp_path / "adapter")
-        again = peft.PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
-        )
-        with torch.no_grad():
-            assert torch.equal(again.eval()(IDS).logits, adapted(IDS).logits)
-        with adapted.disable_adapter(), torch.no_grad():
-            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-            torch.testing.assert_close(adapted(IDS).logits, loaded(IDS).logits, rtol=1e-4, atol=1e-5)
-        with pytest.raises(ValueError, match="not merged into weights of 4 bits"):
-            adapted.merge_and_unload()
-        assert all(torch.equal(value, before[name]) for name, value in values_of(loaded).items())

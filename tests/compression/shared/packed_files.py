@@ -6,7 +6,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from transformers_dsv3.kernels.quantized_groups import dequantize
+from transformers_dsv3.models.dsv3.checkpoint_conversion_dsv3 import official_name
 
+
+# Of a small model, multiples of 32
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32}
+WIDE |= {"num_attention_heads": 4, "v_head_dim": 8, "vocab_size": 150}
 # Left in bf16 by Kimi-K2: all but routed experts
 KIMI_IGNORES = [
     "lm_head",
@@ -125,3 +131,35 @@ def awq(weight, group=32):
 
     tensors = {"qweight": pack(whole.T), "qzeros": pack(zero.T), "scales": scale.T.half().contiguous()}
     return tensors, (whole - wide[1]) * wide[0]
+
+
+def values_of(model):
+    """What a model's weights stand for, fp32, by official names."""
+    found = {}
+    for name, module in model.named_modules():
+        for leaf in ("weight", "gate_up_proj", "down_proj", "e_score_correction_bias"):
+            tensor, scale = getattr(module, leaf, None), getattr(module, f"{leaf}_scale", None)
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            tensor = dequantize(tensor, scale, torch.float32) if scale is not None else tensor.float()
+            if leaf in ("gate_up_proj", "down_proj"):
+                parts = ["down_proj"] if leaf == "down_proj" else ["gate_proj", "up_proj"]
+                for e, stacked in enumerate(tensor):
+                    for part, value in zip(parts, stacked.chunk(len(parts))):
+                        found[official_name(f"{name}.{e}.{part}.weight", model.config)] = value
+            else:
+                found[official_name(f"{name}.{leaf}", model.config)] = tensor
+    return found
+
+
+def plain_twin(model, quantized):
+    values = values_of(quantized)
+    with torch.no_grad():
+        for name, tensor in values_of(model).items():  # views of its weights
+            tensor.copy_(values[name])
+    return model
+
+
+def memory_of(model):
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...kernels.pages import in_huge_pages
+from ...kernels.quantized_groups import whole_numbers
+from ...models.dsv3.checkpoint_dsv3 import PACKED_METHOD
 from ...models.dsv3.checkpoint_files_dsv3 import CheckpointError, listing
 from ...models.dsv3.moe_dsv3 import DeepseekV3Experts
+from ..disk_room import disk_room
 from ..quantize import mark_quantized
-from ..quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, empty_groups, whole_numbers
+from ..quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, empty_groups
 from .config import config_of
 from .file import GgufFile, GgufTensor, dequantized, read_gguf
 from .format import BF16, BITS, F16, FLOATS, KEY_PART, join_kv_b, sources_of, unpack_blocks
@@ -37,13 +41,15 @@ _Convert = Callable[[torch.Tensor, int], torch.Tensor]
 class Unread:
     """A parameter that is read when Transformers' loader takes it, straight into its place.
 
-    `parts` are joined along their rows, each matrix of a stack by itself; `convert` makes rows of their bytes.
+    `parts` are joined along their rows, each matrix of a stack by itself; `convert` makes rows of their bytes. `room`
+    makes the memory for it.
     """
 
     parts: tuple[GgufTensor, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
     convert: _Convert
+    room: Callable[[Sequence[int], torch.dtype], torch.Tensor] | None = None
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -59,7 +65,10 @@ class Unread:
 
     def read(self) -> torch.Tensor:
         """All of it, of `shape` and `dtype`."""
-        out = in_huge_pages(torch.empty(self.shape, dtype=self.dtype))
+        if self.room is None:
+            out = in_huge_pages(torch.empty(self.shape, dtype=self.dtype))
+        else:
+            out = self.room(self.shape, self.dtype)
         matrices = out.view(self.shape[0] if len(self.shape) == 3 else 1, -1, self.shape[-1])
         for i, matrix in enumerate(matrices):
             start = 0
@@ -107,11 +116,19 @@ class GgufWeights(dict):
     Args:
         file: its headers.
         keeps_blocks: whether Q8_0 and Q4_0 stay as they are.
+        map_from_disk, activations: as `PackedWeightsConfig` has them.
     """
 
-    def __init__(self, file: GgufFile, keeps_blocks: bool = True):
+    def __init__(
+        self,
+        file: GgufFile,
+        keeps_blocks: bool = True,
+        map_from_disk: bool | str | None = None,
+        activations: str | None = None,
+    ):
         super().__init__()
         self.file, self.keeps_blocks = file, keeps_blocks
+        self.map_from_disk, self.activations = map_from_disk, activations
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,9 +180,14 @@ class GgufWeights(dict):
                 kind = UnreadKeyValue if tensors[0].name.endswith(KEY_PART) else Unread
                 dtype = expected[name].dtype
                 unread[name] = kind(tensors, shape, dtype, _to_float(dtype))
+        experts = [n for n in unread if n.removesuffix("_scale") in bits and ".experts." in n]
+        n_bytes = {n: math.prod(u.shape) * u.dtype.itemsize for n, u in unread.items()}
+        room = disk_room(sum(n_bytes.values()), sum(n_bytes[n] for n in experts), self.map_from_disk)
+        if room is not None:
+            unread |= {n: replace(unread[n], room=room.empty) for n in experts}
         self._share_with_head(model, tied, unread)
         if bits:
-            mark_quantized(model)
+            mark_quantized(model, self.activations)
         return unread
 
     def _check(self, expected: Mapping[str, torch.Tensor], sources: Mapping[str, list[str]], tied: Any) -> None:
@@ -194,8 +216,7 @@ class GgufWeights(dict):
             if kind not in FLOATS and kind not in BITS:
                 _refuse_unless_dequantised(tensors[names[0]])
 
-    @staticmethod
-    def _quantise_modules(model: Any, parts: Mapping[str, tuple[GgufTensor, ...]]) -> dict[str, int]:
+    def _quantise_modules(self, model: Any, parts: Mapping[str, tuple[GgufTensor, ...]]) -> dict[str, int]:
         """Replaces modules whose weights stay quantised; bits by the names of these weights."""
         found: dict[str, int] = {}
 
@@ -209,12 +230,12 @@ class GgufWeights(dict):
                 names = [f"{name}.gate_up_proj", f"{name}.down_proj"]
                 if (bits := bits_of(*names)) is None:
                     continue
-                made = QuantizedExperts(module, bits)
+                made = QuantizedExperts(module, bits, self.activations)
             elif isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith("kv_b_proj"):
                 names = [f"{name}.weight"]
                 if (bits := bits_of(*names)) is None:
                     continue
-                made = _empty_layer(module, bits)
+                made = _empty_layer(module, bits, self.activations)
             else:
                 continue
             model.set_submodule(name, made.train(module.training))
@@ -229,16 +250,18 @@ class GgufWeights(dict):
                 continue
             path = name.rpartition(".")[0]
             head = model.get_submodule(path)
-            made = QuantizedLinear(embedding.weight, embedding.weight_scale, head.bias)
+            made = QuantizedLinear(embedding.weight, embedding.weight_scale, head.bias, self.activations)
             model.set_submodule(path, made.train(head.training))
             unread[f"{name}_scale"] = unread[f"{source}_scale"]
 
 
-def _empty_layer(module: nn.Linear | nn.Embedding, bits: int) -> QuantizedLinear | QuantizedEmbedding:
+def _empty_layer(
+    module: nn.Linear | nn.Embedding, bits: int, activations: str | None
+) -> QuantizedLinear | QuantizedEmbedding:
     values, scale = empty_groups(module.weight.shape, bits)
     if isinstance(module, nn.Embedding):
         return QuantizedEmbedding(values, scale, module)
-    return QuantizedLinear(values, scale, module.bias)
+    return QuantizedLinear(values, scale, module.bias, activations)
 
 
 def _by_type(tensors: Mapping[str, GgufTensor]) -> dict[int, list[str]]:
@@ -263,14 +286,16 @@ def open_gguf(path: str, sibling: Callable[[str], str] | None, config: Any) -> G
     Args:
         path: of the file, or of the first.
         sibling: function from the name of another file of the same model to its path.
-        config: None, or `GgufConfig`, whose `dequantize=True` makes plain weights of all.
+        config: None, `GgufConfig`, whose `dequantize=True` makes plain weights of all, or `PackedWeightsConfig`.
 
     Raises:
         CheckpointError, ValueError: see `read_gguf`; and for another `quantization_config`.
     """
-    if config is not None and getattr(config, "quant_method", None) != "gguf":
+    if config is not None and getattr(config, "quant_method", None) not in ("gguf", PACKED_METHOD):
         raise ValueError(
-            "`quantization_config` with `gguf_file` is transformers.GgufConfig, or is left out: the file says how it "
-            "is quantised."
+            "`quantization_config` with `gguf_file` is transformers.GgufConfig, PackedWeightsConfig, or is left out: "
+            "the file says how it is quantised."
         )
-    return GgufWeights(read_gguf(path, sibling), keeps_blocks=not getattr(config, "dequantize", False))
+    keeps_blocks = not getattr(config, "dequantize", False)
+    asked = [getattr(config, name, None) for name in ("map_from_disk", "activations")]
+    return GgufWeights(read_gguf(path, sibling), keeps_blocks, *asked)

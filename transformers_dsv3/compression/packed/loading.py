@@ -22,6 +22,7 @@ from ...models.dsv3.checkpoint_conversion_dsv3 import READERS, mtp_renamings, of
 from ...models.dsv3.checkpoint_dsv3 import expected_tensors
 from ...models.dsv3.checkpoint_files_dsv3 import CheckpointError, DerivedTensor, StoredTensor, listing
 from ...models.dsv3.moe_dsv3 import DeepseekV3Experts
+from ..disk_room import disk_room
 from ..quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, empty_groups, held_in
 from .stored_weights import StoredWeight
 
@@ -73,6 +74,7 @@ def prepare(
     others: Mapping[str, StoredTensor],
     activations: str | None = None,
     keep_packed: bool = True,
+    map_from_disk: bool | str | None = None,
 ) -> PackedLoading:
     """Replaces the layers of a model that stay packed, and says what is read into where.
 
@@ -81,9 +83,11 @@ def prepare(
         weights, others: of the checkpoint, as `stored_weights` finds them.
         activations: of packed layers, see `quantize`.
         keep_packed: False dequantises all.
+        map_from_disk: as `PackedWeightsConfig` has it.
 
     Raises:
-        CheckpointError: tensors of one weight do not go together; names files and tensors.
+        CheckpointError: tensors of one weight do not go together; names files and tensors. Or the disk that experts
+            are to be mapped from has too little room.
     """
     expected = expected_tensors(model)
     align = _aligned(model, [*weights, *others])
@@ -120,9 +124,18 @@ def prepare(
         tensors[place.name + suffix] = _derived(
             as_one, "F16", (shape[0], shape[1] // GROUP), partial(weight.grouped_scale, shape)
         )
+    packed = [t for name, t in tensors.items() if isinstance(t, DerivedTensor) and _is_packed_expert(name, t)]
+    sizes = (sum(t.nbytes for t in tensors.values()), sum(t.nbytes for t in packed))
+    if (room := disk_room(*sizes, map_from_disk)) is not None:
+        for tensor in packed:
+            tensor.room = room.empty
     for name, tensor in tensors.items():
         tensor.deferred = ".experts." in name
     return PackedLoading(expected, headers, tensors)
+
+
+def _is_packed_expert(name: str, tensor: StoredTensor) -> bool:
+    return ".experts." in name and tensor.dtype_name in ("I8", "U8", "F16")
 
 
 def _aligned(model: Any, names: list[str]) -> Callable[[str], str]:

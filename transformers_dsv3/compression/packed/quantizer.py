@@ -7,6 +7,7 @@ them exactly, and are dequantised to the asked dtype elsewhere.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,9 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         activations: None, "8" or "16", as `quantize` takes it. Where it is None and the checkpoint's own config rounds
             activations to 8 bits, "8".
         dequantize: whether to load all weights in the asked dtype, as a model that is not quantised.
+        map_from_disk: whether routed experts are mapped from files in place of memory: as long as the model lives they
+            take as much room in `TMPDIR` or `/var/tmp`, or in the folder that is given here, and decoding reads from
+            there what memory does not keep. None, the default: where memory is too short for the model.
         checkpoint: the checkpoint's own `quantization_config`, and `key_mapping`, set by `from_pretrained`.
         kwargs: `quant_method`, which Transformers gives to every such config.
 
@@ -48,6 +52,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
         self,
         activations: str | None = None,
         dequantize: bool = False,
+        map_from_disk: bool | str | None = None,
         checkpoint: Mapping[str, Any] | None = None,
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
@@ -56,6 +61,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
             raise ValueError(f"activations is '8', '16' or None, not {activations!r}.")
         self.quant_method = PACKED_METHOD
         self.activations, self.dequantize = activations, dequantize
+        self.map_from_disk = os.fspath(map_from_disk) if isinstance(map_from_disk, os.PathLike) else map_from_disk
         self.checkpoint, self.key_mapping = dict(checkpoint or {}), dict(key_mapping or {})
 
     @classmethod
@@ -86,6 +92,7 @@ class PackedWeightsConfig(QuantizationConfigMixin):
             "quant_method": PACKED_METHOD,
             "activations": activations,
             "dequantize": dequantize,
+            "map_from_disk": getattr(requested, "map_from_disk", None),
             "checkpoint": dict(fields),
             "key_mapping": dict(key_mapping or {}),
         }
@@ -116,7 +123,7 @@ class PackedWeightsQuantizer(HfQuantizer):
             raise CheckpointError(
                 "\n  ".join(["The checkpoint's quantised weights cannot be read; nothing was loaded.", *problems[:20]])
             )
-        self.loading = prepare(model, weights, others, config.activations, keep_packed=not config.dequantize)
+        self.loading = prepare(model, weights, others, config.activations, not config.dequantize, config.map_from_disk)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Scales of packed experts are stacked as their values are."""

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...kernels.quantized_groups import dequantize, whole_numbers
 from ...models.dsv3.checkpoint_conversion_dsv3 import official_name
 from ...models.dsv3.moe_dsv3 import DeepseekV3Experts
-from ..quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, dequantize, whole_numbers
+from ..quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from .format import byte_tensors, packed_config, packed_tensors
 from .loading import PARTS
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.experts_lora import LowRank
+from ...kernels.experts_lora import LowRank, frozen_refusal
 from ...kernels.selection import bypass_refusal, call_refusal, is_plain
 
 
-def _factors(wrapper: Any, adapters: list[str]) -> LowRank:
+def factors_of(wrapper: Any, adapters: list[str]) -> LowRank:
     """The sum of some adapters of a wrapper as one, of the sum of their ranks."""
     downs, ups = [], []
     for adapter in adapters:
@@ -53,8 +53,8 @@ def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] |
 
     Returns:
         The experts and, by the weight's name, the adapters' factors. None where the wrappers have to be called as they
-        are: without an active adapter, merged, around trained or quantised weights, of another kind, or hooked (PEFT's
-        batches of mixed adapters; accelerate's offloading, which also replaces `forward`).
+        are: without an active adapter, merged, around trained weights or another library's quantised ones, of another
+        kind, or hooked (PEFT's batches of mixed adapters; accelerate's offloading, which also replaces `forward`).
     """
     found: dict[str, LowRank] = {}
     while type(module).__name__ == "ParamWrapper":
@@ -63,16 +63,16 @@ def adapted_experts(module: nn.Module) -> tuple[nn.Module, dict[str, LowRank]] |
         if wrapper.disable_adapters or wrapper.merged or bypass_refusal("experts", wrapper) is not None:
             return None
         if adapters:
-            found[wrapper.parameter_name] = _factors(wrapper, adapters)
+            found[wrapper.parameter_name] = factors_of(wrapper, adapters)
         module = wrapper.base_layer
-    weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     if found and _folding_refusal() is not None:
         return None
     if not found or not found.keys() <= {"gate_up_proj", "down_proj"} or not is_plain(type(module), "experts"):
         return None
     if bypass_refusal("experts", module) is not None or call_refusal() is not None:
         return None
-    for weight in weights:
-        if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.is_meta or weight.dtype.itemsize < 2:
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(module, name, None)
+        if not isinstance(weight, nn.Parameter) or weight.is_meta or frozen_refusal(module) is not None:
             return None
     return module, found

@@ -82,13 +82,13 @@ class MergeExperts(MergeModulelist):
         }
         first = columns[0][0]
         rows = sum(column[0].shape[0] for column in columns)
-        fused = in_huge_pages(
-            torch.empty(
-                (len(columns[0]), rows, *first.shape[1:]),
-                dtype=model.get_parameter_or_buffer(full_layer_name).dtype,
-                device=first.device or "cpu",
-            )
-        )
+        shape = (len(columns[0]), rows, *first.shape[1:])
+        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+        room = getattr(first, "room", None)
+        if room is None:
+            fused = in_huge_pages(torch.empty(shape, dtype=dtype, device=first.device or "cpu"))
+        else:
+            fused = room(shape, dtype)
         parts_of_fused = []
         for e, row_of_experts in enumerate(zip(*columns, strict=True)):
             start = 0

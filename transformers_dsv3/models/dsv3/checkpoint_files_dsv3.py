@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any
@@ -125,10 +125,12 @@ class StoredTensor:
 class DerivedTensor(StoredTensor):
     """A tensor that is computed from stored ones when it is read, such as a weight that the file holds packed.
 
-    `dtype_name` and `shape` are those of the result; `path` and `name` say where it comes from.
+    `dtype_name` and `shape` are those of the result; `path` and `name` say where it comes from. `room` makes the
+    memory, of a shape and dtype, of a stack that it is to be part of; None where any will do.
     """
 
     compute: Callable[[], torch.Tensor] | None = None
+    room: Callable[[Sequence[int], torch.dtype], torch.Tensor] | None = None
 
     def read_into(self, out: torch.Tensor) -> None:
         """Compute into `out`, of the shape of the result."""

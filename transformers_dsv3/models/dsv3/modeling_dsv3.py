@@ -42,6 +42,7 @@ from .objectives_dsv3 import (
     warn_of_unbalanced_training,
 )
 from .outputs_dsv3 import Dsv3CausalLMOutputWithPast, Dsv3LazyCausalLMOutputWithPast, LazyLogits
+from .quantized_dsv3 import Dsv3QuantizedMixin
 from .training_pass_dsv3 import RouterPass, TrainingPass, mark, running
 
 
@@ -67,7 +68,9 @@ def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
     return hidden_states[:, kept, :]
 
 
-class DeepseekV3PreTrainedModel(Dsv3CheckpointMixin, Dsv3DistributedMixin, native.DeepseekV3PreTrainedModel):
+class DeepseekV3PreTrainedModel(
+    Dsv3CheckpointMixin, Dsv3DistributedMixin, Dsv3QuantizedMixin, native.DeepseekV3PreTrainedModel
+):
     """Weights, loading and saving that all DeepSeek-V3 models share.
 
     Args:
