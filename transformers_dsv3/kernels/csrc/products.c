@@ -16,9 +16,15 @@ void product(row_kind kind, const void *const *a, int64_t M, const void *w, ptrd
              float *c, ptrdiff_t ldc, const void *next)
 {
     size_t size = kind == ROWS_F32 ? 4 : 2;
-    for (int64_t k = 0; k < K || k == 0; k += K_BLOCK) {
-        const void *ahead = k + K_BLOCK < K ? at(w, k + K_BLOCK, size) : next;
-        product_at(kind, a, M, k, at(w, k, size), ldw, N, min_i64(K_BLOCK, K - k), c, ldc, ahead);
+    int64_t longest = kind == ROWS_F32 ? K_BLOCK / 2 : K_BLOCK;
+    /* A single row of a meets one row of w after the other, whole: in that order memory is read best */
+    int64_t rows = M == 1 && K > longest ? 1 : N;
+    for (int64_t j = 0; j < N; j += rows) {
+        const void *following = j + rows < N ? at(w, (j + rows) * ldw, size) : next;
+        for (int64_t k = 0; k < K || k == 0; k += longest) {
+            const void *ahead = k + longest < K ? at(w, j * ldw + k + longest, size) : following;
+            product_at(kind, a, M, k, at(w, j * ldw + k, size), ldw, rows, min_i64(longest, K - k), c + j, ldc, ahead);
+        }
     }
 }
 
