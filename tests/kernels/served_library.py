@@ -151,7 +151,8 @@ class ServedLibrary:
                     layers = field == "layer" and (step._Layer * structure.layers).from_address(value)
                     include(value, layers or None)
 
-        structures = [step._Model, step._Cache] if name == "dsv3_step" else []
+        cached_batch = [step.Cache, step.Batch]
+        structures = {"dsv3_step": [step._Model, *cached_batch], "dsv3_attention_cached": cached_batch}.get(name, [])
         for value, kind in zip(arguments, kinds):
             if kind is ctypes.c_float:
                 reals.append(value)

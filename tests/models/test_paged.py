@@ -7,6 +7,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
+from transformers_dsv3 import quantize
+from transformers_dsv3.kernels.cpu import library
+from transformers_dsv3.kernels.cpu.step import Program
+from transformers_dsv3.models.dsv3 import decoding_dsv3
 from transformers_dsv3.models.dsv3.paged_dsv3 import PagedLatents, RaggedBatch, forward_pages
 
 
@@ -95,10 +99,10 @@ PLANS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     plans=PLANS,
-    page_size=st.sampled_from([1, 3, 8, 64]),
+    page_size=st.sampled_from([1, 3, 16, 64]),
     q_lora=st.sampled_from([None, 12]),
     groups=st.sampled_from([(8, 2, 1, 3), (6, 1, 1, 2), (4, 2, 2, 4)]),
     dense=st.integers(0, 2),
@@ -119,6 +123,115 @@ def test_each_sequence_is_as_by_itself(
     worst = beside_caches(model, plans, page_size)
     assert worst < 1e-5
     measured["pages beside caches, fp32"] = max(measured.get("pages beside caches, fp32", 0.0), worst)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A list that grows by one at each pass that the program runs."""
+    found, run = [], Program.run
+    monkeypatch.setattr(Program, "run", lambda self, *given, **named: found.append(1) or run(self, *given, **named))
+    return found
+
+
+COMPILED = pytest.mark.skipif(library.unavailable is not None, reason="no compiled CPU library")
+BITS = {
+    "hidden_size": 128, "kv_lora_rank": 64, "q_lora_rank": 32, "v_head_dim": 16, "vocab_size": 500,
+    "moe_intermediate_size": 32, "intermediate_size": 64,
+}  # fmt: skip
+
+
+@COMPILED
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("isa", library.INSTRUCTION_SETS)
+def test_in_fp32_neighbours_and_pieces_change_no_bit(make_model, steps, isa, bits, request):
+    """A text by itself, token by token, is the same text amid 31 others that come in pieces of any length."""
+    request.addfinalizer(library.instruction_set)
+    try:
+        library.instruction_set(isa)
+    except ValueError:
+        pytest.skip("not on this processor")
+    model = make_model(**BITS)
+    if bits is not None:
+        quantize(model, bits=bits)
+    lengths = [23 + 7 * (i % 9) for i in range(32)]
+    sequences = texts(model, lengths)
+    alone = Pool(model, sequences[:1], 16)
+    torch.set_num_threads(2)  # which share out the keys of a sequence by itself
+    try:
+        first = [alone.step([1]) for _ in range(lengths[0])]
+    finally:
+        torch.set_num_threads(1)
+    hidden = torch.cat([output.hidden_states for output, _ in first])
+    logits = torch.cat([output.logits for output, _ in first])
+    pool, got, number = Pool(model, sequences, 16, seed=1), [], 0
+    while (
+        min(left := [length - done for length, done in zip(lengths, pool.filled)]) > 0 or pool.filled[0] < lengths[0]
+    ):
+        counts = [min(left[i], 1 + (5 * i + 3 * number) % 12) if left[i] else 0 for i in range(32)]
+        output, chosen = pool.step(counts)
+        got.append((output.logits[: counts[0]], output.hidden_states[: counts[0]]) if counts[0] else None)
+        number += 1
+    parts = [part for part in got if part is not None]
+    assert torch.equal(torch.cat([part for part, _ in parts]), logits)
+    assert torch.equal(torch.cat([part for _, part in parts]), hidden)
+    assert len(steps) == lengths[0] + number  # all of them were the program's
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoding_row_does_not_know_its_neighbours(make_model, steps, dtype):
+    """Also in bf16, as long as the program runs: alone, and amid others of other lengths."""
+    model = make_model(**BITS).to(dtype)
+    sequences = texts(model, [9 + 11 * (i % 17) for i in range(120)])
+    results = []
+    for count in (1, 2, 33, 120):
+        pool = Pool(model, sequences[:count], 64)
+        pool.step([len(sequence) - 1 if i == 0 else 0 for i, sequence in enumerate(sequences[:count])])
+        for i in range(1, count):
+            pool.step([len(sequences[i]) - 1 if j == i else 0 for j in range(count)])
+        output, _ = pool.step([1] * count)
+        results.append(output.logits[0])
+    assert all(torch.equal(result, results[0]) for result in results)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(sequences[0][None, :-1], past_key_values=cache)
+        expected = model(sequences[0][None, -1:], past_key_values=cache).logits[0, -1]
+    assert (expected - results[0]).abs().max() < (1e-5 if dtype is torch.float32 else 0.1)
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_are_read_as_rows_of_a_cache_are(make_model, dtype, steps):
+    """To the last bit: blocks of keys do not depend on where they lie."""
+    model = make_model(**BITS).to(dtype)
+    (tokens,) = texts(model, [301])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens[None, :300], past_key_values=cache)
+        pool = Pool(model, [tokens], 64)
+        table = pool.tables[0, : -(-300 // 64)].long()
+        for held, name in ((pool.pages.latent, "keys"), (pool.pages.k_rope, "values")):
+            for layer in range(model.config.num_hidden_layers):
+                rows = torch.full((len(table) * 64, held.shape[-1]), torch.nan, dtype=dtype)
+                rows[:300] = getattr(cache.layers[layer], name)[0, 0]
+                held[layer, table] = rows.view(len(table), 64, -1)
+        pool.filled[0] = 300
+        output, _ = pool.step([1])
+        expected = model(tokens[None, 300:], past_key_values=cache).logits[0, -1]
+    assert len(steps) == 2
+    assert (output.logits[0] - expected).abs().max() < 1e-5  # the head alone is PyTorch's there
+    assert torch.equal(
+        pool.pages.latent[:, table[-1], 300 % 64], torch.stack([layer.keys[0, 0, -1] for layer in cache.layers])
+    )
+
+
+@COMPILED
+def test_bf16_prompts_by_the_layers(make_model, steps, monkeypatch):
+    """Pieces that are longer than the program takes, some expanded and some not, beside decoding rows."""
+    monkeypatch.setattr(decoding_dsv3, "MOST_PAGED_TOKENS", {torch.bfloat16: 50})
+    model = make_model(**BITS).to(torch.bfloat16)
+    worst = beside_caches(model, [(0, [180, 1, 1]), (0, [40, 5, 1]), (0, [1, 1, 1])], 64)
+    assert 0 < len(steps) and worst < 0.25
 
 
 def test_float64(make_model):

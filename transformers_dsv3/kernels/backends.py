@@ -29,6 +29,7 @@ from . import (
     whole_step,
 )
 from .cpu import attention as cpu_attention
+from .cpu import cached as cpu_cached
 from .cpu import dequantize as cpu_dequantize
 from .cpu import linear as cpu_linear
 from .cpu import mixture as cpu_mixture
@@ -265,6 +266,22 @@ ABSORBED = Operation(
             call_refusal=_of_cache(mla_triton.absorbed_refusal),
         ),
         Backend("torch", "matrix products on the cached latents", _absorbed),
+    ),
+    ("kv_b_proj",),
+    switch="attention",
+)
+PAGED = Operation(
+    "attention over pages",
+    (
+        Backend(
+            "cpu",
+            "compiled: reads each latent where its page lies, once for all heads",
+            lambda module: _absorbed(module) or _compiled("attention", module),
+            cpu_cached.attention,
+            cpu_attention.weight_refusal,
+            cpu_cached.pages_refusal,
+        ),
+        Backend("torch", "each sequence by itself, over a copy of its pages"),
     ),
     ("kv_b_proj",),
     switch="attention",

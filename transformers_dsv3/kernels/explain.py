@@ -21,6 +21,7 @@ from .backends import (
     MIXTURE,
     MLP,
     NORM,
+    PAGED,
     PAGES,
     PROJECTIONS,
     ROUTER,
@@ -156,6 +157,12 @@ PAGE = (
         lambda p: "decoding with a cache, where fewer multiplications than expanding",
         _attention,
         _absorbed_in_use,
+    ),
+    _Section(
+        PAGED,
+        lambda p: "many sequences at once, their latents in a pool",
+        _attention,
+        _in_use(PAGED, "torch", _attention),
     ),
     _Section(
         PROJECTIONS,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import library
+from .cached import Batch, Cache, NewTokens
 from .operators import TYPES, out_of_memory, require_storage
 
 
@@ -37,22 +38,22 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *((name, _pointer) for name in ("layer", "norm", "cos", "sin")),
-        *((name, _integer) for name in ("layers", "type", "D", "H", "N", "P", "R", "V", "interleave", "activations")),
+        ("head", _Matrix),
+        *((name, _pointer) for name in ("layer", "embedding", "norm", "cos", "sin")),
+        *((name, _integer) for name in ("layers", "type", "D", "H", "N", "P", "R", "V", "words", "interleave")),
+        *((name, _integer) for name in ("activations", "head_activations")),
         ("eps", _real),
     ]
 
 
-class _Cache(ctypes.Structure):
-    _fields_ = [
-        *((name, _pointer) for name in ("latent", "k_rope")),
-        *((name, _integer * 3) for name in ("latent_of", "k_rope_of")),
-        ("length", _integer),
-    ]
-
-
 # As `csrc/dsv3.h` declares them, which a test compares
-STRUCTURES = {"dsv3_matrix": _Matrix, "dsv3_layer": _Layer, "dsv3_model": _Model, "dsv3_cache": _Cache}
+STRUCTURES = {
+    "dsv3_matrix": _Matrix,
+    "dsv3_layer": _Layer,
+    "dsv3_model": _Model,
+    "dsv3_cache": Cache,
+    "dsv3_batch": Batch,
+}
 
 
 def _matrix(layer: Any, name: str = "weight") -> _Matrix:
@@ -111,7 +112,8 @@ class Program:
         interleave: whether rotary pairs are neighbours.
 
     Attributes:
-        layers: how many. positions: how many there are angles of.
+        layers: how many. positions: how many there are angles of. dtype: as given.
+        dense_weights, weights_dtype: of the last layer, those that every token meets.
 
     Raises:
         ValueError: a weight whose storage was freed.
@@ -139,9 +141,30 @@ class Program:
             ),
         )
         self._model_address = ctypes.addressof(self._model)
-        self.layers, self.positions = len(layers), 0
+        self.layers, self.positions, self.dtype = len(layers), 0, dtype
+        matrices = [module.weight for module in layers[-1].modules() if isinstance(module, nn.Linear)]
+        self.weights_dtype: torch.dtype = matrices[-1].dtype if matrices else dtype
+        self.dense_weights = max(1, sum(matrix.numel() for matrix in matrices))
         self._angles: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._lock = threading.Lock()
+
+    def set_ends(self, embedding: torch.Tensor | None, head: Any) -> None:
+        """Takes what is before and behind the layers.
+
+        Args:
+            embedding: `(words, D)` in the activations' dtype, contiguous; None where embeddings are always given.
+            head: the linear layer, with a contiguous weight, that gives logits; None where none are asked for.
+
+        Raises:
+            ValueError: a weight whose storage was freed.
+        """
+        require_storage(embedding=embedding)
+        if embedding is not None:
+            self._model.embedding = embedding.data_ptr()
+        if head is not None:
+            require_storage(**{f"the head's {name}": weight for name, weight in head.named_parameters()})
+            self._model.head, self._model.words = _matrix(head), head.weight.shape[0]
+            self._model.head_activations = self.dtype in getattr(head, "rounded_dtypes", ())
 
     def set_angles(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Takes the rotary angles of all positions from now on, `(positions, P)` each, contiguous; never fewer."""
@@ -154,49 +177,37 @@ class Program:
 
     def run(
         self,
-        x: torch.Tensor,
-        positions: torch.Tensor | None,
-        mask: torch.Tensor | None,
+        x: torch.Tensor | None,
+        batch: NewTokens,
         latent: torch.Tensor,
         k_rope: torch.Tensor,
-        length: int,
-    ) -> torch.Tensor:
+        with_logits: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One step.
 
         Args:
-            x: embeddings `(B, Q, D)`, contiguous.
-            positions: int64 `(B, Q)`, contiguous, within the angles; None for those behind `length`.
-            mask: bool `(B, S)`, False for what no query may attend, its last dimension contiguous; None for nothing.
-            latent: `(layers, B, 1, room, R)`, k_rope: `(layers, B, 1, room, P)`, which is written behind `length`.
+            x: embeddings `(..., D)` of the batch's tokens, contiguous; None for those of its ids, which are in range.
+            batch: positions within the angles.
+            latent: `(layers, pages or rows, ..., page size or room, R)`, k_rope: likewise, with P.
+            with_logits: whether the head runs too.
 
         Returns:
-            `(B, Q, D)`, after the last norm.
+            `(..., D)` or `(T, D)`, after the last norm, and logits `(W, words)` or None, in the activations' dtype.
 
         Raises:
             ValueError: a cache whose storage was freed.
         """
-        B, Q, _ = x.shape
-        require_storage(latent=latent, k_rope=k_rope)
-        hidden = torch.empty_like(x)
-        of_latent, of_k_rope = latent.stride(), k_rope.stride()
-        cache = _Cache(
-            latent.data_ptr(),
-            k_rope.data_ptr(),
-            (of_latent[0], of_latent[1], of_latent[3]),
-            (of_k_rope[0], of_k_rope[1], of_k_rope[3]),
-            length,
-        )
+        hidden = latent.new_empty(batch.count, self._model.D) if x is None else torch.empty_like(x)
+        logits = hidden.new_empty(batch.wanted_count, self._model.words) if with_logits else None
+        cache = Cache.of(latent, k_rope)
         if library.loaded.dsv3_step(
             self._model_address,
             ctypes.addressof(cache),
-            x.data_ptr(),
-            None if positions is None else positions.data_ptr(),
-            None if mask is None else mask.data_ptr(),
-            0 if mask is None else mask.stride(0),
-            B,
-            Q,
+            ctypes.addressof(batch.structure),
+            None if x is None else x.data_ptr(),
             hidden.data_ptr(),
+            None if logits is None else logits.data_ptr(),
             torch.get_num_threads(),
         ):
             out_of_memory()
-        return hidden
+        return hidden, logits

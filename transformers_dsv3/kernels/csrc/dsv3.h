@@ -25,19 +25,35 @@ typedef struct {
     float input_eps, q_eps, kv_eps, post_eps, softmax_scale, router_factor;
 } dsv3_layer;
 
-/* A model's layers, of `type` but for the matrices */
+/* A model's layers, of `type` but for the matrices, and what is before and behind them: embedding (words, D) and head,
+ * either of which may be NULL */
 typedef struct {
+    dsv3_matrix head;
     const dsv3_layer *layer;
-    const void *norm, *cos, *sin; /* angles (positions, P) */
-    int64_t layers, type, D, H, N, P, R, V, interleave, activations;
+    const void *embedding, *norm, *cos, *sin; /* angles (positions, P) */
+    int64_t layers, type, D, H, N, P, R, V, words, interleave, activations, head_activations;
     float eps;
 } dsv3_model;
 
-/* The latents and rotary keys of all layers, with strides, in elements, of layer, row and position */
+/* The latents and rotary keys of all layers, with strides, in elements, of layer, page and place in a page. In a
+ * contiguous cache a page is a row. */
 typedef struct {
     void *latent, *k_rope;
-    int64_t latent_of[3], k_rope_of[3], length;
+    int64_t latent_of[3], k_rope_of[3], page_size;
 } dsv3_cache;
+
+/* New tokens of B sequences: those of sequence b from first[b] to first[b + 1], behind the start[b] that are cached.
+ * table: int32 (B, table_of), the pages that each has; NULL: sequence b has page b. position: where the angles of each
+ * token are found, NULL for its place in its sequence. mask: bytes (B, cached and new), `mask_of` from row to row, 0 for
+ * tokens that none may attend, or NULL. token: the T ids, or NULL. wanted: W tokens whose logits are computed; NULL: all. */
+typedef struct {
+    const int64_t *start, *first;
+    const int32_t *table;
+    const int64_t *position;
+    const void *mask;
+    const int64_t *token, *wanted;
+    int64_t B, W, table_of, mask_of;
+} dsv3_batch;
 
 /* The operations; what their arguments are stands with each definition */
 int dsv3_linear(const void *x, int x_type, ptrdiff_t ldx, const void *w, int w_type, ptrdiff_t ldw,
@@ -57,6 +73,10 @@ int dsv3_attention_absorbed(const void *q_nope, const ptrdiff_t *q_nope_of, cons
                             int mask_is_bytes, const ptrdiff_t *mask_of, int64_t first_query, float scale, void *out,
                             int64_t B, int64_t H, int64_t Q, int64_t S, int64_t N, int64_t P, int64_t R, int64_t V,
                             int threads);
+int dsv3_attention_cached(const dsv3_cache *cache, const dsv3_batch *batch, int64_t layer, const void *q_nope,
+                          const ptrdiff_t *q_nope_of, const void *q_rope, const ptrdiff_t *q_rope_of,
+                          const void *latent, const void *k_rope, const void *w, int type, float scale, void *out,
+                          int64_t H, int64_t N, int64_t P, int64_t R, int64_t V, int threads);
 int dsv3_attention_expanded(const void *q_nope, const ptrdiff_t *q_nope_of, const void *q_rope,
                             const ptrdiff_t *q_rope_of, const void *kv, const ptrdiff_t *kv_of, const void *k_rope,
                             const ptrdiff_t *k_rope_of, int type, const void *mask, int mask_is_bytes,
@@ -76,8 +96,8 @@ int dsv3_project(const void *x, int type, int64_t D, int w_type, const void *q_a
                  const void *kv_norm, float kv_eps, const void *cos, const void *sin, const ptrdiff_t *angle_of,
                  int interleave, int64_t B, int64_t Q, int64_t H, int64_t N, int64_t P, int64_t R, void *q,
                  void *latent, void *k_rope, int int8_activations, int threads);
-int dsv3_step(const dsv3_model *model, const dsv3_cache *cache, const void *x, const int64_t *position,
-              const void *mask, int64_t mask_of_row, int64_t B, int64_t Q, void *hidden, int threads);
+int dsv3_step(const dsv3_model *model, const dsv3_cache *cache, const dsv3_batch *batch, const void *x, void *hidden,
+              void *logits, int threads);
 int64_t dsv3_size_of(const char *name);
 
 #endif

@@ -8,7 +8,7 @@ other dtypes), the layers run one by one.
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
 from ...kernels import selection
 from ...kernels.backends import ABSORBED, MIXTURE, MLP, NORM, PROJECTIONS, ROUTER, STEP
+from ...kernels.cpu.cached import NewTokens, pool_refusal
+from ...kernels.cpu.linear import MOST_ROWS
 from ...kernels.cpu.step import Program
 from ...kernels.dispatch import Operation, launch, refusal_of_call, standing_refusal
 from ...kernels.experts_auto import GROUPED_MM
@@ -32,6 +34,10 @@ from .moe_dsv3 import DeepseekV3MoE, DeepseekV3TopkRouter
 
 # More tokens at once are better served layer by layer
 MOST_QUERIES, MOST_TOKENS = 8, 64
+# Over pages: in fp32 all of them, so that what a token gives does not depend on how many come with it
+MOST_PAGED_TOKENS = {torch.float32: 2**31, torch.bfloat16: 256}
+# Where matrix units multiply a dtype faster (`MOST_ROWS`), products of tokens and dense weights of a layer that pay
+MOST_PRODUCTS = 4 * 10**8
 # Angles are kept for at least so many positions
 FEWEST_ANGLES = 512
 
@@ -61,11 +67,15 @@ class _Grounds:
     """What a program rests on, to be compared with what is there at the next step.
 
     Most of it is compared in C: lists of dictionaries with copies of them, where the very same object is equal.
+
+    Args:
+        roots: the modules that it was made from, and those in them.
+        config: what they were made by. changed: tensors whose values it depends on, beside where they lie.
     """
 
-    def __init__(self, model: Any):
-        self.roots = (model.layers, model.norm, model.rotary_emb)
-        modules = [module for root in self.roots for module in root.modules()]
+    def __init__(self, roots: tuple[Any, ...], config: Any, changed: tuple[torch.Tensor, ...] = ()):
+        self.roots, self.changed = roots, changed
+        modules = [module for root in roots for module in root.modules()]
         states = [module.__dict__ for module in modules]
         self.epoch = selection.epoch
         plain = (selection.PLAIN_CLASSES.get(kind, ("", ()))[1] for kind in set(map(type, modules)))
@@ -77,7 +87,7 @@ class _Grounds:
         held = (state[name] for state in states for name in ("_modules", "_parameters", "_buffers"))
         self.held = [each for each in held if each]
         self.settings = [state for module, state in zip(modules, states) if type(module) not in _WITHOUT_SETTINGS]
-        self.settings.append(model.config.__dict__)
+        self.settings.append(config.__dict__)
         places = [state[name] for state in states for name in ("_parameters", "_buffers")]
         self.tensors = [tensor for place in places for tensor in place.values() if tensor is not None]
         self.were: tuple = (list(map(dict, self.held)), list(map(_copied, self.settings)), *self._rest())
@@ -91,13 +101,12 @@ class _Grounds:
             list(map(torch.Tensor.numel, tensors)),
             list(map(torch.Tensor.is_contiguous, tensors)),
             [tensor.dtype for tensor in tensors],
-            [buffer._version for buffer in self.roots[2]._buffers.values()],  # angles are computed from these
+            [tensor._version for tensor in self.changed],
         )
 
-    def hold(self, model: Any) -> bool:
-        """Whether all of it is as it was."""
-        parts = model._modules
-        if (parts["layers"], parts["norm"], parts["rotary_emb"]) != self.roots or self.epoch != selection.epoch:
+    def hold(self, roots: tuple[Any, ...]) -> bool:
+        """Whether all of it is as it was, where these are the modules now."""
+        if roots != self.roots or self.epoch != selection.epoch:
             return False
         if any(self.hooks) or [kind.forward for kind in self.classes] != self.forwards:
             return False
@@ -204,12 +213,51 @@ def decoding_refusal(model: Any, dtype: torch.dtype | None = None) -> str | None
     return None
 
 
+def _refusal_of_weight(weight: Any, dtype: torch.dtype) -> str | None:
+    """Why a plain tensor is not what the program may read, or None."""
+    if weight.dtype is not dtype and weight.dtype not in selection.QUANTIZED:
+        return f"takes weights of {dtype} or of few bits, not {weight.dtype}"
+    if not weight.is_contiguous():
+        return "takes contiguous weights"
+    return cpu_refusal("linear", torch.empty(0, dtype=dtype), weight)
+
+
+def _head_refusal(head: Any, dtype: torch.dtype) -> str | None:
+    """Why the head is not part of the program, or None."""
+    if (reason := plain_refusal("lm_head", head, "linear")) is not None:
+        return reason
+    bias = head.bias
+    if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
+        return f"takes a contiguous bias of {dtype}"
+    return _refusal_of_weight(head.weight, dtype)
+
+
+def _most_tokens(program: Program) -> int:
+    """How many tokens at once a program pays for, on this processor: its layers' products are of vectors."""
+    faster = (
+        program.dtype is torch.bfloat16 and program.weights_dtype in MOST_ROWS and MOST_ROWS[program.weights_dtype]
+    )
+    if not faster or program.weights_dtype in selection.QUANTIZED:
+        return 2**31
+    return max(faster.dense, MOST_PRODUCTS // program.dense_weights)
+
+
+class _Ends(NamedTuple):
+    """What is before and behind the layers of a program, and whether that does it."""
+
+    program: Program
+    grounds: _Grounds
+    has_embedding: bool
+    has_head: bool
+
+
 class Decoding:
     """The program of one [`DeepseekV3Model`]: made when first needed, and again when what it rests on has changed."""
 
     def __init__(self) -> None:
         # In one, since several threads may decode with one model
         self._made: tuple[Program, _Grounds, torch.dtype] | None = None
+        self._ends: _Ends | None = None
         self._asked: tuple[Callable, Any] = (lambda: None, None)  # the cache and more that a refusal was found for
 
     def __deepcopy__(self, memo: dict) -> "Decoding":
@@ -251,6 +299,8 @@ class Decoding:
         program = self._program_for(model, dtype, cache) if length and dtype is not None else None
         if program is None or not model.layers[0].self_attn.is_absorbed_cheaper(Q, length + Q):
             return None
+        if B * Q > _most_tokens(program):
+            return None
         mask = None
         if attention_mask is not None:
             if type(attention_mask) is not torch.Tensor or attention_mask.shape != (B, length + Q):
@@ -272,22 +322,65 @@ class Decoding:
         x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if type(x) is not torch.Tensor or x.shape[:2] != (B, Q) or x.dtype is not dtype:
             return None
+        self._reach(model, program, last)
+        places = None if position_ids is None else position_ids.expand(B, Q).contiguous()
+        batch = NewTokens([length] * B, [Q] * B, None, places, mask)
+        outputs = launch(STEP["program"], program.run, x.contiguous(), batch, room.latent, room.k_rope)
+        if outputs is None:
+            return None
+        room.filled = length + Q
+        return outputs[0]
+
+    def run_pages(self, model: Any, step: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """New tokens of several sequences over a pool of pages by the program, or None where the layers are to run.
+
+        Args:
+            model: a `DeepseekV3ForCausalLM`. step: a pass over pages, as `paged_dsv3` begins it.
+
+        Returns:
+            The last hidden states `(T, D)`, and logits `(W, vocabulary)` or None where the head is to be called. The
+            pages then hold the new tokens.
+        """
+        given, (latent, k_rope) = step.batch, step.pool
+        tokens, dtype = given.tokens_T, latent.dtype
+        if not tokens.is_cpu or not is_undisturbed(tokens) or pool_refusal(dtype, latent, k_rope) is not None:
+            return None
+        if len(tokens) > MOST_PAGED_TOKENS.get(dtype, 0):
+            return None
+        program = self._program_for(model.model, dtype, step.pages)
+        if program is None or len(tokens) > _most_tokens(program):
+            return None
+        ends, x = self._ends_for(model, program), None
+        if not ends.has_embedding:
+            x = model.model.embed_tokens(tokens)
+            if type(x) is not torch.Tensor or x.shape[:-1] != tokens.shape or x.dtype is not dtype:
+                return None
+            x = x.contiguous()
+        batch = NewTokens(
+            given.starts_B,
+            given.counts_B,
+            step.tables_BP,
+            tokens=tokens.contiguous() if x is None else None,
+            wanted=given.wanted_W.contiguous(),
+        )
+        self._reach(model.model, program, batch.longest - 1)
+        return launch(STEP["program"], program.run, x, batch, latent, k_rope, ends.has_head)
+
+    @staticmethod
+    def _reach(model: Any, program: Program, last: int) -> None:
+        """Gives a program the angles of all positions up to one."""
         if last >= program.positions:
             positions = torch.arange(max(FEWEST_ANGLES, last + last // 2), device="cpu")[None]
-            cos, sin = model.rotary_emb(x, positions)
+            like = torch.empty(0, dtype=program.dtype, device="cpu")
+            cos, sin = model.rotary_emb(like, positions)
             program.set_angles(cos[0].contiguous(), sin[0].contiguous())
-        places = None if position_ids is None else position_ids.expand(B, Q).contiguous()
-        arguments = (places, mask, room.latent, room.k_rope, length)
-        hidden_states = launch(STEP["program"], program.run, x.contiguous(), *arguments)
-        if hidden_states is not None:
-            room.filled = length + Q
-        return hidden_states
 
-    def _program_for(self, model: Any, dtype: torch.dtype, cache: Cache) -> Program | None:
+    def _program_for(self, model: Any, dtype: torch.dtype, cache: Any) -> Program | None:
         """The program for what the model is now, if it can have one."""
         if self._made is not None:
             program, grounds, made_for = self._made
-            if made_for is dtype and grounds.hold(model):
+            parts = model._modules
+            if made_for is dtype and grounds.hold((parts["layers"], parts["norm"], parts["rotary_emb"])):
                 is_native = ALL_EXPERTS_FUNCTIONS["grouped_mm"] is GROUPED_MM and is_known_attention("sdpa")
                 return program if is_native else None
         # What refuses it stays for a text, mostly: it is not asked again at each of its steps
@@ -300,5 +393,28 @@ class Decoding:
             return None
         layers = list(model.layers[: model.config.num_hidden_layers])
         program = Program(layers, model.norm, dtype, layers[0].self_attn.config.rope_interleave)
-        self._made = (program, _Grounds(model), dtype)
+        # Angles are computed from the buffers of the rotary embedding
+        changed = tuple(buffer for buffer in model.rotary_emb.buffers())
+        grounds = _Grounds((model.layers, model.norm, model.rotary_emb), model.config, changed)
+        self._made = (program, grounds, dtype)
         return program
+
+    def _ends_for(self, model: Any, program: Program) -> _Ends:
+        """What of a `DeepseekV3ForCausalLM` the program does besides the layers."""
+        roots = (model.model._modules.get("embed_tokens"), model._modules.get("lm_head"))
+        ends = self._ends
+        if ends is not None and ends.program is program and ends.grounds.hold(roots):
+            return ends
+        embedding, head = roots
+        has_embedding = (
+            type(embedding) is nn.Embedding
+            and selection.bypass_refusal("embedding", embedding) is None
+            and embedding.max_norm is None
+            and _refusal_of_weight(embedding.weight, program.dtype) is None
+        )
+        has_head = head is not None and _head_refusal(head, program.dtype) is None
+        program.set_ends(embedding.weight if has_embedding else None, head if has_head else None)
+        grounds = _Grounds(tuple(root for root in roots if root is not None), model.config)
+        grounds.roots = roots
+        self._ends = _Ends(program, grounds, has_embedding, has_head)
+        return self._ends

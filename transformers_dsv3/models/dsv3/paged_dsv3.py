@@ -9,11 +9,15 @@ Shape suffixes: B sequences, T new tokens of all of them, P pages of a table, W 
 of `attention_dsv3.py`.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from ...kernels.backends import PAGED
+from ...kernels.cpu.cached import NewTokens
+from ...kernels.dispatch import serve
 from ...kernels.pages import in_huge_pages
 from .attention_dsv3 import AttendingCache, DeepseekV3Attention, is_known_attention
 from .decoder_dsv3 import DeepseekV3DecoderLayer
@@ -141,18 +145,37 @@ class PagedOutput(NamedTuple):
 class _PagedStep(AttendingCache):
     """One pass over pages, in the place of a cache.
 
+    In fp32 all sequences are attended on the latents themselves, be it cheaper or not, so that what a token gives does
+    not depend on the pieces in which its text comes. Otherwise those are expanded for which it is cheaper.
+
     Args:
         places_T: int64, where each new token lies in the pool, counted in tokens.
-        tables_BP: int64.
+        tables_BP: int32, contiguous.
     """
 
     def __init__(self, pages: PagedLatents, batch: RaggedBatch, places_T: torch.Tensor, tables_BP: torch.Tensor):
-        self.pages, self.places_T = pages, places_T
-        self.sequences, first = [], 0
-        for start, count, table in zip(batch.starts_B, batch.counts_B, tables_BP):
-            end = start + count
-            self.sequences.append((first, count, end, table[: -(-end // pages.page_size)]))
-            first += count
+        self.pages, self.batch, self.places_T, self.tables_BP = pages, batch, places_T, tables_BP
+        self.pool = pages.latent, pages.k_rope
+        self.firsts = [0, *itertools.accumulate(batch.counts_B)]
+        # Made with the first layer: sequences that are absorbed, with their rows among all, and the others
+        self._forms: tuple[NewTokens | None, torch.Tensor | None, list[int]] | None = None
+
+    def _make_forms(self, attention: DeepseekV3Attention) -> tuple[NewTokens | None, torch.Tensor | None, list[int]]:
+        starts, counts = self.batch.starts_B, self.batch.counts_B
+        sequences = range(len(counts))
+        exact = self.pages.latent.dtype is torch.float32
+        expanded = [
+            i for i in sequences if not exact and not attention.is_absorbed_cheaper(counts[i], starts[i] + counts[i])
+        ]
+        if not expanded:
+            return NewTokens(starts, counts, self.tables_BP), None, []
+        absorbed = [i for i in sequences if i not in set(expanded)]
+        if not absorbed:
+            return None, None, expanded
+        rows = torch.cat([torch.arange(self.firsts[i], self.firsts[i + 1]) for i in absorbed])
+        tables = self.tables_BP[absorbed]
+        tokens = NewTokens([starts[i] for i in absorbed], [counts[i] for i in absorbed], tables)
+        return tokens, rows.to(tables.device), expanded
 
     def attend(
         self,
@@ -162,16 +185,33 @@ class _PagedStep(AttendingCache):
         latent_11TR: torch.Tensor,
         k_rope_11TP: torch.Tensor,
     ) -> torch.Tensor:
-        held = self.pages.latent[attention.layer_idx], self.pages.k_rope[attention.layer_idx]
-        for pool, new in zip(held, (latent_11TR, k_rope_11TP)):
-            pool.flatten(0, 1).index_copy_(0, self.places_T, new[0, 0])
-        outputs = []
-        for first, count, end, table in self.sequences:
-            latent_1SR, k_rope_1SP = (pool[table].flatten(0, 1)[None, :end] for pool in held)
-            rows = slice(first, first + count)
-            queries = q_nope_1HTN[:, :, rows], q_rope_1HTP[:, :, rows]
-            outputs.append(attention.attend_causally(*queries, latent_1SR, k_rope_1SP))
-        return torch.cat(outputs, dim=1)
+        tensors = q_nope_1HTN, q_rope_1HTP, latent_11TR, k_rope_11TP
+        layer, output, rest = attention.layer_idx, None, list(range(len(self.batch.counts_B)))
+        if self._forms is None:
+            self._forms = self._make_forms(attention)
+        tokens, rows, expanded = self._forms
+        if tokens is not None and attention.absorbed_refusal() is None:
+            given = tensors if rows is None else tuple(tensor.index_select(2, rows) for tensor in tensors)
+            weight = attention.kv_b_proj.weight
+            output = serve(PAGED, attention, *given, weight, attention.scaling, self.pool, layer, tokens)
+            rest = rest if output is None else expanded
+        if output is not None and not rest:
+            return output
+        for pool, new in zip(self.pool, (latent_11TR, k_rope_11TP)):
+            pool[layer].flatten(0, 1).index_copy_(0, self.places_T, new[0, 0])
+        shape = q_nope_1HTN.shape[2], q_nope_1HTN.shape[1], attention.v_head_dim
+        outputs_1THV = q_nope_1HTN.new_empty(1, *shape)
+        if output is not None:
+            outputs_1THV.index_copy_(1, rows, output)
+        for i in rest:
+            first, count = self.firsts[i], self.batch.counts_B[i]
+            length = self.batch.starts_B[i] + count
+            table = self.tables_BP[i, : -(-length // self.pages.page_size)]
+            latent_1SR, k_rope_1SP = (pool[layer, table].flatten(0, 1)[None, :length] for pool in self.pool)
+            own = slice(first, first + count)
+            queries = q_nope_1HTN[:, :, own], q_rope_1HTP[:, :, own]
+            outputs_1THV[:, own] = attention.attend_causally(*queries, latent_1SR, k_rope_1SP)
+        return outputs_1THV
 
 
 @torch.no_grad()
@@ -190,6 +230,11 @@ def forward_pages(model: Any, pages: PagedLatents, batch: RaggedBatch) -> PagedO
     """
     decoder = model.model
     positions_T, step = _begin(model, pages, batch)
+    if (outputs := decoder.decoding.run_pages(model, step)) is not None:
+        hidden_TD, logits_WV = outputs
+        if logits_WV is None:
+            logits_WV = linear(model.lm_head, hidden_TD[batch.wanted_W])
+        return PagedOutput(logits_WV, hidden_TD)
     hidden_1TD = decoder.embed_tokens(batch.tokens_T[None])
     if hidden_1TD.dtype != pages.latent.dtype:
         raise ValueError(f"`pages` hold {pages.latent.dtype}, the activations are {hidden_1TD.dtype}")
@@ -256,4 +301,4 @@ def _begin(model: Any, pages: PagedLatents, batch: RaggedBatch) -> tuple[torch.T
     if low < 0 or high >= pages.pages:
         raise ValueError(f"`tables_BP` has page {low if low < 0 else high} of a pool of {pages.pages}")
     places_T = tables[sequence_T, positions_T // pages.page_size] * pages.page_size + positions_T % pages.page_size
-    return positions_T, _PagedStep(pages, batch, places_T, tables)
+    return positions_T, _PagedStep(pages, batch, places_T, tables.int().contiguous())
