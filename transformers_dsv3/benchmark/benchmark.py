@@ -21,6 +21,7 @@ from ..evaluation.text_quality import bits_per_byte
 from ..files import write_json
 from ..models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from ..option_error import OptionError
+from . import training_memory
 from .ceilings import Ceilings
 from .contenders import (
     NATIVE,
@@ -38,6 +39,7 @@ from .floors import ExpertsUsed, Work, expected_experts, floor_seconds, work_of
 from .host_time import kernel_calls
 from .kernel_workloads import measure_kernels
 from .loading import LoadContender
+from .own_process import measure_apart
 from .peer_files import COPIES, check_disk, checkpoint_folder, folder_of_files, start_peers
 from .peers import find_converter
 from .prefill_profile import time_by_kind
@@ -45,7 +47,6 @@ from .presets import PRESETS, parameter_count, preset_config, random_model
 from .rounds import Turn, interleave, ratio, reason_of, spread
 from .serving import measure_serving
 from .settings import DTYPES, KERNEL_WHAT, BenchSettings
-from .training_memory import measure_apart, measure_on_gpu
 from .workloads import Inputs, Workload, continue_text, decode, make_inputs, workloads
 
 
@@ -441,7 +442,7 @@ class Benchmark:
         if workload.what == "train":
             self.watcher.say(f"{workload.title}: memory of {contender.name}")
             if self.device.is_gpu:
-                return {"memory": measure_on_gpu(contender, workload, inputs)}
+                return {"memory": training_memory.measure_on_gpu(contender, workload, inputs)}
             request = {
                 "contender": contender.name,
                 "checkpoint": None if self.settings.source in PRESETS else self.settings.source,
@@ -453,7 +454,7 @@ class Benchmark:
                 "threads": torch.get_num_threads(),
             }
             try:
-                return {"memory": measure_apart(request)}
+                return {"memory": measure_apart(training_memory.__name__, request)}
             except RuntimeError as error:
                 return {"memory": {"failed": str(error)}}
         return {}

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..models.dsv3 import DeepseekV3ForCausalLM
 from .contenders import NATIVE, NATIVE_CLASS, VARIANTS, plain_generation
+from .own_process import measure_apart
 from .rounds import Turn
 from .settings import DTYPES
 from .workloads import Inputs, Workload
@@ -45,24 +45,11 @@ class LoadContender:
             "tokens": workload.tokens,
             "threads": torch.get_num_threads(),
         }
-        parts = load_apart(request)
+        parts = measure_apart(__spec__.name, request)
         return Turn(parts["loading"] + parts["first_token"], 1, parts)
 
     def rest(self) -> None:
         pass
-
-
-def load_apart(request: dict[str, Any]) -> dict[str, float]:
-    """What `load` returns, from a process of its own.
-
-    Raises:
-        RuntimeError: with the last line of what the process said, where it failed.
-    """
-    command = [sys.executable, "-m", __spec__.name]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def load(request: dict[str, Any]) -> dict[str, float]:

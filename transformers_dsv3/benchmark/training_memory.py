@@ -7,7 +7,6 @@ benchmark starts it once for each contender, since a peak cannot be told apart f
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,6 @@ from .workloads import Inputs, Workload, make_inputs
 
 
 STEPS = 2  # the second runs beside the optimizer's moments, which the first makes
-
-
-def measure_apart(request: dict[str, Any]) -> dict[str, Any]:
-    """What `measure` returns, from a process of its own.
-
-    Raises:
-        RuntimeError: with the last line of what the process said, where it failed.
-    """
-    command = [sys.executable, "-m", __spec__.name]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
