@@ -232,7 +232,7 @@ def _head_refusal(head: Any, dtype: torch.dtype) -> str | None:
     return _refusal_of_weight(head.weight, dtype)
 
 
-def _most_tokens(program: Program) -> int:
+def most_tokens(program: Program) -> int:
     """How many tokens at once a program pays for, on this processor: its layers' products are of vectors."""
     faster = (
         program.dtype is torch.bfloat16 and program.weights_dtype in MOST_ROWS and MOST_ROWS[program.weights_dtype]
@@ -296,10 +296,10 @@ class Decoding:
         if model.training or not is_undisturbed(tokens):
             return None
         length, dtype = cache.get_seq_length(), getattr(getattr(model.norm, "weight", None), "dtype", None)
-        program = self._program_for(model, dtype, cache) if length and dtype is not None else None
+        program = self.program_for(model, dtype, cache) if length and dtype is not None else None
         if program is None or not model.layers[0].self_attn.is_absorbed_cheaper(Q, length + Q):
             return None
-        if B * Q > _most_tokens(program):
+        if B * Q > most_tokens(program):
             return None
         mask = None
         if attention_mask is not None:
@@ -322,7 +322,7 @@ class Decoding:
         x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if type(x) is not torch.Tensor or x.shape[:2] != (B, Q) or x.dtype is not dtype:
             return None
-        self._reach(model, program, last)
+        self.reach(model, program, last)
         places = None if position_ids is None else position_ids.expand(B, Q).contiguous()
         batch = NewTokens([length] * B, [Q] * B, None, places, mask)
         outputs = launch(STEP["program"], program.run, x.contiguous(), batch, room.latent, room.k_rope)
@@ -347,10 +347,10 @@ class Decoding:
             return None
         if len(tokens) > MOST_PAGED_TOKENS.get(dtype, 0):
             return None
-        program = self._program_for(model.model, dtype, step.pages)
-        if program is None or len(tokens) > _most_tokens(program):
+        program = self.program_for(model.model, dtype, step.pages)
+        if program is None or len(tokens) > most_tokens(program):
             return None
-        ends, x = self._ends_for(model, program), None
+        ends, x = self.ends_for(model, program), None
         if not ends.has_embedding:
             x = model.model.embed_tokens(tokens)
             if type(x) is not torch.Tensor or x.shape[:-1] != tokens.shape or x.dtype is not dtype:
@@ -363,11 +363,11 @@ class Decoding:
             tokens=tokens.contiguous() if x is None else None,
             wanted=given.wanted_W.contiguous(),
         )
-        self._reach(model.model, program, batch.longest - 1)
+        self.reach(model.model, program, batch.longest - 1)
         return launch(STEP["program"], program.run, x, batch, latent, k_rope, ends.has_head)
 
     @staticmethod
-    def _reach(model: Any, program: Program, last: int) -> None:
+    def reach(model: Any, program: Program, last: int) -> None:
         """Gives a program the angles of all positions up to one."""
         if last >= program.positions:
             positions = torch.arange(max(FEWEST_ANGLES, last + last // 2), device="cpu")[None]
@@ -375,7 +375,7 @@ class Decoding:
             cos, sin = model.rotary_emb(like, positions)
             program.set_angles(cos[0].contiguous(), sin[0].contiguous())
 
-    def _program_for(self, model: Any, dtype: torch.dtype, cache: Any) -> Program | None:
+    def program_for(self, model: Any, dtype: torch.dtype, cache: Any) -> Program | None:
         """The program for what the model is now, if it can have one."""
         if self._made is not None:
             program, grounds, made_for = self._made
@@ -399,7 +399,7 @@ class Decoding:
         self._made = (program, grounds, dtype)
         return program
 
-    def _ends_for(self, model: Any, program: Program) -> _Ends:
+    def ends_for(self, model: Any, program: Program) -> _Ends:
         """What of a `DeepseekV3ForCausalLM` the program does besides the layers."""
         roots = (model.model._modules.get("embed_tokens"), model._modules.get("lm_head"))
         ends = self._ends

@@ -13,6 +13,7 @@ from transformers.generation import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .decoding_steps_dsv3 import Steps
 from .sampling_dsv3 import NextToken
 
 
@@ -85,6 +86,17 @@ def _warns(criteria: MaxLengthCriteria) -> bool:
     return criteria.max_position_embeddings is not None and criteria.max_length > criteria.max_position_embeddings
 
 
+def _steps_of(
+    model: Any, choose: NextToken, ended: _Ended, streamer: Any, mask: Any, positions: torch.Tensor | None
+) -> Steps | None:
+    """What makes the steps without calling the model, where its masks and positions are of the usual kinds."""
+    if mask is not None and (type(mask) is not torch.Tensor or mask.dim() != 2):
+        return None
+    if positions is not None and (positions.dim() != 2 or positions.dtype is not torch.int64):
+        return None
+    return Steps(model, streamer is None and ended.ends is not None and not choose.processors)
+
+
 def decode(
     model: Any,
     input_ids: torch.Tensor,
@@ -101,15 +113,19 @@ def decode(
     ended = _Ended(stopping_criteria, config, len(input_ids))
     outputs = model._prefill(input_ids, config, model_kwargs)
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    step: dict[str, Any] = {"use_cache": True, "return_dict": True}
+    cache, called = outputs.past_key_values, {"use_cache": True, "return_dict": True}
     if "logits_to_keep" in model_kwargs:
-        step["logits_to_keep"] = model_kwargs["logits_to_keep"]
+        called["logits_to_keep"] = model_kwargs["logits_to_keep"]
     if positions is not None:
-        step["position_ids"] = positions[..., -1:]
+        positions = positions[..., -1:]
+    logits_BV = outputs.logits[:, -1]
+    steps = _steps_of(model, choose, ended, streamer, mask, positions)
+    # Where nothing is padded, and positions are the places in the cache, neither is looked at
+    is_plain = mask is None or bool(mask.all())
+    is_plain = is_plain and (positions is None or bool((positions == cache.get_seq_length() - 1).all()))
     while True:
-        step["past_key_values"] = outputs.past_key_values
         # A copy: processors may write to it, and the logits of a long prompt are not kept
-        logits_BV = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        logits_BV = logits_BV.to(copy=True, dtype=torch.float32, device=input_ids.device)
         del outputs
         next_B = ended.padded(choose(input_ids, logits_BV))
         input_ids = torch.cat([input_ids, next_B[:, None]], dim=1)
@@ -118,14 +134,23 @@ def decode(
             streamer.put(next_B)
         if stop:
             break
+        outputs = None
         if positions is not None:
-            step["position_ids"] = step["position_ids"] + 1
+            positions = positions + 1
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            step["attention_mask"] = mask
-        outputs = model(input_ids=next_B[:, None], **step)
+        if steps is not None:
+            places = None if is_plain or positions is None else positions[:, 0].expand(len(next_B)).contiguous()
+            logits_BV = steps.logits(next_B, cache, places, None if is_plain else mask)
+        if steps is None or logits_BV is None:
+            if positions is not None:
+                called["position_ids"] = positions
+            if mask is not None:
+                called["attention_mask"] = mask
+            outputs = model(input_ids=next_B[:, None], past_key_values=cache, **called)
+            cache, logits_BV = outputs.past_key_values, outputs.logits[:, -1]
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
         return input_ids
-    return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=step["past_key_values"])
+    return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)

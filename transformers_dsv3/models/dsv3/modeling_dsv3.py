@@ -536,6 +536,9 @@ class DeepseekV3ForTokenClassification(GenericForTokenClassification, DeepseekV3
         self._freeze_idle_mtp_layers()
 
 
+# What these do when they are called, for what leaves the call out
+FORWARDS = {kind: kind.forward for kind in (DeepseekV3Model, DeepseekV3ForCausalLM)}
+
 # Their names before
 Dsv3PreTrainedModel, Dsv3Model, Dsv3ForCausalLM = DeepseekV3PreTrainedModel, DeepseekV3Model, DeepseekV3ForCausalLM
 Dsv3ForSequenceClassification = DeepseekV3ForSequenceClassification
