@@ -218,12 +218,13 @@ class _PagedStep(AttendingCache):
 def forward_pages(model: Any, pages: PagedLatents, batch: RaggedBatch) -> PagedOutput:
     """New tokens of several sequences through a model. Their latents are in the pages afterwards.
 
-    Each sequence attends what it has in the pages and its own new tokens up to each, nothing else. Where the program of a
-    step runs (on a CPU, plain modules), a token's results in fp32 are the same bits whatever comes beside it and in
-    whatever pieces its text comes. In bf16 the same holds of decoding rows in batches that the program takes: up to 256
-    tokens, or fewer where the processor multiplies many rows of bf16 on matrix units (`most_tokens` of `decoding_dsv3`). Decoder, layers and
-    what is in them are called as they are, but the hooks of the model and of its decoder themselves, which would
-    see no padded batch here.
+    Each sequence attends what it has in the pages and its own new tokens up to each, nothing else. Decoder, layers and
+    what is in them are called as they are, but the hooks of the model and of its decoder themselves, which would see
+    no padded batch here.
+
+    Where the program of a step runs (plain modules on a CPU), what a token gives in fp32 is the same to the last bit
+    whatever comes beside it and in whatever pieces its text comes. In bf16 this holds of decoding rows in batches that
+    the program takes: up to 256 tokens, fewer where the processor has matrix units for bf16 (`most_tokens`).
 
     Args:
         model: a `DeepseekV3ForCausalLM` in evaluation mode.
