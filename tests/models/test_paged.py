@@ -297,6 +297,7 @@ def test_bad_batches_are_refused_before_anything_is_written(make_model):
         ("tables_BP", torch.tensor([[0, 99], [1, 3]]), "tables_BP.* page 3"),
         ("tables_BP", torch.tensor([[-1, 99], [1, 2]]), "tables_BP.* page -1"),
         ("tables_BP", torch.tensor([0, 1]), "tables_BP"),
+        ("tables_BP", torch.tensor([[0.0, 1.0], [1.0, 2.0]]), "tables_BP.*float32"),
         ("wanted_W", torch.tensor([3]), "wanted_W.* 3"),
         ("wanted_W", torch.tensor([[1]]), "wanted_W"),
     ):

@@ -11,6 +11,7 @@ of `attention_dsv3.py`.
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from ...kernels.dispatch import serve
 from ...kernels.pages import in_huge_pages
 from .attention_dsv3 import AttendingCache, DeepseekV3Attention, is_known_attention
 from .decoder_dsv3 import DeepseekV3DecoderLayer
+from .inputs_dsv3 import bounds
 from .linear_dsv3 import linear
 
 
@@ -149,16 +151,32 @@ class _PagedStep(AttendingCache):
     not depend on the pieces in which its text comes. Otherwise those are expanded for which it is cheaper.
 
     Args:
+        tables_BP: int32, contiguous, on the pages' device.
+
+    Attributes:
+        positions_T: int64, of each new token in its sequence.
         places_T: int64, where each new token lies in the pool, counted in tokens.
-        tables_BP: int32, contiguous.
     """
 
-    def __init__(self, pages: PagedLatents, batch: RaggedBatch, places_T: torch.Tensor, tables_BP: torch.Tensor):
-        self.pages, self.batch, self.places_T, self.tables_BP = pages, batch, places_T, tables_BP
+    def __init__(self, pages: PagedLatents, batch: RaggedBatch, tables_BP: torch.Tensor):
+        self.pages, self.batch, self.tables_BP = pages, batch, tables_BP
         self.pool = pages.latent, pages.k_rope
         self.firsts = [0, *itertools.accumulate(batch.counts_B)]
         # Made with the first layer: sequences that are absorbed, with their rows among all, and the others
         self._forms: tuple[NewTokens | None, torch.Tensor | None, list[int]] | None = None
+
+    @cached_property
+    def positions_T(self) -> torch.Tensor:
+        counts_B = torch.tensor(self.batch.counts_B)
+        offsets_B = torch.tensor(self.batch.starts_B) - torch.tensor(self.firsts[:-1])
+        positions_T = torch.arange(self.firsts[-1]) + offsets_B.repeat_interleave(counts_B)
+        return positions_T.to(self.tables_BP.device)
+
+    @cached_property
+    def places_T(self) -> torch.Tensor:
+        counts_B, size = torch.tensor(self.batch.counts_B), self.pages.page_size
+        sequence_T = torch.arange(len(counts_B)).repeat_interleave(counts_B).to(self.tables_BP.device)
+        return self.tables_BP[sequence_T, self.positions_T // size].long() * size + self.positions_T % size
 
     def _make_forms(self, attention: DeepseekV3Attention) -> tuple[NewTokens | None, torch.Tensor | None, list[int]]:
         starts, counts = self.batch.starts_B, self.batch.counts_B
@@ -233,21 +251,24 @@ def forward_pages(model: Any, pages: PagedLatents, batch: RaggedBatch) -> PagedO
         ValueError: naming the field, before anything is written.
     """
     decoder = model.model
-    positions_T, step = _begin(model, pages, batch)
+    step = _begin(model, pages, batch)
     if (outputs := decoder.decoding.run_pages(model, step)) is not None:
         hidden_TD, logits_WV = outputs
         if logits_WV is None:
             logits_WV = linear(model.lm_head, hidden_TD[batch.wanted_W])
         return PagedOutput(logits_WV, hidden_TD)
+    if (reason := paged_refusal(model)) is not None:
+        raise ValueError(f"The model does not run over pages: {reason}.")
     hidden_1TD = decoder.embed_tokens(batch.tokens_T[None])
     if hidden_1TD.dtype != pages.latent.dtype:
         raise ValueError(f"`pages` hold {pages.latent.dtype}, the activations are {hidden_1TD.dtype}")
-    angles = decoder.rotary_emb(hidden_1TD, positions_T[None])
+    positions_1T = step.positions_T[None]
+    angles = decoder.rotary_emb(hidden_1TD, positions_1T)
     for layer in decoder.layers[: model.config.num_hidden_layers]:
         hidden_1TD = layer(
             hidden_1TD,
             attention_mask=None,
-            position_ids=positions_T[None],
+            position_ids=positions_1T,
             past_key_values=step,
             use_cache=True,
             position_embeddings=angles,
@@ -256,16 +277,14 @@ def forward_pages(model: Any, pages: PagedLatents, batch: RaggedBatch) -> PagedO
     return PagedOutput(linear(model.lm_head, hidden_TD[batch.wanted_W]), hidden_TD)
 
 
-def _begin(model: Any, pages: PagedLatents, batch: RaggedBatch) -> tuple[torch.Tensor, _PagedStep]:
-    """Positions `(T,)` of the new tokens, and what stands for a cache.
+def _begin(model: Any, pages: PagedLatents, batch: RaggedBatch) -> _PagedStep:
+    """What stands for a cache.
 
     Raises:
         ValueError: naming the field.
     """
     if model.training:
         raise ValueError("`model` is in training mode: call `model.eval()`")
-    if (reason := paged_refusal(model)) is not None:
-        raise ValueError(f"The model does not run over pages: {reason}.")
     starts, counts, device = batch.starts_B, batch.counts_B, pages.latent.device
     if not counts or len(starts) != len(counts) or len(batch.tables_BP) != len(counts):
         sizes = f"{len(starts)}, {len(counts)} and {len(batch.tables_BP)}"
@@ -286,23 +305,23 @@ def _begin(model: Any, pages: PagedLatents, batch: RaggedBatch) -> tuple[torch.T
                 f"`{name}` is {numbers.dtype} of shape {tuple(numbers.shape)}, not int64 in one dimension"
             )
         if numbers.numel():
-            low, high = (int(bound) for bound in numbers.aminmax())
+            low, high = bounds(numbers)
             if low < 0 or high >= below:
                 raise ValueError(f"`{name}` has {low if low < 0 else high}, which is not from 0 to {below - 1}")
-    tables = batch.tables_BP.to(device, torch.int64)
-    longest = max(start + count for start, count in zip(starts, counts))
-    needed = -(-longest // pages.page_size)
-    if tables.dim() != 2 or tables.shape[1] < needed:
+    ends = list(map(int.__add__, starts, counts))
+    needed = [-(-end // pages.page_size) for end in ends]
+    tables = batch.tables_BP
+    if tables.dim() != 2 or tables.shape[1] < max(needed):
         raise ValueError(
-            f"`tables_BP` is of shape {tuple(tables.shape)}, {longest} tokens need {needed} pages of {pages.page_size}"
+            f"`tables_BP` is of shape {tuple(tables.shape)}, {max(ends)} tokens need {max(needed)} pages of "
+            f"{pages.page_size}"
         )
-    counts_B, ends_B = torch.tensor(counts), torch.tensor(starts) + torch.tensor(counts)
-    positions_T = torch.arange(tokens) + (ends_B - counts_B.cumsum(0)).repeat_interleave(counts_B)
-    positions_T = positions_T.to(device)
-    sequence_T = torch.arange(len(counts)).repeat_interleave(counts_B).to(device)
-    used_BP = torch.arange(needed, device=device) * pages.page_size < ends_B.to(device)[:, None]
-    low, high = (int(bound) for bound in tables[:, :needed][used_BP].aminmax())
+    if tables.is_floating_point():
+        raise ValueError(f"`tables_BP` is {tables.dtype}, not of whole numbers")
+    used_BP = tables[:, : max(needed)]
+    if min(needed) < max(needed):
+        used_BP = used_BP[torch.arange(max(needed)) < torch.tensor(needed)[:, None]]
+    low, high = bounds(used_BP)
     if low < 0 or high >= pages.pages:
         raise ValueError(f"`tables_BP` has page {low if low < 0 else high} of a pool of {pages.pages}")
-    places_T = tables[sequence_T, positions_T // pages.page_size] * pages.page_size + positions_T % pages.page_size
-    return positions_T, _PagedStep(pages, batch, places_T, tables.int().contiguous())
+    return _PagedStep(pages, batch, tables.to(device, torch.int32).contiguous())
