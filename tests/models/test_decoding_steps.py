@@ -1,5 +1,6 @@
 """Steps of `generate` from token ids to logits in one call, beside calls of the model."""
 
+import copy
 import threading
 
 import pytest
@@ -170,3 +171,14 @@ def test_room_grows_in_the_middle_of_a_text(make_model, made):
     text, cache = write(model, tokens=300)
     assert all(made) and cache.get_seq_length() == 308
     assert torch.equal(text, write(model, tokens=300, by_calls=True)[0])
+
+
+def test_two_heads_over_one_decoder(make_model, made):
+    """Each gives its own logits, whoever was asked last."""
+    first = make_model(num_nextn_predict_layers=0)
+    second = copy.deepcopy(first)
+    second.model = first.model
+    second.lm_head.weight = torch.nn.Parameter(first.lm_head.weight.detach().flip(0).clone())
+    texts = [write(model)[0] for model in (first, second, first)]
+    assert all(made) and torch.equal(texts[0], texts[2]) and not torch.equal(*texts[:2])
+    assert torch.equal(texts[1], write(second, by_calls=True)[0])

@@ -4,6 +4,7 @@ A `Program` is the flat description of a model that the compiled code walks thro
 and settings. It owns nothing: whoever keeps one makes sure that what it was made from is still there, unchanged.
 """
 
+import copy
 import ctypes
 import threading
 from typing import Any
@@ -148,8 +149,8 @@ class Program:
         self._angles: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._lock = threading.Lock()
 
-    def set_ends(self, embedding: torch.Tensor | None, head: Any) -> None:
-        """Takes what is before and behind the layers.
+    def with_ends(self, embedding: torch.Tensor | None, head: Any) -> "Program":
+        """The same layers with what is before and behind them.
 
         Args:
             embedding: `(words, D)` in the activations' dtype, contiguous; None where embeddings are always given.
@@ -159,12 +160,16 @@ class Program:
             ValueError: a weight whose storage was freed.
         """
         require_storage(embedding=embedding)
+        program = copy.copy(self)
+        program._model, program._lock = _Model.from_buffer_copy(self._model), threading.Lock()
+        program._model_address, program._angles = ctypes.addressof(program._model), list(self._angles)
         if embedding is not None:
-            self._model.embedding = embedding.data_ptr()
+            program._model.embedding = embedding.data_ptr()
         if head is not None:
             require_storage(**{f"the head's {name}": weight for name, weight in head.named_parameters()})
-            self._model.head, self._model.words = _matrix(head), head.weight.shape[0]
-            self._model.head_activations = self.dtype in getattr(head, "rounded_dtypes", ())
+            program._model.head, program._model.words = _matrix(head), head.weight.shape[0]
+            program._model.head_activations = self.dtype in getattr(head, "rounded_dtypes", ())
+        return program
 
     def set_angles(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Takes the rotary angles of all positions from now on, `(positions, P)` each, contiguous; never fewer."""

@@ -243,8 +243,9 @@ def most_tokens(program: Program) -> int:
 
 
 class _Ends(NamedTuple):
-    """What is before and behind the layers of a program, and whether that does it."""
+    """A program of layers, the same with what is before and behind them, and which of that it does."""
 
+    layers: Program
     program: Program
     grounds: _Grounds
     has_embedding: bool
@@ -363,8 +364,8 @@ class Decoding:
             tokens=tokens.contiguous() if x is None else None,
             wanted=given.wanted_W.contiguous(),
         )
-        self.reach(model.model, program, batch.longest - 1)
-        return launch(STEP["program"], program.run, x, batch, latent, k_rope, ends.has_head)
+        self.reach(model.model, ends.program, batch.longest - 1)
+        return launch(STEP["program"], ends.program.run, x, batch, latent, k_rope, ends.has_head)
 
     @staticmethod
     def reach(model: Any, program: Program, last: int) -> None:
@@ -403,7 +404,7 @@ class Decoding:
         """What of a `DeepseekV3ForCausalLM` the program does besides the layers."""
         roots = (model.model._modules.get("embed_tokens"), model._modules.get("lm_head"))
         ends = self._ends
-        if ends is not None and ends.program is program and ends.grounds.hold(roots):
+        if ends is not None and ends.layers is program and ends.grounds.hold(roots):
             return ends
         embedding, head = roots
         has_embedding = (
@@ -413,8 +414,8 @@ class Decoding:
             and _refusal_of_weight(embedding.weight, program.dtype) is None
         )
         has_head = head is not None and _head_refusal(head, program.dtype) is None
-        program.set_ends(embedding.weight if has_embedding else None, head if has_head else None)
+        whole = program.with_ends(embedding.weight if has_embedding else None, head if has_head else None)
         grounds = _Grounds(tuple(root for root in roots if root is not None), model.config)
         grounds.roots = roots
-        self._ends = _Ends(program, grounds, has_embedding, has_head)
-        return self._ends
+        self._ends = ends = _Ends(program, whole, grounds, has_embedding, has_head)
+        return ends

@@ -114,5 +114,5 @@ class Steps:
             or model.lm_head.out_features > decoder.embed_tokens.num_embeddings
         ):
             return None
-        self._program, self._most_positions = program, model.config.max_position_embeddings
+        self._program, self._most_positions = ends.program, model.config.max_position_embeddings
         return shared_room(cache, program.layers, torch.empty(B, 1, 0, dtype=dtype, device="cpu"))
