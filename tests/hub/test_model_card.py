@@ -530,8 +530,9 @@ def test_text_of_records_is_no_markup(here):
     [
         ({"kv_lora_rank": 16}, "**vLLM**: not this model.", "vllm serve"),
         ({"kv_lora_rank": 312}, "`vllm serve ./model --model-impl transformers`", "not this model"),
-        ({"q_lora_rank": None}, "Without a query LoRA it takes 26, 27 or 48 layers; there are 2.", "convert_hf"),
-        ({"q_lora_rank": 12}, "python convert_hf_to_gguf.py ./model", "Without a query LoRA"),
+        ({"q_lora_rank": None}, "Without a query LoRA it takes 26, 27 or 48 layers; there are 2.", "export-gguf"),
+        # Widths of which groups of 32 are no part
+        ({"q_lora_rank": 12}, "export-gguf ./model --output model-bf16.gguf --type bf16", "Without a query LoRA"),
         ({"moe_layer_freq": 2, "num_hidden_layers": 3}, "does not know `moe_layer_freq=2`", "the same files"),
         ({"num_nextn_predict_layers": 0}, "`deepseek_v3` class.\n", "use_mtp"),
         ({"num_nextn_predict_layers": 1}, "It leaves the MTP layers out, lists their tensors", "moe_layer_freq"),
