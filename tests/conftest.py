@@ -1,11 +1,16 @@
 """What the tests share: small models with weights that matter, their native twins, and one trained model."""
 
+import atexit
 import copy
+import functools
+import gc
 import importlib
 import inspect
 import json
 import os
+import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +72,22 @@ def pytest_configure(config):
     """xdist's own choice gives a file's tests to all workers, and each sets up what they share."""
     if config.getoption("dist", "no") == "load":
         config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What libraries and tests define stays to the end: no collection of garbage goes over its 500,000 objects again.
+
+    Trainers ask for one at every run, of half a second.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # what is left then counts as leaked
 
 
 MEASURED = pytest.StashKey()
@@ -185,7 +206,14 @@ def _train(config, training_bytes):
 
 
 @pytest.fixture(scope="session")
-def _trained(tiny_config, training_bytes, tmp_path_factory):
+def shared_folder(tmp_path_factory):
+    """A folder of this run, one for all of xdist's workers: what they share is made there under a `FileLock`."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def _trained(tiny_config, training_bytes, shared_folder):
     config = tiny_config(
         vocab_size=258,
         hidden_size=64,
@@ -202,13 +230,12 @@ def _trained(tiny_config, training_bytes, tmp_path_factory):
         max_position_embeddings=1024,
     )
     # Trained by the first of xdist's workers that needs it, for all of them
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with FileLock(folder / "trained.lock"):
-        if not (folder / "trained.pt").exists():
-            torch.save(_train(config, training_bytes).state_dict(), folder / "trained.pt")
+    kept = shared_folder / "trained.pt"
+    with FileLock(shared_folder / "trained.lock"):
+        if not kept.exists():
+            torch.save(_train(config, training_bytes).state_dict(), kept)
     model = transformers_dsv3.Dsv3ForCausalLM(config)
-    model.load_state_dict(torch.load(folder / "trained.pt", weights_only=True))
+    model.load_state_dict(torch.load(kept, weights_only=True))
     return model.eval()
 
 
@@ -283,22 +310,34 @@ def harness_tasks(tmp_path_factory, write_harness_tasks):
 
 
 @pytest.fixture(scope="session")
-def _task_indexes():
-    return {}
+def _harness_index(shared_folder):
+    """Function that gives the harness's index of its own 14,000 files, made by the first of xdist's workers to ask."""
+    index = pytest.importorskip("lm_eval.tasks._index")
+    build = index.TaskIndex.build
+
+    @functools.cache
+    def load():
+        kept = shared_folder / "harness_index.pickle"
+        with FileLock(shared_folder / "harness_index.lock"):
+            if not kept.exists():
+                kept.write_bytes(pickle.dumps(build([Path(index.__file__).parent])))
+        return pickle.loads(kept.read_bytes())
+
+    return load
 
 
 @pytest.fixture(scope="module")
-def one_task_index(_task_indexes):
-    """The harness's index of all its tasks takes seconds to make: the tests share one."""
-    tasks = pytest.importorskip("lm_eval.tasks")
-    make = tasks.TaskManager
+def one_task_index(_harness_index):
+    """The harness's index of all its tasks takes ten seconds to make: the tests share it, and only theirs are read."""
+    index = pytest.importorskip("lm_eval.tasks._index")
+    build, own = index.TaskIndex.build, Path(index.__file__).parent
 
-    def manager(include_path, include_defaults=True):
-        key = (*include_path, include_defaults)
-        if key not in _task_indexes:
-            _task_indexes[key] = make(include_path=include_path, include_defaults=include_defaults)
-        return _task_indexes[key]
+    def joined(paths):
+        found = {}
+        for path in paths:
+            found |= _harness_index() if Path(path) == own else build([path])
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "TaskManager", manager)
+        patch.setattr(index.TaskIndex, "build", staticmethod(joined))
         yield

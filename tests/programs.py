@@ -9,6 +9,7 @@ of its own.
 import atexit
 import contextlib
 import functools
+import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -63,6 +64,8 @@ def _signal_when(path, number):
 
 def _main(arguments, environment, folder, output, signal_when):
     """In the new process: what the interpreter does with its arguments."""
+    # Collecting garbage would go over all that was imported, and so copy the memory that is shared with the server
+    gc.freeze()
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         with open(output / name, "wb") as file:
             os.dup2(file.fileno(), descriptor)

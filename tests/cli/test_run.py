@@ -1,4 +1,3 @@
-import subprocess
 import sys
 
 import pytest
@@ -145,9 +144,7 @@ def test_the_form_that_works_registers_the_plugin_in_every_process(launcher, tmp
     )
     module, *options = launcher
     arguments = [*options, "-m", "transformers_dsv3.cli", "run", tmp_path / "script.py", tmp_path]
-    result = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, timeout=600
-    )
+    result = programs.run(["-m", module, *arguments])
     assert result.returncode == 0, result.stderr
     ranks = {path.name: path.read_text() for path in tmp_path.glob("rank_*")}
     count = 2 if module.startswith("torch") else 1

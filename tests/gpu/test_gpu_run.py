@@ -81,13 +81,18 @@ def test_time_that_runs_out_ends_a_stage(tmp_path):
     code = (
         "import pathlib, subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "pathlib.Path(sys.argv[1]).write_text('{\"child\": %d}' % child.pid)\n"
+        "written = pathlib.Path(sys.argv[1] + '.partial')\n"
+        "written.write_text('{\"child\": %d}' % child.pid)\n"
+        "written.rename(sys.argv[1])\n"
         "print('begun', flush=True); time.sleep(600)\n"
     )
-    stage = run.Stage("decoding", 10, [], ["-c", code, "{json}"])
-    started = time.monotonic()
-    entry = run.run_stage(stage, "cpu", stage.seconds, tmp_path)
-    assert time.monotonic() - started < stage.seconds + run.GRACE + 300  # its child would sleep for longer
+    for seconds in (1, 10, 100):  # on a busy machine it begins late
+        stage = run.Stage("decoding", seconds, [], ["-c", code, "{json}"])
+        started = time.monotonic()
+        entry = run.run_stage(stage, "cpu", stage.seconds, tmp_path)
+        assert time.monotonic() - started < stage.seconds + run.GRACE + 300  # its child would sleep for longer
+        if entry["last_lines"]:
+            break
     assert entry["outcome"] == "out of time" and entry["last_lines"] == ["begun"]
     # A process that was killed is there until the system has come round to it
     deadline = time.monotonic() + 300

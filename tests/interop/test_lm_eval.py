@@ -9,7 +9,9 @@ import pytest
 import transformers_dsv3
 
 
-pytestmark = pytest.mark.interop
+# Each of two programs reads 14,000 files of tasks first; of those that are not slow, tests/evaluation/test_harness.py
+# compares the same log-likelihoods, and tests/cli/test_run.py says which class `run` gives a program
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 # Each names a data file beside it; the harness needs nothing from outside
 TASKS = {

@@ -1,7 +1,6 @@
 """What the tests of compiled operators share."""
 
 import contextlib
-import os
 import platform
 
 import pytest
@@ -35,12 +34,11 @@ ARM = platform.machine() in ("aarch64", "arm64")
 
 
 @pytest.fixture(scope="session")
-def served_arm(tmp_path_factory):
+def served_arm(shared_folder):
     """The command, built for ARM, that serves the library; skips where that cannot be built or run."""
     if (reason := served_library.arm_refusal()) is not None:
         pytest.skip(reason)
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "served_arm"
+    folder = shared_folder / "served_arm"
     with FileLock(folder.with_suffix(".lock")):
         # Optimised just so far that vectors stay in registers: compiling as for use takes three times as long
         return served_library.build(folder, served_library.ARM_COMPILER, "-O1")

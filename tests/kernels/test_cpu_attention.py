@@ -275,13 +275,3 @@ def test_wrong_arguments_are_named():
         case = Case(P=2049)
         with pytest.raises(ValueError, match="longer than 2048"):
             getattr(case, operation)()
-
-
-@pytest.mark.parametrize("mask", ["none", "bool", "additive"])
-def test_opcheck(mask):
-    case = Case().make_mask(mask)
-    ops = torch.ops.transformers_dsv3
-    arguments = case.q_nope, case.q_rope, case.latent, case.k_rope, case.w, case.mask, case.scaling
-    torch.library.opcheck(ops.attention_absorbed.default, arguments)
-    arguments = case.q_nope, case.q_rope, case.kv, case.k_rope, case.mask, 0, case.scaling
-    torch.library.opcheck(ops.attention_expanded.default, arguments)

@@ -35,11 +35,6 @@ def test_values_are_what_the_weights_stand_for(isa, poisoned, quantize, stands_f
     assert torch.equal(dequantize.operator(values, scale, dtype), exact.to(torch.float32).to(dtype))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_opcheck(quantize, bits):
-    torch.library.opcheck(dequantize.operator, (*quantize(torch.randn(5, 64), bits), torch.bfloat16))
-
-
 def test_wrong_arguments_are_named(quantize):
     values, scale = quantize(torch.randn(4, 64), 8)
     for wrong, said in (

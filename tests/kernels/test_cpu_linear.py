@@ -215,11 +215,3 @@ def test_wrong_arguments_are_named(message):
     with pytest.raises(ValueError) as error:
         linear(*BAD[message])
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_opcheck(quantize, bits):
-    weight, scale = quantize(torch.randn(6, 32), bits) if bits else (torch.randn(6, 32), None)
-    torch.library.opcheck(
-        torch.ops.transformers_dsv3.linear.default, (torch.randn(2, 3, 32), weight, scale, torch.randn(6), False)
-    )

@@ -263,17 +263,3 @@ def test_wrong_arguments_are_named(case):
     assert "several dtypes" in message(lambda made: made.weights.update(case("q4", torch.float32, E=0).weights), "q8")
     for missing in ("down", "shared_up", "shared_down"):
         assert missing in message(lambda made, missing=missing: made.weights.pop(missing))
-
-
-@pytest.mark.parametrize("kind", ["fp32", "q8 rounded", "q4 rounded"])
-def test_opcheck(case, kind):
-    made = case(kind, torch.float32)
-    w = made.weights.get
-    torch.library.opcheck(
-        torch.ops.transformers_dsv3.mixture.default,
-        (
-            *(made.x, w("gate_up"), w("gate_up_scale"), w("down"), w("down_scale"), made.expert, made.weight),
-            *(w("shared_gate"), w("shared_gate_scale"), w("shared_up"), w("shared_up_scale")),
-            *(w("shared_down"), w("shared_down_scale"), True),
-        ),
-    )

@@ -139,8 +139,3 @@ def test_wrong_arguments_are_named(message):
     with pytest.raises(ValueError) as error:
         route(*arguments, **options)
     assert message in str(error.value)
-
-
-def test_opcheck():
-    arguments = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6), 2, 1, 2, True, 1.5
-    torch.library.opcheck(torch.ops.transformers_dsv3.route.default, arguments)

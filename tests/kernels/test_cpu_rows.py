@@ -114,13 +114,6 @@ def test_wrong_arguments_are_named():
         assert message in str(error.value)
 
 
-def test_opcheck():
-    ops = torch.ops.transformers_dsv3
-    torch.library.opcheck(ops.rms_norm.default, (torch.randn(1, 3, 8), torch.randn(8), 1e-6))
-    angles = torch.randn(1, 4, 8)
-    torch.library.opcheck(ops.rotate.default, (torch.randn(2, 3, 4, 8), angles, angles, True))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("q_lora_rank", [None, 20])
 @pytest.mark.parametrize("interleave", [True, False])

@@ -29,6 +29,24 @@ if (
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def routed_once():
+    """For any number of tokens Liger sorts 1,024 places, which takes the interpreter seconds: once for each choice."""
+    from liger_kernel.ops import fused_moe
+
+    compute, kept = fused_moe.compute_routing_metadata, {}
+
+    def once(index, *arguments):
+        key = (index.device, index.dtype, str(index.tolist()), arguments)
+        if key not in kept:
+            kept[key] = compute(index, *arguments)
+        return tuple(part.clone() for part in kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_moe, "compute_routing_metadata", once)
+        yield
+
+
 @pytest.fixture
 def experts(tiny_config):
     """Function from a dtype to eight experts with weights that matter."""

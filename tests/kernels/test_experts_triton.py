@@ -141,11 +141,17 @@ def test_infinities_stay_with_their_tokens():
     assert d_gate_up[0].isfinite().all() and d_down[0].isfinite().all()
 
 
+@pytest.fixture(scope="module")
+def everything():
+    """All gradients of `case()`."""
+    return run(served, *case())[1:]
+
+
 @pytest.mark.parametrize("needs", range(1, 16))
-def test_frozen_parts(needs):
+def test_frozen_parts(needs, everything):
     """Only what is asked for gets a gradient, and the same one."""
     experts, hidden, index, weights = case()
-    everything = run(served, experts, hidden, index, weights)[1:]
+    experts.to(DEVICE)
     leaves = [*(leaf.to(DEVICE) for leaf in (hidden, weights)), experts.gate_up_proj, experts.down_proj]
     for place, leaf in enumerate(leaves):
         leaf.requires_grad_(bool(needs >> place & 1))

@@ -49,7 +49,7 @@ def compare_generation(model, sharded, tokens, mask, heads):
     for settings in ({}, {"cache_implementation": "static"}, {"use_mtp": True}):
         if "use_mtp" in settings and not model.config.num_nextn_predict_layers:
             continue
-        settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **settings}
+        settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **settings}
         inputs = {"input_ids": tokens.flip(1), "attention_mask": mask.flip(1)}  # padded on the left
         expected = model.generate(**inputs, **settings)
         attention_dsv3.absorbed_attention, backend.undispatched = count(plain), count(compiled)

@@ -8,10 +8,12 @@ import json
 import os
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -40,13 +42,26 @@ def two_processes(arguments):
     return programs.run_ranks(2, arguments)
 
 
+ACCELERATE_OPTIONS = ["--config_file", str(ROOT / "examples" / "accelerate_fsdp2.yaml")]
+
+
 def accelerate_launch(arguments):
     """Two processes too, with the settings that this launcher hands them in the environment."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "examples" / "accelerate_fsdp2.yaml")]
-    return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=600, env=ENVIRONMENT
-    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", *ACCELERATE_OPTIONS, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
+
+
+def accelerate_environment(arguments):
+    """Two processes with that launcher's settings, started as the others are: it runs until it would start its own."""
+    handed = {}
+    with (
+        unittest.mock.patch.dict(os.environ),
+        unittest.mock.patch("torch.distributed.run.run", lambda given: handed.update(os.environ)),
+    ):
+        options = [*ACCELERATE_OPTIONS, "--main_process_port", "0", *map(str, arguments)]
+        launch.launch_command(launch.launch_command_parser().parse_args(options))
+    assert handed["ACCELERATE_USE_FSDP"] == "true"
+    return programs.run_ranks(2, arguments, **{k: v for k, v in handed.items() if os.environ.get(k) != v})
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +118,7 @@ def assert_same_run(seen, expected, start, measured, mode, atol=1e-6):
 # The launcher, options, the class that trains, and how much of the model each process holds at most
 MODES = {
     "DDP": (two_processes, [], "DistributedDataParallel", 1.0),
-    "FSDP2": (accelerate_launch, ["--in-memory"], "FSDPDeepseekV3ForCausalLM", 0.51),
+    "FSDP2": (accelerate_environment, ["--in-memory"], "FSDPDeepseekV3ForCausalLM", 0.51),
     "TP=2": (two_processes, ["--distributed", '{"tp_size": 2}'], "DeepseekV3ForCausalLM", 0.6),
     "EP=2": (two_processes, ["--distributed", '{"ep_size": 2}'], "FSDPDeepseekV3ForCausalLM", 0.51),
 }

@@ -225,12 +225,12 @@ class TestRefusals:
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_resumed_run_equals_an_uninterrupted_one(dpo, checkpoint, tmp_path, adapter):
-    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
+    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
     states = []
-    for parts in ([6], [3, 6]):
+    for parts in ([4], [2, 4]):
         for steps in parts:
             model = AutoModelForCausalLM.from_pretrained(checkpoint)
-            resume = str(tmp_path / "run" / "checkpoint-3") if steps > 3 and len(parts) > 1 else None
+            resume = str(tmp_path / "run" / "checkpoint-2") if steps > 2 and len(parts) > 1 else None
             trainer = dpo(model, peft_config=copy.deepcopy(adapter), resume=resume, max_steps=steps, **options)
         states.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
     before = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
