@@ -92,8 +92,8 @@ def assert_close(result, exact, dtype):
     assert result.dtype == dtype and result.shape == exact.shape
     share = 1e-5 if dtype == FP32 else 2.5e-2
     error = (result.double() - exact).abs().max().item() if exact.numel() else 0.0
-    # A few outputs may all cancel; what is summed in them is about 1
-    size = max(exact.abs().max().item(), 0.1) if exact.numel() else 0.0
+    # A few outputs, of which there may be one, may all cancel; what is summed in them is about 1
+    size = max(exact.abs().max().item(), 0.2) if exact.numel() else 0.0
     assert error <= share * size + 1e-30, f"{error / size:.1e} of the largest output"
 
 
