@@ -141,6 +141,36 @@ def test_streams_as_a_server_reads_them(model):
     assert not manager.is_running()
 
 
+def test_transformers_server_serves_by_it(model, byte_tokenizer):
+    """What `transformers serve --continuous-batching` does with a request, streamed and not, and with a wrong one."""
+    pytest.importorskip("fastapi")
+    from transformers.cli.serving.utils import CBGenerateManager
+
+    serving = CBGenerateManager()
+    serving.init_cb(model, greedy())
+    inputs, prompt = {"input_ids": PROMPTS[0]}, PROMPTS[0]
+    expected = byte_tokenizer.decode(alone(model, prompt), skip_special_tokens=True)
+
+    async def run():
+        answers = [
+            serving.generate_non_streaming(model, byte_tokenizer, inputs, greedy(), str(place)) for place in range(3)
+        ]
+        for text, length, tokens in await asyncio.wait_for(asyncio.gather(*answers), 60):
+            assert (text, length, tokens) == (expected, 3, alone(model, prompt))
+        queue, streamer = serving.generate_streaming(model, byte_tokenizer, inputs, greedy(), "streamed")
+        parts = []
+        while (part := await asyncio.wait_for(queue.get(), 60)) is not None:
+            parts.append(part)
+        # The server's own stream keeps a last character back that is not whole
+        assert expected.startswith("".join(parts)) and streamer.total_tokens == 6
+        with pytest.raises(RuntimeError, match="`prompt`"):
+            await serving.generate_non_streaming(model, byte_tokenizer, {"input_ids": [96]}, greedy(), "wrong")
+
+    asyncio.run(run())
+    assert serving.is_alive() and not serving.scheduler.running
+    serving.stop()
+
+
 def test_requests_of_their_own_settings(model):
     manager = model.init_continuous_batching(greedy())
     manager.start()
