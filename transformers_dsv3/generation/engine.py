@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # Steps that failed altogether, one after another, before the engine takes itself for broken
 _MOST_FAILURES = 16
 # Tokens of prompts that a step may hold beside texts that are continued, whatever they cost
-_FEWEST_PREFILLED = 32
+_FEWEST_PREFILLED = 64
 # Of the memory that is free, on a CPU, where other programs live too, and on a GPU
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.8
 

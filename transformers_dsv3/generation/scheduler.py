@@ -112,9 +112,9 @@ class Limits:
 
     batch_tokens: int = 512
     running: int = 256
-    fewest_prefilled: int = 32
+    fewest_prefilled: int = 64
     step_seconds: float | None = None
-    stretch: float = 2.5
+    stretch: float = 4.0
     sequence_tokens: int = 2**31
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ class _Budget:
         count = min(count, self.most - step.tokens)
         if self.seconds is None or count <= 0:
             return max(count, 0)
-        within = self.costs.tokens_within(self.seconds, step.tokens, step.pairs, start, count)
+        within = self.costs.tokens_within(self.seconds, len(step.chunks), step.tokens, step.pairs, start, count)
         return max(within, min(count, self.fewest - step.tokens), 0)
 
 
@@ -231,7 +231,7 @@ class Scheduler:
 
     def done(self, step: Step, seconds: float) -> None:
         """Notes that a step was made, and how long it took."""
-        self.costs.saw(step.tokens, step.pairs, seconds)
+        self.costs.saw(len(step.chunks), step.tokens, step.pairs, seconds)
         for chunk in step.chunks:
             chunk.sequence.computed = chunk.start + chunk.count
 
@@ -249,7 +249,9 @@ class Scheduler:
         elif not self.costs.is_known:
             seconds = 0.0
         else:
-            seconds = limits.step_seconds or limits.stretch * self.costs.seconds(step.tokens, step.pairs)
+            seconds = limits.step_seconds or limits.stretch * self.costs.seconds(
+                len(step.chunks), step.tokens, step.pairs
+            )
         return _Budget(self.costs, limits.batch_tokens, step.tokens + limits.fewest_prefilled, seconds)
 
     def _may_begin(self) -> bool:
@@ -261,7 +263,7 @@ class Scheduler:
         if not self.costs.is_known:
             return False
         rows, pairs = len(self.running) + 1, sum(len(each.tokens) for each in self.running)
-        return self.costs.seconds(rows, pairs) <= self.limits.step_seconds
+        return self.costs.seconds(rows, rows, pairs) <= self.limits.step_seconds
 
     def _add_part(self, step: Step, sequence: Sequence, budget: _Budget) -> None:
         """Adds what the budget allows of what is left of a sequence."""

@@ -11,48 +11,49 @@ _KEPT = 0.99
 _FEWEST = 4
 # A step that took so many times longer than expected was held up by something else
 _HELD_UP = 4.0
-# Both in the order of one
-_SCALES = (1.0, 1e-2, 1e-5)
+# So that all are in the order of one
+_SCALES = (1.0, 1e-2, 1e-2, 1e-5)
+_COUNT = len(_SCALES)
 
 
 class StepCosts:
-    """Seconds of a step: so much each, so much a token, so much a pair of a token and one it looks back at.
+    """Seconds of a step: so much each, a sequence in it, a token, and a pair of a token and one it looks back at.
 
-    Least squares over the latest steps, none of the three below 0.
+    Least squares over the latest steps, none of the four below 0.
     """
 
     def __init__(self) -> None:
-        self._products = [[0.0] * 3 for _ in range(3)]
-        self._targets = [0.0] * 3
-        self._weights = [0.0] * 3
+        self._products = [[0.0] * _COUNT for _ in range(_COUNT)]
+        self._targets = [0.0] * _COUNT
+        self._weights = [0.0] * _COUNT
         self.steps = 0
 
-    def seconds(self, tokens: int, pairs: int) -> float:
+    def seconds(self, sequences: int, tokens: int, pairs: int) -> float:
         """What is expected of a step; 0 as long as nothing is known."""
-        return sum(weight * x for weight, x in zip(self._weights, _features(tokens, pairs)))
+        return sum(weight * x for weight, x in zip(self._weights, _features(sequences, tokens, pairs)))
 
     @property
     def is_known(self) -> bool:
         """Whether enough was seen."""
         return self.steps >= _FEWEST
 
-    def saw(self, tokens: int, pairs: int, seconds: float) -> None:
+    def saw(self, sequences: int, tokens: int, pairs: int, seconds: float) -> None:
         """Takes a step into account."""
-        expected = self.seconds(tokens, pairs)
+        expected = self.seconds(sequences, tokens, pairs)
         if self.is_known and expected > 0:
             seconds = min(seconds, _HELD_UP * expected)
-        features = _features(tokens, pairs)
+        features = _features(sequences, tokens, pairs)
         for row, x in enumerate(features):
             self._targets[row] = _KEPT * self._targets[row] + x * seconds
             for column, y in enumerate(features):
                 self._products[row][column] = _KEPT * self._products[row][column] + x * y
         self.steps += 1
-        self._weights = self._fit([0, 1, 2])
+        self._weights = self._fit(list(range(_COUNT)))
 
-    def tokens_within(self, seconds: float, tokens: int, pairs: int, start: int, most: int) -> int:
-        """How many tokens more a step may have to take no longer: `most` at most, of a sequence from `start` on."""
-        left = seconds - self.seconds(tokens, pairs)
-        a_token = self._weights[1] * _SCALES[1] + self._weights[2] * _SCALES[2] * (start + most / 2)
+    def tokens_within(self, seconds: float, sequences: int, tokens: int, pairs: int, start: int, most: int) -> int:
+        """How many tokens of one more sequence from `start` on, `most` at most, a step may have to take no longer."""
+        left = seconds - self.seconds(sequences + 1, tokens, pairs)
+        a_token = self._weights[2] * _SCALES[2] + self._weights[3] * _SCALES[3] * (start + most / 2)
         if left <= 0:
             return 0
         return most if a_token * most <= left else int(left / a_token)
@@ -65,15 +66,15 @@ class StepCosts:
         solution = _solve(rows)
         kept = [i for i, weight in zip(chosen, solution) if weight > 0]
         if len(kept) < len(chosen):
-            return self._fit(kept) if kept else [0.0] * 3
-        weights = [0.0] * 3
+            return self._fit(kept) if kept else [0.0] * _COUNT
+        weights = [0.0] * _COUNT
         for i, weight in zip(chosen, solution):
             weights[i] = weight
         return weights
 
 
-def _features(tokens: int, pairs: int) -> tuple[float, float, float]:
-    return _SCALES[0], _SCALES[1] * tokens, _SCALES[2] * pairs
+def _features(sequences: int, tokens: int, pairs: int) -> tuple[float, ...]:
+    return tuple(scale * x for scale, x in zip(_SCALES, (1, sequences, tokens, pairs)))
 
 
 def _solve(rows: Sequence[list[float]]) -> list[float]:
