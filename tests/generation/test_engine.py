@@ -380,11 +380,13 @@ def test_an_engine_that_never_gets_on_is_not_taken_for_a_healthy_one(model, star
 
 def test_a_thread_that_dies_tells_everyone(model, start, monkeypatch):
     engine = start(model, settings=SMALL)
-    monkeypatch.setattr(engine.scheduler, "done", lambda *arguments: 1 / 0)
+    all_asked = threading.Event()
+    monkeypatch.setattr(engine.scheduler, "done", lambda *arguments: all_asked.wait() and 1 / 0)
     answers = [ask(engine, [1], str(place)) for place in range(3)]
+    all_asked.set()
+    assert {answer.wait().last.finish_reason for answer in answers} == {"error"}
     engine._thread.join(60)
     assert isinstance(engine.failure, ZeroDivisionError)
-    assert {answer.wait().last.finish_reason for answer in answers if answer.outputs} == {"error"}
 
 
 def test_adapters_are_chosen_by_each_request(make_model, start, tmp_path):
