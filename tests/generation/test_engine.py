@@ -88,7 +88,23 @@ def test_texts_are_generates_in_any_company(model, start, settings):
         assert answer.last.finish_reason == "length" and answer.last.prompt_tokens == len(prompts[place])
     statistics = engine.statistics()
     assert statistics.generated_tokens == sum(new) and statistics.finished == {"length": 12}
-    assert (statistics.preemptions > 0) == (statistics.pages_total == 18)
+
+
+def test_texts_whose_pages_were_taken_go_on(model, start):
+    """Four begin at once, on pages that suffice for their prompts and not for their texts."""
+    engine = start(model, settings=EngineSettings(cache_bytes=2 * 4 * 24 * 4 * 18, page_size=4))
+    assert engine.statistics().pages_total == 18
+    prompts = [[place, *range(10)] for place in range(4)]
+    begun, release = held(model)
+    try:
+        answers = [ask(engine, [200], "first", max_new_tokens=1)]
+        assert begun.wait(60)
+        answers += [ask(engine, prompt, str(prompt[0]), max_new_tokens=40, ignore_eos=True) for prompt in prompts]
+    finally:
+        release()
+    for prompt, answer in zip(prompts, answers[1:]):
+        assert answer.wait().tokens == alone(model, prompt, 40)
+    assert engine.statistics().preemptions > 0
 
 
 def test_prefixes_are_found_and_change_nothing(model, start):
