@@ -54,10 +54,11 @@ def plot_serving(results: dict[str, Any], path: Path) -> None:
     entries = [entry for entry in results["serving"] if entry["contenders"]]
     names = sorted({name for entry in entries for name in entry["contenders"]}, key=_place)
     figure, (latency, rate) = plt.subplots(1, 2, figsize=(10, 4))
-    for name in names:
+    for number, name in enumerate(names):
         own = [(entry["clients"], entry["contenders"][name]) for entry in entries if name in entry["contenders"]]
         clients = [count for count, _ in own]
-        style = {"color": "C3", "linewidth": 2.5} if name == ENGINE else {"linewidth": 1.2}
+        # Names begin with the engine's, so that no other line has its colour
+        style = {"color": f"C{number}", "linewidth": 2.5 if name == ENGINE else 1.2}
         medians = [figures["latency_a_token"]["p50"] * 1000 for _, figures in own]
         latency.plot(clients, medians, marker="o", label=name, **style)
         rate.plot(clients, [figures["tokens_per_second"] for _, figures in own], marker="o", label=name, **style)
