@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,7 @@ def run_server(checkpoint: str, options: ServerOptions, engine: EngineOptions, s
         tokenizer, where = _tokenizer(checkpoint, engine)
         template = chat_template(tokenizer, options.chat_template)
         model = _model(checkpoint, where, engine)
-        settings = ServerSettings(
-            **{**vars(settings), "sampling": checkpoint_sampling(getattr(model, "generation_config", None))}
-        )
+        settings = replace(settings, sampling=checkpoint_sampling(getattr(model, "generation_config", None)))
         try:
             running = Engine(model, tokenizer, engine_settings, adapters)
         except ValueError as error:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import programs
+from tests import programs, small_model
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3.data.mixture_order import MixtureError
 from transformers_dsv3.data.text_files import TextError
@@ -21,29 +21,7 @@ pytest.importorskip("datasets")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WEIGHTS = {"code": 0.35, "maths": 0.18, "prose": 0.47}
-CONFIG = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_nextn_predict_layers": 0,
-    "max_position_embeddings": 256,
-    "model_type": "deepseek_v3",
-}
+CONFIG = {**small_model.FIELDS, "vocab_size": 300, "num_nextn_predict_layers": 0, "model_type": "deepseek_v3"}
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, LlamaConfig, pipeline
 
-from tests import programs
+from tests import programs, small_model
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3.evaluation.training_record import read_training_record
 
@@ -24,30 +24,7 @@ from transformers_dsv3.evaluation.training_record import read_training_record
 pytest.importorskip("datasets")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TINY = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_nextn_predict_layers": 1,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.05,
-    "model_type": "deepseek_v3",
-}
+TINY = {**small_model.FIELDS, "vocab_size": 320, "initializer_range": 0.05, "model_type": "deepseek_v3"}
 # Windows of 16 blocks: a run reads several of them, and its text more than once
 SMALL = "--block_size 32 --shuffle_window 16 --per_device_train_batch_size 4 --logging_steps 4 --save_steps 4".split()
 SMALL += "--eval_strategy no --disable_tqdm true --warmup_steps 2".split()

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ class HeldOutMixture(torch.utils.data.Dataset):
             whole = HeldOutBlocks(stream, tokenizer, block_size, reset_positions)
             parts = {domain: whole}
             for language, texts in _by_language(stream):
-                part = stream_of(stream, texts)
+                part = replace(stream, held_out=tuple(texts), held_out_languages=())
                 try:
                     parts[f"{domain}_{language}"] = HeldOutBlocks(part, tokenizer, block_size, reset_positions)
                 except TextError:
@@ -233,19 +233,6 @@ def weights_from_json(weights: Any) -> Any:
         except ValueError:
             raise MixtureError(f"a schedule's weights are by numbers of tokens, not by {list(weights)}") from None
     return weights
-
-
-def stream_of(stream: TextStream, held_out: list[str]) -> TextStream:
-    """A stream with a part of its held-out texts."""
-    return TextStream(
-        stream.source,
-        stream.texts_of_pass,
-        stream.text_column,
-        tuple(held_out),
-        stream.split,
-        stream.fingerprint,
-        stream.fingerprint_of,
-    )
 
 
 def _stream(domain: Any, folder: Path, seed: int, exclude: Path | None) -> TextStream:

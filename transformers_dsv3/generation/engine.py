@@ -17,7 +17,7 @@ from ..models.dsv3.paged_dsv3 import PagedLatents, RaggedBatch, forward_pages
 from .adapters import Adapters
 from .memory import free_bytes
 from .pages import PagePool
-from .requests import Deliver, FinishReason, Output, QueueFull, Request, RequestError
+from .requests import Deliver, FinishReason, Output, QueueFull, Request, RequestError, end_tokens
 from .sampling import Drawn, draw, token_logprobs
 from .scheduler import Chunk, Limits, Scheduler, Step
 from .served import Served
@@ -388,11 +388,8 @@ class Engine:
 
 def _ends_of(model: Any) -> tuple[int, ...]:
     """The model's own ends of sequence."""
-    generation = getattr(model, "generation_config", None)
-    ends = getattr(generation, "eos_token_id", None)
-    if ends is None:
-        ends = model.config.eos_token_id
-    return () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return end_tokens(model.config.eos_token_id if ends is None else ends)
 
 
 def _make_pages(model: Any, settings: EngineSettings, longest: int) -> PagedLatents:

@@ -25,7 +25,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from ..models.dsv3.paged_dsv3 import PagedLatents
 from .engine import Engine, EngineStopped
 from .memory import free_bytes
-from .requests import Output, Request, RequestError, SamplingSettings
+from .requests import Output, Request, RequestError, SamplingSettings, end_tokens
 from .settings import EngineSettings
 
 
@@ -261,8 +261,7 @@ class ContinuousBatching:
             settings = replace(settings, seed=seed + self._added)
             self._added += 1
         if eos_token_id is not None:
-            ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-            settings = replace(settings, stop_token_ids=tuple(token for token in ends if token >= 0))
+            settings = replace(settings, stop_token_ids=_of_the_vocabulary(eos_token_id))
         salt = "" if self.continuous_batching_config.allow_block_sharing else name
         return Request(name, prompt, settings, cache_salt=salt)
 
@@ -317,7 +316,6 @@ def _sampling_settings(model: Any, config: GenerationConfig, batching: Continuou
             raise ValueError(f"{message}.")
         logger.warning("%s. It is left out.", message)
     ends = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id
-    listed = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
     sampled = bool(config.do_sample)
 
     def chosen(name: str, neutral: Any) -> Any:
@@ -334,9 +332,14 @@ def _sampling_settings(model: Any, config: GenerationConfig, batching: Continuou
         repetition_penalty=float(chosen("repetition_penalty", 1.0)),
         seed=batching.seed,
         ignore_eos=True,  # those of the config are meant, not the model's
-        stop_token_ids=tuple(token for token in listed if token >= 0),
+        stop_token_ids=_of_the_vocabulary(ends),
         logprobs=0 if batching.return_logprobs else None,
     )
+
+
+def _of_the_vocabulary(ends: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Ends of sequence without -1, which stands for none."""
+    return tuple(token for token in end_tokens(ends) if token >= 0)
 
 
 def _engine_settings(model: Any, batching: ContinuousBatchingConfig, workload: Any) -> EngineSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -171,6 +171,11 @@ class Output:
     error: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+
+
+def end_tokens(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Ends of sequence as configs have them: a token, several, or none."""
+    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
 
 
 Deliver = Callable[[Output], None]  # called from the engine's thread; must not wait

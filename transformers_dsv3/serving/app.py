@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..generation.requests import Output
+from ..generation.requests import Output, end_tokens
 from ..generation.requests import Request as EngineRequest
 from .answers import DONE, ChatChoice, Head, TextChoice, Usage, event
 from .calls import Call, Mailroom, engine_failed
@@ -79,9 +79,7 @@ class Service:
         self.reading = 0
         self.mailroom: Mailroom
         ends = engine.model.generation_config.eos_token_id
-        if ends is None:
-            ends = engine.tokenizer.eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends or ())
+        ends = end_tokens(engine.tokenizer.eos_token_id if ends is None else ends)
         try:
             self.grammars: Grammars | None = Grammars(engine.tokenizer, config.vocab_size, ends)
         except ValueError:

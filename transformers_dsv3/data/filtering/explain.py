@@ -61,7 +61,7 @@ def _stages(plan: FilterPlan, report: dict, row: Row) -> list[tuple[str, str]]:
         lines.append(
             ("entropy", told if len(data) >= ENTROPY_BYTES else f"not asked of less than {ENTROPY_BYTES} bytes")
         )
-        most = judge.seed.bounds.most.get(domain, judge.seed.bounds.most[""])
+        most = judge.seed.bounds.most_of(domain)
         values = statistics_of(row.text)
         for name, reason in REASONS.items():
             mark = "dropped: " if values[name] > most[name] else ""

@@ -14,7 +14,7 @@ from ...files import write_json, write_refusal
 from ...option_error import OptionError
 from ..text_mixture import MIXTURE_FILE
 from .executors import Executor, named_executor
-from .fates import decide
+from .fates import decide, summary_of
 from .inputs import SHARD_BYTES, check_columns, find_files
 from .outputs import kept_pattern
 from .plan import FilterPlan, FilterSettings
@@ -167,7 +167,7 @@ def _run_stages(plan: FilterPlan, run: Executor, say: Callable[[str], None]) -> 
 
 
 def _report(plan: FilterPlan, contaminated: int) -> dict[str, Any]:
-    told = json.loads(plan.path("fates", "summary.json").read_text(encoding="utf-8"))
+    told = summary_of(plan)
     seed = None
     if plan.seed:
         learnt = Seed.load(plan.path("seed", ""))

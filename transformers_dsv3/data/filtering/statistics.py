@@ -117,9 +117,13 @@ class Bounds:
             return "low entropy"
         return "high entropy" if entropy > self.entropy[1] else None
 
+    def most_of(self, domain: str) -> Mapping[str, float]:
+        """The largest value of each statistic that documents of a domain may have."""
+        return self.most.get(domain, self.most[""])
+
     def reason(self, domain: str, values: Mapping[str, float]) -> str | None:
         """Why a document is dropped for its statistics, or None."""
-        most = self.most.get(domain, self.most[""])
+        most = self.most_of(domain)
         return next((REASONS[name] for name in REASONS if values[name] > most[name]), None)
 
 

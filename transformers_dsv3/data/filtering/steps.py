@@ -79,15 +79,19 @@ class InputReader(PipelineStep):
             yield Document(row.text, row.id, metadata={**row.metadata, "place": place})
 
 
-class HashDocuments(PipelineStep):
-    """First stage: a hash of each document's normalised text, and what of the shard could not be read."""
-
-    type = "🫂 - DEDUP"
-    name = "exact hashes"
+class _OfPlan(PipelineStep):
+    """A step of a filtering run."""
 
     def __init__(self, plan: FilterPlan):
         super().__init__()
         self.plan = plan
+
+
+class HashDocuments(_OfPlan):
+    """First stage: a hash of each document's normalised text, and what of the shard could not be read."""
+
+    type = "🫂 - DEDUP"
+    name = "exact hashes"
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         timed = _Timed()
@@ -106,15 +110,11 @@ class HashDocuments(PipelineStep):
         timed.save(self.plan, "exact", rank)
 
 
-class FindExactDuplicates(PipelineStep):
+class FindExactDuplicates(_OfPlan):
     """Second stage: of documents with the same hash, all but the first; one task a range of hashes."""
 
     type = "🫂 - DEDUP"
     name = "exact duplicates"
-
-    def __init__(self, plan: FilterPlan):
-        super().__init__()
-        self.plan = plan
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         low, high = (np.uint64(min((1 << 64) - 1, (1 << 64) * part // world_size)) for part in (rank, rank + 1))
@@ -212,17 +212,13 @@ def language_of(data: bytes) -> str:
     return found[0][1] if sure and found[0][1] != "un" else "und"
 
 
-class Measure(PipelineStep):
+class Measure(_OfPlan):
     """Third stage: domain, language, tokens and n-gram score of each document that is no exact duplicate, and why the
     cheap stages drop it. What they leave goes on, to the signatures.
     """
 
     type = "🔻 - FILTER"
     name = "entropy, statistics, contamination, n-grams"
-
-    def __init__(self, plan: FilterPlan):
-        super().__init__()
-        self.plan = plan
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         timed, judge = _Timed(), Judge(self.plan)
@@ -284,15 +280,11 @@ def signatures(plan: FilterPlan) -> Signatures:
     return Signatures(str(plan.path("signatures", "")), config=MINHASH, language=Words("any"))
 
 
-class ScoreByModel(PipelineStep):
+class ScoreByModel(_OfPlan):
     """The stage `model`: what a DSv3 needs for the documents that the n-gram scores leave, in bits a byte."""
 
     type = "🔻 - FILTER"
     name = "perplexity of a model"
-
-    def __init__(self, plan: FilterPlan):
-        super().__init__()
-        self.plan = plan
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         from .model_scorer import ModelScorer
@@ -311,15 +303,11 @@ class ScoreByModel(PipelineStep):
         timed.save(self.plan, "model", rank)
 
 
-class WriteShards(PipelineStep):
+class WriteShards(_OfPlan):
     """Last stage: every document of a shard, its text unchanged, in a file of its domain or in that of the dropped."""
 
     type = "💾 - WRITER"
     name = "kept and dropped"
-
-    def __init__(self, plan: FilterPlan):
-        super().__init__()
-        self.plan = plan
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         from .outputs import ShardWriter

@@ -55,7 +55,7 @@ _WITHOUT_SETTINGS = frozenset(
 # Those that run where there are no gradients
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Angles of these follow the longest position of a call
-_ROPE_BY_LENGTH = ("dynamic", "longrope")
+ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
@@ -69,13 +69,13 @@ class _Grounds:
     Most of it is compared in C: lists of dictionaries with copies of them, where the very same object is equal.
 
     Args:
-        roots: the modules that it was made from, and those in them.
+        roots: the modules that it was made from, and those in them; None for one that is not there.
         config: what they were made by. changed: tensors whose values it depends on, beside where they lie.
     """
 
     def __init__(self, roots: tuple[Any, ...], config: Any, changed: tuple[torch.Tensor, ...] = ()):
         self.roots, self.changed = roots, changed
-        modules = [module for root in roots for module in root.modules()]
+        modules = [module for root in roots if root is not None for module in root.modules()]
         states = [module.__dict__ for module in modules]
         self.epoch = selection.epoch
         plain = (selection.PLAIN_CLASSES.get(kind, ("", ()))[1] for kind in set(map(type, modules)))
@@ -190,7 +190,7 @@ def decoding_refusal(model: Any, dtype: torch.dtype | None = None) -> str | None
     rotary = model.rotary_emb
     if type(rotary) is not native.DeepseekV3RotaryEmbedding:
         return f"takes native's rotary embedding, not a {type(rotary).__name__}"
-    if rotary.rope_type in _ROPE_BY_LENGTH:
+    if rotary.rope_type in ROPE_BY_LENGTH:
         return f"rotary embeddings of type {rotary.rope_type!r} follow the longest position of a call"
     for name, module in (("layers", model.layers), ("rotary_emb", rotary)):
         if (reason := selection.bypass_refusal(name, module)) is not None:
@@ -395,7 +395,7 @@ class Decoding:
         layers = list(model.layers[: model.config.num_hidden_layers])
         program = Program(layers, model.norm, dtype, layers[0].self_attn.config.rope_interleave)
         # Angles are computed from the buffers of the rotary embedding
-        changed = tuple(buffer for buffer in model.rotary_emb.buffers())
+        changed = tuple(model.rotary_emb.buffers())
         grounds = _Grounds((model.layers, model.norm, model.rotary_emb), model.config, changed)
         self._made = (program, grounds, dtype)
         return program
@@ -415,7 +415,5 @@ class Decoding:
         )
         has_head = head is not None and _head_refusal(head, program.dtype) is None
         whole = program.with_ends(embedding.weight if has_embedding else None, head if has_head else None)
-        grounds = _Grounds(tuple(root for root in roots if root is not None), model.config)
-        grounds.roots = roots
-        self._ends = ends = _Ends(program, whole, grounds, has_embedding, has_head)
+        self._ends = ends = _Ends(program, whole, _Grounds(roots, model.config), has_embedding, has_head)
         return ends

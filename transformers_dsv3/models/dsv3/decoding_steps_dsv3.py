@@ -59,7 +59,6 @@ class Steps:
         self._model, self._own_code = model, own_code
         self._program: Program | None = None
         self._room: SharedRoom | None = None
-        self._most_positions = 0
 
     def logits(
         self, tokens_B: torch.Tensor, cache: Cache, positions_B: torch.Tensor | None, mask_BS: torch.Tensor | None
@@ -114,5 +113,5 @@ class Steps:
             or model.lm_head.out_features > decoder.embed_tokens.num_embeddings
         ):
             return None
-        self._program, self._most_positions = ends.program, model.config.max_position_embeddings
+        self._program = ends.program
         return shared_room(cache, program.layers, torch.empty(B, 1, 0, dtype=dtype, device="cpu"))

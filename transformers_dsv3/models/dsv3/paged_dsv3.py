@@ -22,14 +22,13 @@ from ...kernels.dispatch import serve
 from ...kernels.pages import in_huge_pages
 from .attention_dsv3 import AttendingCache, DeepseekV3Attention, is_known_attention
 from .decoder_dsv3 import DeepseekV3DecoderLayer
+from .decoding_dsv3 import ROPE_BY_LENGTH
 from .inputs_dsv3 import bounds
 from .linear_dsv3 import linear
 
 
 # Tokens of a page. What a sequence leaves empty of its last one is lost, half a page on the average
 PAGE_SIZE = 64
-# Angles of these follow the longest position of a call, so that those of a sequence would depend on its neighbours
-_ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
 def paged_refusal(model: Any) -> str | None:
@@ -50,7 +49,7 @@ def paged_refusal(model: Any) -> str | None:
     implementation = model.config._attn_implementation or "eager"
     if not is_known_attention(implementation):
         return f"{implementation!r} is an attention function that computes something of its own"
-    if decoder.rotary_emb.rope_type in _ROPE_BY_LENGTH:
+    if decoder.rotary_emb.rope_type in ROPE_BY_LENGTH:  # those of a sequence would depend on its neighbours
         return f"rotary embeddings of type {decoder.rotary_emb.rope_type!r} follow the longest position of a call"
     return None
 
