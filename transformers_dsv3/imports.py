@@ -14,8 +14,8 @@ from typing import Any
 class AfterImport(MetaPathFinder):
     """Calls `action` when the module `name` has been imported, by whomever, once.
 
-    `start` and `stop` put it into `sys.meta_path` and take it out. Who only looks whether there is such a module, as
-    `importlib.util.find_spec` does, imports and calls nothing.
+    `start` puts it into `sys.meta_path`, or acts at once where the module is there, and `stop` takes it out. Who only
+    looks whether there is such a module, as `importlib.util.find_spec` does, imports and calls nothing.
     """
 
     def __init__(self, name: str, action: Callable[[], None]):
@@ -23,7 +23,9 @@ class AfterImport(MetaPathFinder):
         self._looking = False
 
     def start(self) -> None:
-        if self not in sys.meta_path:
+        if self.name in sys.modules:
+            self.action()
+        elif self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
     def stop(self) -> None:

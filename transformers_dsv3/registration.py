@@ -1,12 +1,15 @@
 """Puts the plugin's classes behind Transformers' Auto classes for `deepseek_v3`, and takes them away again."""
 
 import sys
+from functools import partial
+from importlib import import_module
 
 import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -35,6 +38,8 @@ from .models.dsv3.checkpoint_conversion_dsv3 import deepseek_v3_conversion_mappi
 
 
 MODEL_TYPE = "deepseek_v3"
+# Layouts of models that read pictures, and the class in Transformers' and in our module of that name
+JOINED = {"internvl": "InternVLForConditionalGeneration"}
 CONFIGS = (DeepseekV3Config, KimiK2Config)
 NATIVE_CONVERSION = get_checkpoint_conversion_mapping(MODEL_TYPE)
 AUTO_CLASSES = {
@@ -58,7 +63,7 @@ def register(names: bool = False) -> None:
             is no registry of them.
 
     PEFT looks the plugin's tuners up in a table of its own, whose import takes longer than all of this. They are put
-    there when PEFT is imported.
+    there when PEFT is imported, and classes for pictures and text when such a config is.
     """
     _set_names(of_plugin=names)
     for config_class in CONFIGS:
@@ -75,10 +80,25 @@ def register(names: bool = False) -> None:
     register_gguf()
     register_manager()
     experts_auto.register()
-    if "peft" in sys.modules:
-        _register_tuners()
-    else:
-        _WITH_PEFT.start()
+    for watcher in _WATCHERS:
+        watcher.start()
+
+
+def _register_joined(kind: str) -> None:
+    """Has the plugin's class open a layout's configs. Done when the class is there."""
+    module = sys.modules[f"{__package__}.models.joined.{kind}"]
+    config_class = getattr(module, JOINED[kind]).config_class
+    AutoModelForImageTextToText._model_mapping.register(config_class, getattr(module, JOINED[kind]), exist_ok=True)
+    # Of classes outside its own package Transformers reverts names of its own only where that was asked for
+    conversion = get_checkpoint_conversion_mapping(config_class.model_type)
+    register_checkpoint_conversion_mapping(config_class.model_type, conversion, overwrite=True)
+
+
+def _import_joined(kind: str, unless_with: str = "") -> None:
+    """Imports the plugin's class beside native's, so that importing the plugin alone brings neither."""
+    spec = getattr(sys.modules.get(unless_with), "__spec__", None)
+    if not getattr(spec, "_initializing", False):  # a model that imports its config comes here itself later
+        import_module(f"{__package__}.models.joined.{kind}")
 
 
 def _set_names(of_plugin: bool) -> None:
@@ -95,7 +115,14 @@ def _register_tuners() -> None:
     peft_tuners.register()
 
 
-_WITH_PEFT = AfterImport("peft", _register_tuners)
+_WATCHERS = [AfterImport("peft", _register_tuners)]
+for _kind in JOINED:
+    _native = f"transformers.models.{_kind}.{{}}_{_kind}".format
+    _WATCHERS += [
+        AfterImport(f"{__package__}.models.joined.{_kind}", partial(_register_joined, _kind)),
+        AfterImport(_native("modeling"), partial(_import_joined, _kind)),
+        AfterImport(_native("configuration"), partial(_import_joined, _kind, _native("modeling"))),
+    ]
 
 
 def unregister() -> None:
@@ -103,7 +130,12 @@ def unregister() -> None:
     _set_names(of_plugin=False)
     AutoConfig.register(MODEL_TYPE, configuration_deepseek_v3.DeepseekV3Config, exist_ok=True)
     register_checkpoint_conversion_mapping(MODEL_TYPE, NATIVE_CONVERSION, overwrite=True)
-    _WITH_PEFT.stop()
+    for watcher in _WATCHERS:
+        watcher.stop()
+    for kind, name in JOINED.items():
+        if (module := sys.modules.get(f"{__package__}.models.joined.{kind}")) is not None:
+            native_class = getattr(module, name).native_class
+            AutoModelForImageTextToText._model_mapping.register(native_class.config_class, native_class, exist_ok=True)
     if (peft_tuners := sys.modules.get(f"{__package__}.training.peft_tuners")) is not None:
         peft_tuners.unregister()
 

@@ -13,8 +13,9 @@ from .checkpoint_scales_dsv3 import belongs_to, owners_of, sentences
 # experts.{e}.gate_proj.weight and its FP8 scale
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 # What only MTP layers have
-_MTP_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(?:enorm|hnorm|eh_proj|shared_head)\.")
-_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
+_DECODER = r"^(?:model\.)?(?:language_model\.)?(?:model\.)?"
+_MTP_LAYER = re.compile(_DECODER + r"layers\.(\d+)\.(?:enorm|hnorm|eh_proj|shared_head)\.")
+_LAYER = re.compile(_DECODER + r"layers\.(\d+)\.")
 # After the name of an FP8 weight: its scales
 SCALE = "_scale_inv"
 _FP8 = "F8_E4M3"

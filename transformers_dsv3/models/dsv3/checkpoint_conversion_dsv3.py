@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from ...kernels.pages import in_huge_pages
 from .checkpoint_files_dsv3 import StoredTensor
+from .configuration_dsv3 import text_config
 
 
 logger = logging.get_logger(__name__)
@@ -192,6 +193,7 @@ def mtp_renamings(config: Any, prefix: str = "") -> list[WeightRenaming]:
     Returns:
         Renamings in the order in which they are applied; Transformers reverts them when it saves.
     """
+    config = text_config(config)
     start = f"^{re.escape(prefix)}" if prefix else ""
     renamings = []
     for depth in range(getattr(config, "num_nextn_predict_layers", 0) or 0):
@@ -209,7 +211,8 @@ def official_name(name: str, config: Any) -> str:
     if match is None:
         return name
     prefix, depth, part, rest = match.groups()
-    return f"{prefix or ''}layers.{config.num_hidden_layers + int(depth)}.{MTP_NORMS.get(part, part)}{rest}"
+    layer = text_config(config).num_hidden_layers + int(depth)
+    return f"{prefix or ''}layers.{layer}.{MTP_NORMS.get(part, part)}{rest}"
 
 
 def deepseek_v3_conversion_mapping() -> list[WeightConverter]:

@@ -40,6 +40,7 @@ from .checkpoint_conversion_dsv3 import (
 from .checkpoint_files_dsv3 import CheckpointError, StoredTensor, read_checkpoint, resolve_checkpoint
 from .checkpoint_saving_dsv3 import publish, staging
 from .checkpoint_scales_dsv3 import loading_problems, unquantised_modules
+from .configuration_dsv3 import text_config
 
 
 if TYPE_CHECKING:
@@ -78,6 +79,9 @@ _NOT_FOR_THE_CONFIG = (
 
 class Dsv3CheckpointMixin(_Base):
     """`from_pretrained` and `save_pretrained` of the DeepSeek-V3 models; goes in front of `PreTrainedModel`."""
+
+    # The decoder's place in a model that has other layers too, with a dot behind it
+    decoder_prefix = ""
 
     @classmethod
     def from_pretrained(
@@ -140,7 +144,7 @@ class Dsv3CheckpointMixin(_Base):
             if files is not None:
                 renamings = [WeightRenaming(*pair) for pair in (kwargs.get("key_mapping") or {}).items()]
                 stored = renamed_table(read_checkpoint(files.files, files.index), renamings)
-                _leave_out_absent_mtp_layers(config, stored, str(base_location))
+                cls._fit_config(config, stored, str(base_location))
         _choose_fp8_reader(config, held.get("quantization_config"))
         if files is not None and _choose_packed_reader(config, held.get("quantization_config"), kwargs):
             held.pop("quantization_config", None)
@@ -196,7 +200,7 @@ class Dsv3CheckpointMixin(_Base):
             mapping = [*(load_config.weight_mapping or []), *deepseek_v3_conversion_mapping()]
             load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         if load_config.weight_mapping is not None:
-            load_config.weight_mapping.extend(mtp_renamings(model.config))
+            load_config.weight_mapping.extend(mtp_renamings(model.config, model.decoder_prefix))
         if state_dict is None and expected_keys is None and files and all(f.endswith(".safetensors") for f in files):
             stored = renamed_table(read_checkpoint(files), given)
             quantizer = load_config.hf_quantizer
@@ -221,7 +225,7 @@ class Dsv3CheckpointMixin(_Base):
                     if is_fp8:
                         # By their names in the model already: Transformers 5.17 leaves what it renames of a quantised
                         # checkpoint in the dtype on disk
-                        of_mtp = mtp_renamings(model.config)
+                        of_mtp = mtp_renamings(model.config, model.decoder_prefix)
                         state_dict = {_renamed(name, of_mtp): tensor for name, tensor in state_dict.items()}
                 elif is_fp8:
                     raise CheckpointError(
@@ -243,7 +247,7 @@ class Dsv3CheckpointMixin(_Base):
             # Saving reverts what loading used, which for another model's state dict, with its names, is nothing
             if not any(isinstance(step, WeightConverter) for step in used):
                 used = [*used, *deepseek_v3_conversion_mapping()]
-            of_mtp = mtp_renamings(model.config)
+            of_mtp = mtp_renamings(model.config, model.decoder_prefix)
             model._weight_conversions = [step for step in used if repr(step) not in map(repr, of_mtp)] + of_mtp
         return loaded
 
@@ -271,7 +275,8 @@ class Dsv3CheckpointMixin(_Base):
         if getattr(self, "_weight_conversions", None) is None:
             # Of a model that was not loaded Transformers would revert what is registered for its type, which does not
             # know how many layers there are
-            self._weight_conversions = [*deepseek_v3_conversion_mapping(), *mtp_renamings(self.config)]
+            of_mtp = mtp_renamings(self.config, self.decoder_prefix)
+            self._weight_conversions = [*self._conversions_to_save(), *of_mtp]
         distributed = getattr(self.config, "distributed_config", None) is not None
         if not distributed and not kwargs.get("distributed_checkpoint"):
             state_dict = self._with_mtp_copies(state_dict)
@@ -292,7 +297,20 @@ class Dsv3CheckpointMixin(_Base):
         os.makedirs(save_directory, exist_ok=True)
         with own_storage_above(limit), staging(os.fspath(save_directory)) as folder:
             super().save_pretrained(folder, **arguments)
+            self._write_config(folder)
             publish(folder, os.fspath(save_directory), kwargs.get("variant"))
+
+    @classmethod
+    def _fit_config(cls, config: Any, stored: Mapping[str, StoredTensor], location: str) -> None:
+        """Changes in the config what the files do not hold: MTP layers that were not saved."""
+        _leave_out_absent_mtp_layers(config, stored, location)
+
+    def _write_config(self, folder: str) -> None:
+        """Puts right what Transformers wrote of the config."""
+
+    def _conversions_to_save(self) -> list[Any]:
+        """What is reverted when a model is saved that was not loaded, but for the names of MTP layers."""
+        return list(deepseek_v3_conversion_mapping())
 
     def _with_mtp_copies(self, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
         """The state dict to save, with each MTP layer's copy of embedding and head.
@@ -300,13 +318,13 @@ class Dsv3CheckpointMixin(_Base):
         Copies of their own storage: safetensors refuses shared ones. Nothing is added where the tensors are not at
         hand: adapters, weights that are offloaded (on the meta device), processes that hold no full state dict.
         """
-        count = getattr(self.config, "num_nextn_predict_layers", 0)
+        count = getattr(text_config(self.config), "num_nextn_predict_layers", 0)
         is_adapted = getattr(self, "_hf_peft_config_loaded", False)
         if not count or is_adapted or getattr(self, "hf_quantizer", None) is not None:
             return state_dict
         if state_dict is None:
             state_dict = self.state_dict()
-        base = "" if self.base_model is self else f"{self.base_model_prefix}."
+        base = self.decoder_prefix or ("" if self.base_model is self else f"{self.base_model_prefix}.")
         embedding = state_dict.get(f"{base}embed_tokens.weight")
         has_head = any(name == "lm_head" for name, _ in self.named_children())
         head = state_dict.get("lm_head.weight", embedding if has_head and self.config.tie_word_embeddings else None)
@@ -354,6 +372,7 @@ def _renamed(name: str, renamings: list[WeightRenaming]) -> str:
 
 def _leave_out_absent_mtp_layers(config: Any, stored: Mapping[str, StoredTensor], location: str) -> None:
     """Lower `config.num_nextn_predict_layers` to the MTP layers that the files hold, and say so."""
+    config = text_config(config)
     announced = getattr(config, "num_nextn_predict_layers", 0)
     if not announced:
         return

@@ -258,6 +258,11 @@ class KimiK2Config(DeepseekV3Config):
     model_type = "kimi_k2"
 
 
+def text_config(config: Any) -> Any:
+    """The config of the text in a model's, which is the same where there is nothing but text."""
+    return getattr(config, "text_config", config)
+
+
 Dsv3Config = DeepseekV3Config  # its name before
 
 __all__ = ["DeepseekV3Config", "Dsv3Config", "KimiK2Config"]

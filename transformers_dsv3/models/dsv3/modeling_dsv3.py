@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -16,7 +15,6 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ...kernels.selection import chosen
 from .attention_dsv3 import DeepseekV3Attention
 from .checkpoint_conversion_dsv3 import mtp_renamings
 from .checkpoint_dsv3 import Dsv3CheckpointMixin
@@ -26,8 +24,8 @@ from .decoding_dsv3 import Decoding
 from .distributed_dsv3 import Dsv3DistributedMixin
 from .engines_dsv3 import engine_layer
 from .generation_dsv3 import Dsv3GenerationMixin
-from .inputs_dsv3 import begins_anew, check_inputs, check_labels, new_token_mask
-from .linear_dsv3 import linear
+from .inputs_dsv3 import begins_anew, check_inputs, new_token_mask
+from .language_model_dsv3 import Dsv3TrainedMixin, language_model_forward
 from .moe_dsv3 import DeepseekV3TopkRouter
 from .mtp_dsv3 import Dsv3MtpLayer
 from .norm_dsv3 import DeepseekV3RMSNorm
@@ -35,13 +33,10 @@ from .objectives_dsv3 import (
     TrainingState,
     await_loss,
     carry_mtp_loss,
-    freeze_idle_mtp_layers,
-    language_model_loss,
-    make_training_pass,
     tell_decoder_the_targets,
     warn_of_unbalanced_training,
 )
-from .outputs_dsv3 import Dsv3CausalLMOutputWithPast, Dsv3LazyCausalLMOutputWithPast, LazyLogits
+from .outputs_dsv3 import Dsv3CausalLMOutputWithPast
 from .quantized_dsv3 import Dsv3QuantizedMixin
 from .training_pass_dsv3 import RouterPass, TrainingPass, mark, running
 
@@ -53,23 +48,8 @@ NATIVE_MODEL_FORWARD = native.DeepseekV3Model.forward
 NATIVE_LANGUAGE_MODEL_FORWARD = native.DeepseekV3ForCausalLM.forward
 
 
-def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The hidden states `(B, S, D)` of which logits are asked for, as Transformers' own models take them.
-
-    Args:
-        logits_to_keep: so many last positions, 0 for all; a 1D tensor of positions or slots, the same in each row; 2D
-            integers `(B, n)`, positions of each row; 2D booleans `(B, S)`, which gives `(number kept, D)`.
-    """
-    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2:
-        if logits_to_keep.dtype == torch.bool:
-            return hidden_states[logits_to_keep]
-        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
-    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    return hidden_states[:, kept, :]
-
-
 class DeepseekV3PreTrainedModel(
-    Dsv3CheckpointMixin, Dsv3DistributedMixin, Dsv3QuantizedMixin, native.DeepseekV3PreTrainedModel
+    Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3DistributedMixin, Dsv3QuantizedMixin, native.DeepseekV3PreTrainedModel
 ):
     """Weights, loading and saving that all DeepSeek-V3 models share.
 
@@ -113,43 +93,6 @@ class DeepseekV3PreTrainedModel(
         if not config.num_nextn_predict_layers:
             # accelerate's FSDP refuses names that it does not find
             self._no_split_modules = ["DeepseekV3DecoderLayer"]
-
-    def train(self, mode: bool = True) -> "DeepseekV3PreTrainedModel":
-        super().train(mode)
-        self._freeze_idle_mtp_layers()
-        return self
-
-    def _freeze_idle_mtp_layers(self) -> None:
-        if self.base_model is not self:  # the model around the decoder knows the loss
-            freeze_idle_mtp_layers(self.base_model, isinstance(self, DeepseekV3ForCausalLM))
-
-    def add_model_tags(self, tags: list[str] | str) -> None:
-        """Transformers' own; TRL's trainers say by it what they train the model for, each when it is made.
-
-        Raises:
-            ValueError: TRL would compute Mixtral's balance loss, over a softmax, from the logits of sigmoid routers.
-        """
-        super().add_model_tags(tags)
-        names = [tags] if isinstance(tags, str) else tags
-        if "trl" in names:
-            if getattr(self.config, "output_router_logits", False):
-                raise ValueError(
-                    "`output_router_logits=True` in the model's config: TRL would compute Mixtral's softmax loss of "
-                    "these logits, but DeepSeek-V3's routers are sigmoid. Set it to False; to balance the experts, "
-                    "give SFTTrainer `callbacks=[transformers_dsv3.LoadBalancingCallback(seq_aux_loss_weight=...)]`."
-                )
-            self.base_model.training_state.trains_next_token_prediction = "sft" in names
-            self._freeze_idle_mtp_layers()
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # Transformers looks for the decorator `@use_experts_implementation` in the source of this file, but the
-        # experts live in moe_dsv3.py
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """`"auto"` where nothing was asked for, or what the environment asks for; see `kernels/selection.py`."""
-        return super().get_correct_experts_implementation(requested_experts or chosen["experts"])
 
 
 class Beginning(NamedTuple):
@@ -400,6 +343,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    is_language_model = True
 
     def __init__(self, config: DeepseekV3Config):
         super().__init__(config)
@@ -453,67 +397,18 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, Dsv3GenerationMixin, nati
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        shift_labels = kwargs.get("shift_labels")
-        ignore_index = kwargs.get("ignore_index", -100)
-        skip_logits = kwargs.pop("skip_logits", None)
-        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        vocab_size: int = getattr(self.lm_head, "out_features", None) or self.config.vocab_size  # type: ignore[assignment]
-        if labels is not None:
-            check_labels(vocab_size, labels, tokens if keeps_all else None, ignore_index)
-        targets = None
-        if labels is not None:
-            # Flat labels, as native takes them too, run on from row to row
-            targets = F.pad(labels[..., 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
-            if keeps_all and targets.numel() == tokens.shape[:2].numel():  # type: ignore[union-attr]
-                targets = targets.reshape(tokens.shape[:2])  # type: ignore[union-attr]
-        if targets is not None and ignore_index != -100:
-            targets = targets.masked_fill(targets == ignore_index, -100)
-        if training_pass is None and keeps_all and targets is not None:
-            training_pass = make_training_pass(self, None, targets)
-        if training_pass is not None:
-            training_pass.loss_is_known = True
-            kwargs["training_pass"] = training_pass
-        outputs: MoeModelOutputWithPast = self.model(
+        return language_model_forward(
+            self,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            labels=labels,
             use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            training_pass=training_pass,
             **kwargs,
-        )
-        kwargs.pop("training_pass", None)
-        hidden_states = outputs.last_hidden_state
-        hidden_states = kept_positions(hidden_states, logits_to_keep)
-
-        loss = None
-        logits: torch.Tensor | LazyLogits | None = None
-        if targets is None:
-            if (
-                self.training
-                and torch.is_grad_enabled()
-                and (self.config.mtp_loss_weight or self.config.seq_aux_loss_weight)
-            ):
-                logger.warning_once(
-                    "No labels reach the model in training (label smoothing or a loss function of the trainer's): the "
-                    "MTP and sequence-wise balance losses are left out."
-                )
-            logits = None if skip_logits else linear(self.lm_head, hidden_states)
-        else:
-            loss, logits = language_model_loss(
-                self, hidden_states, labels, targets, training_pass, vocab_size, bool(skip_logits), kwargs
-            )
-
-        output_class = Dsv3LazyCausalLMOutputWithPast if type(logits) is LazyLogits else Dsv3CausalLMOutputWithPast
-        return output_class(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=getattr(outputs, "router_logits", None),  # native's of older releases has none
-            mtp_loss=training_pass.mtp_loss if training_pass is not None else None,
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
+from .configuration_dsv3 import text_config
 from .linear_dsv3 import linear
 from .moe_dsv3 import DeepseekV3TopkRouter
 from .mtp_dsv3 import same_sequence, second_token_acceptance, shift_left
@@ -157,20 +158,20 @@ def make_training_pass(
         return None
     if not (model.training and torch.is_grad_enabled()):
         return None
-    layers = model.model.mtp_layers
+    config, layers = text_config(model.config), model.get_decoder().mtp_layers
     # Frozen layers are those of users or adapters that train something else
     mtp_trains = bool(layers) and layers[0].is_trained
-    mtp_loss_weight = model.config.mtp_loss_weight if mtp_trains else 0.0
-    if not mtp_loss_weight and not model.config.seq_aux_loss_weight:
+    mtp_loss_weight = config.mtp_loss_weight if mtp_trains else 0.0
+    if not mtp_loss_weight and not config.seq_aux_loss_weight:
         return None
-    if torch.compiler.is_compiling() and (model.config.seq_aux_loss_weight or "forward" in model.__dict__):
+    if torch.compiler.is_compiling() and (config.seq_aux_loss_weight or "forward" in model.__dict__):
         raise ValueError(
             "Under torch.compile a sequence-wise balance loss cannot be carried, nor an MTP loss where the "
             "trainer computes the loss itself (TRL): set `seq_aux_loss_weight`, and there `mtp_loss_weight`, to "
             "0, or do not compile."
         )
     targets = shift_left(labels, 1, -100) if shift_labels is None else shift_labels
-    return TrainingPass(targets, model.get_output_embeddings(), mtp_loss_weight, model.config.seq_aux_loss_weight)
+    return TrainingPass(targets, model.get_output_embeddings(), mtp_loss_weight, config.seq_aux_loss_weight)
 
 
 def tell_decoder_the_targets(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -187,7 +188,7 @@ def tell_decoder_the_targets(model: Any, args: tuple, kwargs: dict[str, Any]) ->
             "but DeepSeek-V3's routers are sigmoid. Leave it out; to balance the experts, give SFTTrainer "
             "`callbacks=[transformers_dsv3.LoadBalancingCallback(seq_aux_loss_weight=...)]`."
         )
-    state = model.model.training_state
+    state = model.get_decoder().training_state
     if not state.trains_next_token_prediction:
         state.load_balancing_is_settled = True
         return None
@@ -244,7 +245,7 @@ def language_model_loss(
         loss = model.loss_function(
             logits=made,
             labels=labels,
-            vocab_size=made.shape[-1] if own_loss else model.config.vocab_size,
+            vocab_size=made.shape[-1] if own_loss else text_config(model.config).vocab_size,
             **kwargs,
         )
     if training_pass is not None:

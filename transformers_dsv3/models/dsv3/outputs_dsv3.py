@@ -36,9 +36,12 @@ class Dsv3CausalLMOutputWithPast(MoeCausalLMOutputWithPast):
         mtp_loss (`torch.FloatTensor`, a scalar): mean over the MTP layers' targets and over the MTP layers, not
             weighted, without gradient. Not in `loss`: its gradient joins in `loss.backward()`, see
             `training_pass_dsv3.py`.
+        image_hidden_states (`torch.FloatTensor`): of models with a vision tower, what became of the pictures, of the
+            decoder's width; see native's output of that model.
     """
 
     mtp_loss: torch.FloatTensor | None = None
+    image_hidden_states: torch.FloatTensor | None = None
 
 
 @dataclass
