@@ -96,6 +96,8 @@ class TestTransformers:
         mapping = AutoModelForCausalLM._model_mapping
         assert parameters(mapping.register)[:2] == ["key", "value"]
         assert mapping[transformers_dsv3.KimiK2Config] is transformers_dsv3.DeepseekV3ForCausalLM
+        # What is registered for a config of Transformers' own, which older releases decline to do by `register`
+        assert isinstance(mapping._extra_content, dict) and transformers_dsv3.KimiK2Config in mapping._extra_content
 
     def test_experts_and_attention(self):
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

@@ -88,10 +88,17 @@ def _register_joined(kind: str) -> None:
     """Has the plugin's class open a layout's configs. Done when the class is there."""
     module = sys.modules[f"{__package__}.models.joined.{kind}"]
     config_class = getattr(module, JOINED[kind]).config_class
-    AutoModelForImageTextToText._model_mapping.register(config_class, getattr(module, JOINED[kind]), exist_ok=True)
+    _open_by(config_class, getattr(module, JOINED[kind]))
     # Of classes outside its own package Transformers reverts names of its own only where that was asked for
     conversion = get_checkpoint_conversion_mapping(config_class.model_type)
     register_checkpoint_conversion_mapping(config_class.model_type, conversion, overwrite=True)
+
+
+def _open_by(config_class: type, model_class: type) -> None:
+    mapping = AutoModelForImageTextToText._model_mapping
+    mapping.register(config_class, model_class, exist_ok=True)
+    if mapping[config_class] is not model_class:  # older releases register nothing for configs of their own
+        mapping._extra_content[config_class] = model_class
 
 
 def _import_joined(kind: str, unless_with: str = "") -> None:
@@ -135,7 +142,7 @@ def unregister() -> None:
     for kind, name in JOINED.items():
         if (module := sys.modules.get(f"{__package__}.models.joined.{kind}")) is not None:
             native_class = getattr(module, name).native_class
-            AutoModelForImageTextToText._model_mapping.register(native_class.config_class, native_class, exist_ok=True)
+            _open_by(native_class.config_class, native_class)
     if (peft_tuners := sys.modules.get(f"{__package__}.training.peft_tuners")) is not None:
         peft_tuners.unregister()
 
