@@ -171,9 +171,14 @@ class QuantizedEmbedding(_Quantized):
         like = torch.empty(0, dtype=embedding.weight.dtype, device=values.device)
         self.register_buffer("_like", like, persistent=False)
 
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of what it gives."""
+        return self._like.dtype
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Token ids `(...)` to `(..., D)`."""
-        return dequantize(self.weight[input], self.weight_scale[input], self._like.dtype)
+        return dequantize(self.weight[input], self.weight_scale[input], self.row_dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
@@ -239,4 +244,5 @@ class QuantizedExperts(_Quantized):
 
 
 register_plain("linear", QuantizedLinear)
+register_plain("embedding", QuantizedEmbedding)
 register_plain("experts", QuantizedExperts)

@@ -134,13 +134,14 @@ def register_plain(kind: str, *classes: type) -> None:
     """Says that the first of some classes, itself and no subclass, computes what its kind says, as it is now.
 
     Args:
-        kind: "linear", "norm", "mlp", "experts" or "activation".
+        kind: "linear", "embedding", "norm", "mlp", "experts" or "activation".
         classes: that class, and those whose `forward` it stands for, such as native's.
     """
     PLAIN_CLASSES[classes[0]] = (kind, tuple((each, each.forward) for each in classes))  # type: ignore[attr-defined]
 
 
 register_plain("linear", torch.nn.Linear)
+register_plain("embedding", torch.nn.Embedding)
 register_plain("activation", torch.nn.SiLU)
 register_plain("activation", SiLUActivation)
 

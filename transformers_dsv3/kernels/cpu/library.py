@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1]
 FOLDER_VARIABLE = "TRANSFORMERS_DSV3_CPU_LIBRARY"
 # The build writes into this file why there is no library; see setup.py
 BUILD_FAILURE = "_cpu_build_failure.txt"
-VERSION = 7  # dsv3_version() of csrc/library.c
+VERSION = 8  # dsv3_version() of csrc/library.c
 # Tables of inner loops that csrc/library.c may have, best ones of a processor first; each machine runs some of them
 INSTRUCTION_SETS = ("avx512", "avx_vnni", "avx2", "neon_dot", "neon", "portable")
 
@@ -62,8 +62,8 @@ SIGNATURES = {
     # cache, batch, layer, q_nope and strides, q_rope and strides, latent, k_rope, w, type, scale, out, H, N, P, R, V,
     # threads
     "dsv3_attention_cached": [pointer, pointer, integer, *[pointer] * 7, whole, real, pointer, *[integer] * 5, whole],
-    # model, cache, batch, x, hidden, logits, threads
-    "dsv3_step": [*[pointer] * 6, whole],
+    # model, cache, batch, x, previous, hidden, logits, threads
+    "dsv3_step": [*[pointer] * 7, whole],
     "dsv3_size_of": [ctypes.c_char_p],
     "dsv3_use_isa": [ctypes.c_char_p],
     "dsv3_use_pool": [pointer, pointer],

@@ -39,11 +39,11 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        ("head", _Matrix),
-        *((name, _pointer) for name in ("layer", "embedding", "norm", "cos", "sin")),
+        *((name, _Matrix) for name in ("embedding", "head", "pair")),
+        *((name, _pointer) for name in ("layer", "embedding_norm", "hidden_norm", "norm", "cos", "sin")),
         *((name, _integer) for name in ("layers", "type", "D", "H", "N", "P", "R", "V", "words", "interleave")),
         *((name, _integer) for name in ("activations", "head_activations")),
-        ("eps", _real),
+        *((name, _real) for name in ("embedding_eps", "hidden_eps", "eps")),
     ]
 
 
@@ -149,22 +149,32 @@ class Program:
         self._angles: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._lock = threading.Lock()
 
-    def with_ends(self, embedding: torch.Tensor | None, head: Any) -> "Program":
+    @classmethod
+    def of_mtp_layer(cls, layer: Any, dtype: torch.dtype, interleave: bool) -> "Program":
+        """An MTP layer, which a call gives embeddings, or ids, and hidden states beside them."""
+        program = cls([layer], layer.shared_head.norm, dtype, interleave)
+        model, embedding_norm, hidden_norm = program._model, layer.embed_layernorm, layer.hidden_layernorm
+        model.pair = _matrix(layer.eh_proj)
+        model.embedding_norm, model.embedding_eps = embedding_norm.weight.data_ptr(), embedding_norm.variance_epsilon
+        model.hidden_norm, model.hidden_eps = hidden_norm.weight.data_ptr(), hidden_norm.variance_epsilon
+        return program
+
+    def with_ends(self, embedding: Any, head: Any) -> "Program":
         """The same layers with what is before and behind them.
 
         Args:
-            embedding: `(words, D)` in the activations' dtype, contiguous; None where embeddings are always given.
+            embedding: the module, with a contiguous weight `(words, D)`; None where embeddings are always given.
             head: the linear layer, with a contiguous weight, that gives logits; None where none are asked for.
 
         Raises:
             ValueError: a weight whose storage was freed.
         """
-        require_storage(embedding=embedding)
         program = copy.copy(self)
         program._model, program._lock = _Model.from_buffer_copy(self._model), threading.Lock()
         program._model_address, program._angles = ctypes.addressof(program._model), list(self._angles)
         if embedding is not None:
-            program._model.embedding = embedding.data_ptr()
+            require_storage(embedding=embedding.weight, scale=getattr(embedding, "weight_scale", None))
+            program._model.embedding = _matrix(embedding)
         if head is not None:
             require_storage(**{f"the head's {name}": weight for name, weight in head.named_parameters()})
             program._model.head, program._model.words = _matrix(head), head.weight.shape[0]
@@ -187,6 +197,7 @@ class Program:
         latent: torch.Tensor,
         k_rope: torch.Tensor,
         with_logits: bool = False,
+        previous: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One step.
 
@@ -195,6 +206,7 @@ class Program:
             batch: positions within the angles.
             latent: `(layers, pages or rows, ..., page size or room, R)`, k_rope: likewise, with P.
             with_logits: whether the head runs too.
+            previous: for an MTP layer, hidden states `(T, D)` of the layer before, contiguous.
 
         Returns:
             `(..., D)` or `(T, D)`, after the last norm, and logits `(W, words)` or None, in the activations' dtype.
@@ -210,6 +222,7 @@ class Program:
             ctypes.addressof(cache),
             ctypes.addressof(batch.structure),
             None if x is None else x.data_ptr(),
+            None if previous is None else previous.data_ptr(),
             hidden.data_ptr(),
             None if logits is None else logits.data_ptr(),
             torch.get_num_threads(),

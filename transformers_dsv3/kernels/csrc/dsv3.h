@@ -26,13 +26,14 @@ typedef struct {
 } dsv3_layer;
 
 /* A model's layers, of `type` but for the matrices, and what is before and behind them: embedding (words, D) and head,
- * either of which may be NULL */
+ * either of which may have no weight. pair (D, 2 * D): of an MTP layer, which begins with a product of an embedding and a
+ * hidden state, each normalised; else it has no weight. */
 typedef struct {
-    dsv3_matrix head;
+    dsv3_matrix embedding, head, pair;
     const dsv3_layer *layer;
-    const void *embedding, *norm, *cos, *sin; /* angles (positions, P) */
+    const void *embedding_norm, *hidden_norm, *norm, *cos, *sin; /* angles (positions, P) */
     int64_t layers, type, D, H, N, P, R, V, words, interleave, activations, head_activations;
-    float eps;
+    float embedding_eps, hidden_eps, eps;
 } dsv3_model;
 
 /* The latents and rotary keys of all layers, with strides, in elements, of layer, page and place in a page. In a
@@ -96,8 +97,8 @@ int dsv3_project(const void *x, int type, int64_t D, int w_type, const void *q_a
                  const void *kv_norm, float kv_eps, const void *cos, const void *sin, const ptrdiff_t *angle_of,
                  int interleave, int64_t B, int64_t Q, int64_t H, int64_t N, int64_t P, int64_t R, void *q,
                  void *latent, void *k_rope, int int8_activations, int threads);
-int dsv3_step(const dsv3_model *model, const dsv3_cache *cache, const dsv3_batch *batch, const void *x, void *hidden,
-              void *logits, int threads);
+int dsv3_step(const dsv3_model *model, const dsv3_cache *cache, const dsv3_batch *batch, const void *x,
+              const void *previous, void *hidden, void *logits, int threads);
 int64_t dsv3_size_of(const char *name);
 
 #endif

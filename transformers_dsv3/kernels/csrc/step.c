@@ -12,12 +12,14 @@ typedef struct {
     const dsv3_model *model;
     const dsv3_cache *cache;
     const dsv3_batch *batch;
+    const void *previous;
     void *hidden, *logits;
     int64_t T;
     int type, threads, failed;
     size_t size; /* of an element */
-    /* The residual stream, its norm, what is added to it, and what lies in between; of T tokens each */
-    char *stream, *normed, *added, *q, *latent, *k_rope, *attended, *cos, *sin;
+    /* The residual stream, its norm, what is added to it, and what lies in between; of T tokens each. pairs: (T, 2 * D),
+     * for an MTP layer. */
+    char *pairs, *stream, *normed, *added, *q, *latent, *k_rope, *attended, *cos, *sin;
     float *sums, *router_logits, *router_weight;
     int64_t *expert;
 } step;
@@ -45,6 +47,22 @@ static void add_rows(void *context, team *t)
 
 /* stream += added, rounded once */
 static void add(step *s) { run_team(add_rows, s, s->T > ROWS ? s->threads : 1); }
+
+/* stream = pair (norm of the embedding, norm of the hidden state before), arXiv 2412.19437, equation 21 */
+static int join_pairs(const step *s)
+{
+    const dsv3_model *m = s->model;
+    size_t row = (size_t)m->D * s->size;
+    if (dsv3_rms_norm(s->stream, s->type, m->D, m->embedding_norm, m->embedding_eps, s->normed, s->T, m->D, s->threads) ||
+        dsv3_rms_norm(s->previous, s->type, m->D, m->hidden_norm, m->hidden_eps, s->added, s->T, m->D, s->threads))
+        return 1;
+    for (size_t t = 0; t < (size_t)s->T; t++) {
+        memcpy(s->pairs + 2 * t * row, s->normed + t * row, row);
+        memcpy(s->pairs + (2 * t + 1) * row, s->added + t * row, row);
+    }
+    return dsv3_linear(s->pairs, s->type, 2 * m->D, m->pair.weight, (int)m->pair.type, 2 * m->D, m->pair.scale, m->pair.bias,
+                       s->stream, m->D, s->T, m->D, 2 * m->D, (int)m->activations, s->threads);
+}
 
 static int attend(const step *s, const dsv3_layer *l, int64_t layer)
 {
@@ -104,6 +122,8 @@ static void run(void *argument)
 {
     step *s = argument;
     const dsv3_model *m = s->model;
+    if (m->pair.weight && join_pairs(s))
+        goto failed;
     for (int64_t i = 0; i < m->layers; i++) {
         if (attend(s, m->layer + i, i))
             goto failed;
@@ -119,11 +139,27 @@ failed:
     s->failed = 1;
 }
 
+/* The embedding of a token, of `type` */
+static void embed(const dsv3_model *m, int64_t token, char *x)
+{
+    int type = (int)m->embedding.type;
+    if (!is_quantized(type)) {
+        memcpy(x, at(m->embedding.weight, token * m->D, float_size(type)), (size_t)m->D * float_size(type));
+        return;
+    }
+    matrix row = rows_from((matrix){type, m->embedding.weight, m->embedding.scale, m->D}, token);
+    if (m->type == F32)
+        loops->dequantize_f32(type == W_Q8 ? 8 : 4, row.values, row.scale, (float *)x, m->D);
+    else
+        loops->dequantize_bf16(type == W_Q8 ? 8 : 4, row.values, row.scale, (bf16 *)x, m->D);
+}
+
 /* Returns 0, or 1 when memory ran out. x (T, D): embeddings of the batch's tokens, whose latents and rotary keys are
- * written behind those that the cache has of their sequences; NULL: those of batch->token. Gives hidden (T, D), after the
- * last norm, and logits (W, words) of `type`, unless that is NULL. */
-int dsv3_step(const dsv3_model *m, const dsv3_cache *cache, const dsv3_batch *batch, const void *x, void *hidden,
-              void *logits, int threads)
+ * written behind those that the cache has of their sequences; NULL: those of batch->token. previous (T, D): for an MTP
+ * layer, the hidden states of the layer before. Gives hidden (T, D), after the last norm, and logits (W, words) of
+ * `type`, unless that is NULL. */
+int dsv3_step(const dsv3_model *m, const dsv3_cache *cache, const dsv3_batch *batch, const void *x,
+              const void *previous, void *hidden, void *logits, int threads)
 {
     size_t size = float_size((int)m->type), T = (size_t)batch->first[batch->B], experts = 0, chosen = 0;
     for (int64_t i = 0; i < m->layers; i++) {
@@ -131,14 +167,14 @@ int dsv3_step(const dsv3_model *m, const dsv3_cache *cache, const dsv3_batch *ba
         chosen = (size_t)max_i64((int64_t)chosen, m->layer[i].K);
     }
     size_t D = (size_t)m->D, P = (size_t)m->P, R = (size_t)m->R, wide = (size_t)m->H * (size_t)(m->N + m->P);
-    size_t elements = T * (3 * D + wide + R + 3 * P + (size_t)(m->H * m->V));
+    size_t elements = T * ((m->pair.weight ? 5 : 3) * D + wide + R + 3 * P + (size_t)(m->H * m->V));
     size_t sums = (size_t)ceil_div((int64_t)T, ROWS) * 2 * D;
     char *memory = malloc(T * chosen * 8 + (sums + T * (experts + chosen)) * 4 + elements * size + 64);
     if (!memory)
         return 1;
     step s = {
-        .model = m, .cache = cache, .batch = batch, .hidden = hidden, .logits = logits, .T = (int64_t)T, .type = (int)m->type,
-        .threads = threads, .size = size, .expert = (int64_t *)memory,
+        .model = m, .cache = cache, .batch = batch, .previous = previous, .hidden = hidden, .logits = logits,
+        .T = (int64_t)T, .type = (int)m->type, .threads = threads, .size = size, .expert = (int64_t *)memory,
     };
     s.sums = (float *)(s.expert + T * chosen);
     s.router_logits = s.sums + sums;
@@ -152,8 +188,9 @@ int dsv3_step(const dsv3_model *m, const dsv3_cache *cache, const dsv3_batch *ba
     s.k_rope = s.latent + T * R * size;
     s.cos = s.k_rope + T * P * size;
     s.sin = s.cos + T * P * size;
+    s.pairs = s.sin + T * P * size;
     for (size_t t = 0; t < T && !x; t++)
-        memcpy(s.stream + t * D * size, at(m->embedding, batch->token[t] * m->D, size), D * size);
+        embed(m, batch->token[t], s.stream + t * D * size);
     if (x)
         memcpy(s.stream, x, T * D * size);
     for (int64_t b = 0; b < batch->B; b++)

@@ -30,6 +30,7 @@ from .cache_dsv3 import shared_room
 from .decoder_dsv3 import DeepseekV3DecoderLayer
 from .inputs_dsv3 import bounds, check_inputs
 from .moe_dsv3 import DeepseekV3MoE, DeepseekV3TopkRouter
+from .mtp_dsv3 import Dsv3MtpHead, Dsv3MtpLayer
 
 
 # More tokens at once are better served layer by layer
@@ -46,7 +47,7 @@ _FORWARDS = tuple(
     (kind, kind.forward)
     for ours in (DeepseekV3DecoderLayer, DeepseekV3Attention, DeepseekV3MoE, DeepseekV3TopkRouter)
     for kind in (ours, ours.__base__)
-) + ((native.DeepseekV3RotaryEmbedding, native.DeepseekV3RotaryEmbedding.forward),)
+) + tuple((kind, kind.forward) for kind in (native.DeepseekV3RotaryEmbedding, Dsv3MtpLayer))
 # Modules without settings of their own. What another library has put around a layer has some, such as whether PEFT's
 # adapters are switched off
 _WITHOUT_SETTINGS = frozenset(
@@ -116,9 +117,9 @@ class _Grounds:
             return False  # another tensor is somewhere: whether tensors are equal has no one answer
 
 
-def _layer_refusal(layer: Any, x: torch.Tensor, cos: torch.Tensor) -> str | None:
+def _layer_refusal(layer: Any, x: torch.Tensor, cos: torch.Tensor, kind: type = DeepseekV3DecoderLayer) -> str | None:
     """Why a decoder layer, or some part of it, has to be called, or None where a program may stand for it."""
-    if type(layer) is not DeepseekV3DecoderLayer:
+    if type(layer) is not kind:
         return f"is a {type(layer).__name__}"
     attention, network = layer.self_attn, layer.mlp
     if type(attention) is not DeepseekV3Attention:
@@ -213,6 +214,27 @@ def decoding_refusal(model: Any, dtype: torch.dtype | None = None) -> str | None
     return None
 
 
+def _mtp_refusal(model: Any, dtype: torch.dtype) -> str | None:
+    """Why drafts of a `DeepseekV3Model` whose layers a program runs are left to the MTP layers, or None."""
+    if (reason := selection.bypass_refusal("mtp", model.mtp)) is not None:
+        return reason
+    with torch.no_grad():
+        x = torch.empty(1, 1, model.config.hidden_size, dtype=dtype, device="cpu")
+        cos = x.new_empty(1, 1, model.config.qk_rope_head_dim)
+        for depth, layer in enumerate(model.mtp):
+            if type(layer) is not Dsv3MtpLayer or layer.self_attn.layer_idx != depth:
+                return f"MTP layer {depth} is a {type(layer).__name__}, or its place in the cache is another"
+            if type(layer.shared_head) is not Dsv3MtpHead or layer.training:
+                return f"MTP layer {depth} is trained, or its head is a {type(layer.shared_head).__name__}"
+            for norm in (layer.embed_layernorm, layer.hidden_layernorm, layer.shared_head.norm):
+                if reason := plain_refusal("a norm", norm, "norm") or cpu_refusal("linear", x, norm.weight):
+                    return f"MTP layer {depth}: {reason}"
+            reason = _linear_refusal("eh_proj", layer.eh_proj, dtype) or _layer_refusal(layer, x, cos, Dsv3MtpLayer)
+            if reason is not None:
+                return f"MTP layer {depth}: {reason}"
+    return None
+
+
 def _refusal_of_weight(weight: Any, dtype: torch.dtype) -> str | None:
     """Why a plain tensor is not what the program may read, or None."""
     if weight.dtype is not dtype and weight.dtype not in selection.QUANTIZED:
@@ -222,14 +244,25 @@ def _refusal_of_weight(weight: Any, dtype: torch.dtype) -> str | None:
     return cpu_refusal("linear", torch.empty(0, dtype=dtype), weight)
 
 
-def _head_refusal(head: Any, dtype: torch.dtype) -> str | None:
-    """Why the head is not part of the program, or None."""
-    if (reason := plain_refusal("lm_head", head, "linear")) is not None:
+def _linear_refusal(name: str, layer: Any, dtype: torch.dtype) -> str | None:
+    """Why a linear layer outside of the decoder layers is not part of the program, or None."""
+    if (reason := plain_refusal(name, layer, "linear")) is not None:
         return reason
-    bias = head.bias
+    bias = layer.bias
     if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
         return f"takes a contiguous bias of {dtype}"
-    return _refusal_of_weight(head.weight, dtype)
+    return _refusal_of_weight(layer.weight, dtype)
+
+
+def _embedding_refusal(embedding: Any, dtype: torch.dtype) -> str | None:
+    """Why the embedding is not part of the program, or None."""
+    if (reason := plain_refusal("embed_tokens", embedding, "embedding")) is not None:
+        return reason
+    if getattr(embedding, "max_norm", None) is not None:
+        return "takes embeddings as they are stored, not of a largest norm"
+    if getattr(embedding, "row_dtype", dtype) is not dtype:
+        return f"takes embeddings that give {dtype}"
+    return _refusal_of_weight(embedding.weight, dtype)
 
 
 def most_tokens(program: Program) -> int:
@@ -242,7 +275,7 @@ def most_tokens(program: Program) -> int:
     return max(faster.dense, MOST_PRODUCTS // program.dense_weights)
 
 
-class _Ends(NamedTuple):
+class Ends(NamedTuple):
     """A program of layers, the same with what is before and behind them, and which of that it does."""
 
     layers: Program
@@ -258,7 +291,8 @@ class Decoding:
     def __init__(self) -> None:
         # In one, since several threads may decode with one model
         self._made: tuple[Program, _Grounds, torch.dtype] | None = None
-        self._ends: _Ends | None = None
+        self._ends: Ends | None = None
+        self._drafts: tuple[Ends, list[Program], _Grounds] | None = None
         self._asked: tuple[Callable, Any] = (lambda: None, None)  # the cache and more that a refusal was found for
 
     def __deepcopy__(self, memo: dict) -> "Decoding":
@@ -400,20 +434,37 @@ class Decoding:
         self._made = (program, grounds, dtype)
         return program
 
-    def ends_for(self, model: Any, program: Program) -> _Ends:
+    def ends_for(self, model: Any, program: Program) -> Ends:
         """What of a `DeepseekV3ForCausalLM` the program does besides the layers."""
         roots = (model.model._modules.get("embed_tokens"), model._modules.get("lm_head"))
         ends = self._ends
         if ends is not None and ends.layers is program and ends.grounds.hold(roots):
             return ends
         embedding, head = roots
-        has_embedding = (
-            type(embedding) is nn.Embedding
-            and selection.bypass_refusal("embedding", embedding) is None
-            and embedding.max_norm is None
-            and _refusal_of_weight(embedding.weight, program.dtype) is None
-        )
-        has_head = head is not None and _head_refusal(head, program.dtype) is None
-        whole = program.with_ends(embedding.weight if has_embedding else None, head if has_head else None)
-        self._ends = ends = _Ends(program, whole, _Grounds(roots, model.config), has_embedding, has_head)
+        has_embedding = embedding is not None and _embedding_refusal(embedding, program.dtype) is None
+        has_head = head is not None and _linear_refusal("lm_head", head, program.dtype) is None
+        whole = program.with_ends(embedding if has_embedding else None, head if has_head else None)
+        self._ends = ends = Ends(program, whole, _Grounds(roots, model.config), has_embedding, has_head)
         return ends
+
+    def drafts_for(self, model: Any, ends: Ends) -> list[Program] | None:
+        """The programs of the MTP layers of a `DeepseekV3ForCausalLM`, by depth, each from token ids to logits.
+
+        Args:
+            ends: of the same model, with embedding and head. None where the layers are to be called.
+        """
+        decoder = model.model
+        roots = (decoder._modules.get("mtp"), decoder._modules["rotary_emb"])
+        if self._drafts is not None:
+            made_with, programs, grounds = self._drafts
+            if made_with is ends and grounds.hold(roots):
+                return programs or None
+        dtype = ends.program.dtype
+        programs = []
+        if roots[0] is not None and _mtp_refusal(decoder, dtype) is None:
+            embedding, head = decoder.embed_tokens, model.lm_head
+            for layer in decoder.mtp:
+                program = Program.of_mtp_layer(layer, dtype, layer.self_attn.config.rope_interleave)
+                programs.append(program.with_ends(embedding, head))
+        self._drafts = (ends, programs, _Grounds(roots, model.config, tuple(decoder.rotary_emb.buffers())))
+        return programs or None

@@ -50,7 +50,7 @@ def loop_refusal(
     return None
 
 
-class _Ended:
+class Ended:
     """Which rows have ended. Length and end tokens are looked at here, any other criteria as they are."""
 
     def __init__(self, criteria: StoppingCriteriaList, config: GenerationConfig, rows: int):
@@ -87,7 +87,7 @@ def _warns(criteria: MaxLengthCriteria) -> bool:
 
 
 def _steps_of(
-    model: Any, choose: NextToken, ended: _Ended, streamer: Any, mask: Any, positions: torch.Tensor | None
+    model: Any, choose: NextToken, ended: Ended, streamer: Any, mask: Any, positions: torch.Tensor | None
 ) -> Steps | None:
     """What makes the steps without calling the model, where its masks and positions are of the usual kinds."""
     if mask is not None and (type(mask) is not torch.Tensor or mask.dim() != 2):
@@ -110,7 +110,7 @@ def decode(
 
     Returns token ids `(B, length)`, int64, or the output that holds them and the cache.
     """
-    ended = _Ended(stopping_criteria, config, len(input_ids))
+    ended = Ended(stopping_criteria, config, len(input_ids))
     outputs = model._prefill(input_ids, config, model_kwargs)
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     cache, called = outputs.past_key_values, {"use_cache": True, "return_dict": True}

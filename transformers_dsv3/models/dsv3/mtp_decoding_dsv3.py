@@ -21,7 +21,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .cache_dsv3 import only_grows, take_back
+from .decoding_loop_dsv3 import Ended
+from .decoding_steps_dsv3 import Drafts, Steps
 from .mtp_pacing_dsv3 import DraftPacing
+from .sampling_dsv3 import most_likely
 
 
 logger = logging.get_logger(__name__)
@@ -88,7 +91,7 @@ class MtpDecoding:
         streamer: Any,
     ):
         self.model = model
-        self.layers = model.model.mtp_layers
+        self.most_drafts = len(model.model.mtp_layers)
         self.logits_processor = logits_processor
         self.stopping_criteria = stopping_criteria
         self.config = generation_config
@@ -100,7 +103,7 @@ class MtpDecoding:
         pad = generation_config._pad_token_tensor
         self.pad = int(pad) if pad is not None else 0
         # Drafts are written behind the committed tokens, so that logits processors see them
-        self.tokens = input_ids.new_full((batch_size, self.max_length + len(self.layers) + 1), self.pad)
+        self.tokens = input_ids.new_full((batch_size, self.max_length + self.most_drafts + 1), self.pad)
         self.tokens[:, : self.prompt_length] = input_ids
         self.lengths = [self.prompt_length] * batch_size
         self.ended = [False] * batch_size
@@ -110,17 +113,22 @@ class MtpDecoding:
         # have to make the same passes
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         paced = alone and getattr(generation_config, "sampling", None) != "exact"
-        self.pacing = DraftPacing(len(self.layers)) if paced else None
+        self.pacing = DraftPacing(self.most_drafts) if paced else None
         wants = generation_config.return_dict_in_generate
         self.scores: list[torch.Tensor] | None = [] if wants and generation_config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if wants and generation_config.output_logits else None
+        # What ends a text, where that can be told from its tokens alone
+        self.ending = Ended(stopping_criteria, generation_config, batch_size)
+        own_code = streamer is None and self.ending.ends is not None and not logits_processor
+        self.steps, self.drafts = Steps(model, own_code), Drafts(model, own_code)
+        self.by_program = False  # whether the last pass was
 
     def run(self, model_kwargs: dict[str, Any]) -> Any:
         """Generates until every row has ended. `model_kwargs` are those that `generate` prepared."""
         cache = self._prefill(model_kwargs)
         while not all(self.ended):
             remaining = max(self.max_length - n for n, ended in zip(self.lengths, self.ended) if not ended)
-            wanted = len(self.layers) if self.pacing is None else self.pacing.next_drafts()
+            wanted = self.most_drafts if self.pacing is None else self.pacing.next_drafts()
             count = min(wanted, remaining - 1)
             catches_up, live, started = count > 0 and len(self.unseen) > 1, list(self.ended), perf_counter()
             drafts_BJ, draft_scores = self._draft(count)
@@ -169,110 +177,181 @@ class MtpDecoding:
         next_B = self._choose(scores_BV)
         self.croppable = all(map(only_grows, cache.layers))
         self.prefilled = cache.get_seq_length()
-        self.used: list[torch.Tensor] = []  # of each later pass, which of its slots hold accepted tokens, (B, W)
+        # Of each later pass its slots that stay, and for each row the last of them that holds an accepted token
+        self.used: list[tuple[int, list[int]]] = []
         width = hidden_BWD.shape[1]
         positions = inputs["position_ids"]
         if positions is None:
             positions = torch.arange(self.mtp_offset, self.mtp_offset + width, device=hidden_BWD.device)[None]
         positions_BW = positions[:, -width:].expand(len(self.lengths), -1)
-        self.last_B = torch.full_like(self.rows, width - 1)
-        self.last_position_B = positions_BW[:, -1]
+        # Of each row the slot of the last pass that its text ends in, the position of that, and the token behind it
+        self.last = [width - 1] * len(self.lengths)
+        self.last_positions: list[int] = positions_BW[:, -1].tolist()
+        self.newest: list[int] = next_B.tolist()
         next_embeds_B1D = self.model.model.embed_tokens(next_B[:, None].to(embeds_BWD.device))
-        # Of the passes that the MTP layers have not seen: hidden states, embeddings of the next tokens, positions
-        self.unseen = [(hidden_BWD, torch.cat([embeds_BWD[:, 1:], next_embeds_B1D], dim=1), positions_BW)]
-        self._commit([0] * len(self.lengths), next_B, [scores_BV], [logits_BV])
+        # Of the passes that the MTP layers have not seen: hidden states, positions, and the next tokens, or of the
+        # prompt their embeddings
+        next_embeds_BWD = torch.cat([embeds_BWD[:, 1:], next_embeds_B1D], dim=1)
+        self.unseen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = [
+            (hidden_BWD, positions_BW, next_embeds_BWD)
+        ]
+        self._commit([[token] for token in self.newest], scores_BV[:, None], logits_BV[:, None])
         return cache
 
     def _draft(self, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Drafts `count` tokens `(B, J)` for every row, with the scores `(B, V)` that each was chosen by."""
         if count == 0:
             return self.tokens[:, :0], []
-        drafts: list[torch.Tensor] = []
-        all_scores: list[torch.Tensor] = []
-        model = self.model.model
-        last_B = self.last_B + sum(hidden.shape[1] for hidden, _, _ in self.unseen[:-1])
-        hidden_BWD, embeds_BWD, positions_BW = (torch.cat(parts, dim=1) for parts in zip(*self.unseen, strict=True))
-        self.unseen = []
+        before = sum(hidden.shape[1] for hidden, _, _ in self.unseen[:-1])
+        last_B = torch.tensor([before + slot for slot in self.last], device=self.rows.device)
         mask = None if self.mask is None else self.mask[:, self.mtp_offset :]
+        is_of_ids = self.by_program and all(following.dim() == 2 for _, _, following in self.unseen)
+        drafts = self._draft_by_program(count, last_B, mask) if is_of_ids else None
+        if drafts is None:
+            drafts = self._draft_by_layers(count, last_B, mask)
+        self.unseen = []
+        return torch.stack([draft_B for draft_B, _ in drafts], dim=1), [scores_BV for _, scores_BV in drafts]
+
+    def _draft_by_program(
+        self, count: int, last_B: torch.Tensor, mask: torch.Tensor | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Each draft `(B,)` with its scores, or None where the layers are to be called."""
+        hidden_BWD, positions_BW, ids_BW = (
+            parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in zip(*self.unseen, strict=True)
+        )
+        W = ids_BW.shape[1]
+        if not self.drafts.begin(ids_BW, self.mtp_cache, int(positions_BW.max())):
+            return None
+        mask = None if mask is None else mask.bool().contiguous()
+        hidden_BWD, positions_BW, ids_BW = hidden_BWD.contiguous(), positions_BW.contiguous(), ids_BW.contiguous()
+        wanted_B, drafts = self.rows * W + last_B, []
+        for depth in range(count):
+            if depth:
+                ids_BW = self._one_further(ids_BW, last_B, drafts[-1][0])
+            outputs = self.drafts.run(depth, hidden_BWD, ids_BW, positions_BW, mask, wanted_B)
+            if outputs is None:
+                return None
+            hidden_BWD, logits_BV = outputs
+            drafts.append(self._drafted(logits_BV.float(), depth))
+        self.drafts.end(W)
+        return drafts
+
+    def _draft_by_layers(
+        self, count: int, last_B: torch.Tensor, mask: torch.Tensor | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each draft `(B,)` with its scores."""
+        model, layers, drafts = self.model.model, self.model.model.mtp_layers, []
+        hidden_BWD, positions_BW = (torch.cat(parts, dim=1) for parts in list(zip(*self.unseen, strict=True))[:2])
+        embeds = (f if f.dim() == 3 else model.embed_tokens(f) for _, _, f in self.unseen)
+        embeds_BWD = torch.cat(list(embeds), dim=1)
         layer_inputs = model.attention_inputs(embeds_BWD, mask, positions_BW, self.mtp_cache)
         for depth in range(count):
-            hidden_BWD = self.layers[depth](hidden_BWD, embeds_BWD, **layer_inputs)
-            scores_BV = self._process(self._head(hidden_BWD[self.rows, last_B][:, None])[:, 0], depth)
-            draft_B = self._choose(scores_BV)
-            for row, length in enumerate(self.lengths):
-                if not self.ended[row]:
-                    self.tokens[row, length + depth] = draft_B[row]
-            drafts.append(draft_B)
-            all_scores.append(scores_BV)
-            if depth + 1 < count:
-                # One token further for the next layer: entries before the last move up, the last takes the draft. A
-                # deeper layer so caches drafts that may be rejected, which costs acceptance later, never exactness.
-                embeds_BWD = torch.cat([embeds_BWD[:, 1:], embeds_BWD[:, -1:]], dim=1)
-                embeds_BWD[self.rows, last_B] = model.embed_tokens(draft_B)
-        return torch.stack(drafts, dim=1), all_scores
+            if depth:
+                embeds_BWD = self._one_further(embeds_BWD, last_B, model.embed_tokens(drafts[-1][0]))
+            hidden_BWD = layers[depth](hidden_BWD, embeds_BWD, **layer_inputs)
+            drafts.append(self._drafted(self._head(hidden_BWD[self.rows, last_B][:, None])[:, 0], depth))
+        return drafts
+
+    def _one_further(self, given: torch.Tensor, last_B: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
+        """What the next layer is given, one token further, `(B, W)` or `(B, W, D)`.
+
+        Entries before the last move up, the last takes the draft. A deeper layer so caches drafts that may be
+        rejected, which costs acceptance later, never exactness.
+        """
+        given = torch.cat([given[:, 1:], given[:, -1:]], dim=1)
+        given[self.rows, last_B] = drafted
+        return given
+
+    def _drafted(self, logits_BV: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The draft `(B,)` of a layer, written behind the text, and the scores that it was chosen by."""
+        scores_BV = self._process(logits_BV, depth)
+        draft_B = self._choose(scores_BV)
+        for row, length in enumerate(self.lengths):
+            if not self.ended[row]:
+                self.tokens[row, length + depth] = draft_B[row]
+        return draft_B, scores_BV
 
     def _verify(self, drafts_BJ: torch.Tensor, draft_scores: list[torch.Tensor], cache: Cache) -> list[int]:
         """Runs the main model on the last token and the drafts, and commits what it agrees with.
 
         Returns how many drafts each row accepted, 0 for those that had ended.
         """
-        count = drafts_BJ.shape[1]
-        last_B = self.tokens[self.rows, torch.tensor(self.lengths, device=self.rows.device) - 1]
-        input_BJ = torch.cat([last_B[:, None], drafts_BJ], dim=1)
+        count, device = drafts_BJ.shape[1], self.rows.device
+        drafts: list[list[int]] = drafts_BJ.tolist()
+        input_BJ = torch.tensor([[token, *row] for token, row in zip(self.newest, drafts)], device=device)
         # Rows that are about to end may draft past their last position; those drafts are dropped, and are not to make
         # rotary embeddings grow that follow the longest position
-        last_position_B = self.last_position_B
-        remaining_B = self.max_length - torch.tensor(self.lengths, device=self.rows.device)
-        positions_BJ = last_position_B[:, None] + torch.arange(1, count + 2, device=self.rows.device)
-        positions_BJ = torch.minimum(positions_BJ, (last_position_B + remaining_B.clamp(min=1))[:, None])
+        ends = [last + max(self.max_length - n, 1) for last, n in zip(self.last_positions, self.lengths)]
+        positions = [
+            [min(last + 1 + j, end) for j in range(count + 1)] for last, end in zip(self.last_positions, ends)
+        ]
+        positions_BJ = torch.tensor(positions, device=device)
         mask = None if self.mask is None else torch.cat([self.mask, self.mask.new_ones(input_BJ.shape)], dim=1)
-        hidden_BJD = self.model.model(
-            input_ids=input_BJ, attention_mask=mask, position_ids=positions_BJ, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        logits_BJV = self._head(hidden_BJD)
-        scores = [self._process(logits_BJV[:, j], j) for j in range(count + 1)]
-        accepted_B, next_B = self._accept(drafts_BJ, draft_scores, torch.stack(scores, dim=1))
+        outputs = self.steps.run(input_BJ, cache, positions_BJ, mask)
+        self.by_program = outputs is not None
+        if outputs is not None:
+            hidden_BJD, logits_BJV = outputs[0], outputs[1].float()
+        else:
+            given = {"attention_mask": mask, "position_ids": positions_BJ, "past_key_values": cache}
+            hidden_BJD = self.model.model(input_ids=input_BJ, use_cache=True, **given).last_hidden_state
+            logits_BJV = self._head(hidden_BJD)
+        scores_BJV = logits_BJV
+        if self.logits_processor:
+            scores_BJV = torch.stack([self._process(logits_BJV[:, j], j) for j in range(count + 1)], dim=1)
+        found, self.newest = self._accept(drafts_BJ, drafts, draft_scores, scores_BJV)
 
-        accepted = [0 if ended else n for n, ended in zip(accepted_B.tolist(), self.ended)]
+        accepted = [0 if ended else n for n, ended in zip(found, self.ended)]
         keep = max(accepted) + 1 if self.croppable else count + 1
         if keep <= count:
             take_back(cache, count + 1 - keep)
         # A row that has ended makes no holes: its output is padding whatever it attends to
-        accepted_B = accepted_B.masked_fill(torch.tensor(self.ended, device=accepted_B.device), keep - 1)
-        accepted_B = accepted_B.clamp(max=keep - 1)
-        used_BW = torch.arange(keep, device=accepted_B.device) <= accepted_B[:, None]
-        self.used.append(used_BW)
-        if self.mask is not None or not bool(used_BW.all()):
+        self.last = [keep - 1 if ended else n for n, ended in zip(accepted, self.ended)]
+        self.used.append((keep, self.last))
+        if self.mask is not None or min(self.last) < keep - 1:
             if self.mask is None:
-                self.mask = used_BW.new_ones(len(self.lengths), cache.get_seq_length() - keep)
-            self.mask = torch.cat([self.mask, used_BW.to(self.mask.dtype)], dim=1)
+                self.mask = self.rows.new_ones(len(self.lengths), cache.get_seq_length() - keep)
+            self.mask = torch.cat([self.mask, self._used_slots(keep, self.last).to(self.mask.dtype)], dim=1)
 
-        self.last_B, self.last_position_B = accepted_B, positions_BJ[self.rows, accepted_B]
-        following_BW = torch.cat([drafts_BJ, next_B[:, None]], dim=1)[:, :keep]
-        following_BW[self.rows, accepted_B] = next_B
-        self.unseen.append((hidden_BJD[:, :keep], self.model.model.embed_tokens(following_BW), positions_BJ[:, :keep]))
-        live = self.ended.count(False)
-        self.drafted += count * live
+        self.last_positions = [row[slot] for row, slot in zip(positions, self.last)]
+        following = [[*row, 0] for row in drafts]
+        for row, slot in enumerate(self.last):
+            following[row][slot] = self.newest[row]
+        following_BW = torch.tensor([row[:keep] for row in following], device=device)
+        self.unseen.append((hidden_BJD[:, :keep], positions_BJ[:, :keep], following_BW))
+        self.drafted += count * self.ended.count(False)
         self.accepted += sum(accepted)
-        self._commit(accepted, next_B, scores, list(logits_BJV.unbind(1)))
+        new = [[*row[:n], token] for row, n, token in zip(drafts, accepted, self.newest)]
+        self._commit(new, scores_BJV, logits_BJV)
         return accepted
 
+    def _used_slots(self, keep: int, last: list[int]) -> torch.Tensor:
+        """Which of the slots of a pass that stay hold accepted tokens, bool `(B, W)`."""
+        device = self.rows.device
+        return torch.arange(keep, device=device) <= torch.tensor(last, device=device)[:, None]
+
     def _accept(
-        self, drafts_BJ: torch.Tensor, draft_scores: list[torch.Tensor], scores: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many drafts each row accepts, `(B,)`, and the token that follows them, `(B,)`.
+        self,
+        drafts_BJ: torch.Tensor,
+        drafts: list[list[int]],
+        draft_scores: list[torch.Tensor],
+        scores: torch.Tensor,
+    ) -> tuple[list[int], list[int]]:
+        """How many drafts each row accepts, and the token that follows them.
 
         Args:
-            scores: `(B, J + 1, V)`, the main model's, processed.
+            drafts: the same as lists. scores: `(B, J + 1, V)`, the main model's, processed.
         """
         count = drafts_BJ.shape[1]
         if not self.config.do_sample:
-            choice = scores.argmax(dim=-1)
-            accepted_B = (choice[:, :count] == drafts_BJ).long().cumprod(dim=1).sum(dim=1)
-            return accepted_B, choice[self.rows, accepted_B]
+            chosen = most_likely(scores.flatten(0, 1)).view(-1, count + 1).tolist()
+            accepted = [
+                next((j for j, (draft, own) in enumerate(zip(row, choice)) if draft != own), count)
+                for row, choice in zip(drafts, chosen)
+            ]
+            return accepted, [choice[n] for choice, n in zip(chosen, accepted)]
         target = scores.softmax(dim=-1)
         if count == 0:
-            return torch.zeros_like(self.rows), torch.multinomial(target[:, 0], 1)[:, 0]
+            return [0] * len(target), torch.multinomial(target[:, 0], 1)[:, 0].tolist()
         draft = torch.stack(draft_scores, dim=1).softmax(dim=-1)
         target_p = target[:, :count].gather(2, drafts_BJ[..., None])[..., 0]
         draft_p = draft.gather(2, drafts_BJ[..., None])[..., 0]
@@ -283,27 +362,29 @@ class MtpDecoding:
         own = target[self.rows, accepted_B]
         excess = (own - draft[self.rows, accepted_B.clamp(max=count - 1)]).clamp(min=0)
         use_excess = (accepted_B < count) & (excess.sum(dim=-1) > 0)
-        return accepted_B, torch.multinomial(torch.where(use_excess[:, None], excess, own), 1)[:, 0]
+        next_B = torch.multinomial(torch.where(use_excess[:, None], excess, own), 1)[:, 0]
+        return accepted_B.tolist(), next_B.tolist()
 
-    def _commit(
-        self, accepted: list[int], next_B: torch.Tensor, scores: list[torch.Tensor], logits: list[torch.Tensor]
-    ) -> None:
-        """Appends accepted drafts (already behind the committed tokens) and the next token, up to a row's end."""
-        for row, ended in enumerate(self.ended):
-            if ended:
+    def _commit(self, new: list[list[int]], scores: torch.Tensor, logits: torch.Tensor) -> None:
+        """Appends the new tokens of each row, up to its end.
+
+        Args:
+            scores, logits: `(B, J, V)`, what each was chosen by, processed and not.
+        """
+        for row, tokens in enumerate(new):
+            if self.ended[row]:
                 continue
             start = self.lengths[row]
-            self.tokens[row, start + accepted[row]] = next_B[row]
-            for place in range(accepted[row] + 1):
+            self.tokens[row, start : start + len(tokens)] = torch.tensor(tokens)
+            for place, token in enumerate(tokens):
                 self.lengths[row] += 1
                 for kept, source in ((self.scores, scores), (self.logits, logits)):
                     if kept is not None:
                         index = self.lengths[row] - self.prompt_length - 1
                         while len(kept) <= index:
-                            kept.append(torch.zeros_like(source[place]))
-                        kept[index][row] = source[place][row]
-                seen = None if self.scores is None else tuple(score[row : row + 1] for score in self.scores)
-                if bool(self.stopping_criteria(self.tokens[row : row + 1, : self.lengths[row]], seen)[0]):
+                            kept.append(torch.zeros_like(source[:, 0]))
+                        kept[index][row] = source[row, place]
+                if self._ends(row, token):
                     self.ended[row] = True
                     break
             end = self.lengths[row]
@@ -311,6 +392,14 @@ class MtpDecoding:
                 self.streamer.put(self.tokens[row, start:end].cpu())
             if self.ended[row]:
                 self.tokens[row, end:] = self.pad
+
+    def _ends(self, row: int, token: int) -> bool:
+        """Whether a row ends with its last token."""
+        length = self.lengths[row]
+        if self.ending.ends is not None:
+            return token in self.ending.ends or length >= self.ending.max_length
+        seen = None if self.scores is None else tuple(score[row : row + 1] for score in self.scores)
+        return bool(self.stopping_criteria(self.tokens[row : row + 1, :length], seen)[0])
 
     def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(B, J, D)` to fp32 logits `(B, J, V)` on the device of the tokens."""
@@ -334,7 +423,7 @@ class MtpDecoding:
     def _choose(self, scores_BV: torch.Tensor) -> torch.Tensor:
         if self.config.do_sample:
             return torch.multinomial(scores_BV.softmax(dim=-1), 1)[:, 0]
-        return scores_BV.argmax(dim=-1)
+        return most_likely(scores_BV)
 
     def _settle(self, cache: Cache) -> None:
         """Leaves in the cache what decoding without drafts would: the prompt and every new token but the last.
@@ -342,12 +431,13 @@ class MtpDecoding:
         Rows that ended early are filled up with positions that mean nothing, as the padding behind them does.
         """
         new = max(self.lengths) - self.prompt_length - 1
-        if not self.used or (all(bool(used.all()) for used in self.used) and len(self.lengths) == 1):
+        has_holes = any(min(last) < keep - 1 for keep, last in self.used)
+        if not self.used or (not has_holes and len(self.lengths) == 1):
             surplus = cache.get_seq_length() - self.prefilled - new
             if surplus > 0:
                 cache.crop(-surplus)
             return
-        used_BS = torch.cat(self.used, dim=1)
+        used_BS = torch.cat([self._used_slots(*used) for used in self.used], dim=1)
         slots_BS = torch.zeros(len(self.lengths), self.prefilled + new, dtype=torch.long, device=used_BS.device)
         slots_BS[:, : self.prefilled] = torch.arange(self.prefilled, device=used_BS.device)
         for row, length in enumerate(self.lengths):
