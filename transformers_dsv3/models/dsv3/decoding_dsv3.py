@@ -117,7 +117,7 @@ class _Grounds:
             return False  # another tensor is somewhere: whether tensors are equal has no one answer
 
 
-def _layer_refusal(layer: Any, x: torch.Tensor, cos: torch.Tensor, kind: type = DeepseekV3DecoderLayer) -> str | None:
+def _layer_refusal(layer: Any, x: torch.Tensor, cos: torch.Tensor, kind: Any = DeepseekV3DecoderLayer) -> str | None:
     """Why a decoder layer, or some part of it, has to be called, or None where a program may stand for it."""
     if type(layer) is not kind:
         return f"is a {type(layer).__name__}"

@@ -224,7 +224,8 @@ class MtpDecoding:
             return None
         mask = None if mask is None else mask.bool().contiguous()
         hidden_BWD, positions_BW, ids_BW = hidden_BWD.contiguous(), positions_BW.contiguous(), ids_BW.contiguous()
-        wanted_B, drafts = self.rows * W + last_B, []
+        wanted_B = self.rows * W + last_B
+        drafts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for depth in range(count):
             if depth:
                 ids_BW = self._one_further(ids_BW, last_B, drafts[-1][0])
@@ -240,7 +241,8 @@ class MtpDecoding:
         self, count: int, last_B: torch.Tensor, mask: torch.Tensor | None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each draft `(B,)` with its scores."""
-        model, layers, drafts = self.model.model, self.model.model.mtp_layers, []
+        model, layers = self.model.model, self.model.model.mtp_layers
+        drafts: list[tuple[torch.Tensor, torch.Tensor]] = []
         hidden_BWD, positions_BW = (torch.cat(parts, dim=1) for parts in list(zip(*self.unseen, strict=True))[:2])
         embeds = (f if f.dim() == 3 else model.embed_tokens(f) for _, _, f in self.unseen)
         embeds_BWD = torch.cat(list(embeds), dim=1)
