@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -73,12 +74,12 @@ def _stages(plan: FilterPlan, report: dict, row: Row) -> list[tuple[str, str]]:
         bits = next(judge.seed.model.bits_per_byte([data]))
         limits = {group["group"]: group["most_bits_per_byte"] for group in report["groups"]}
         limit = limits.get(f"{domain}/{language}", limits.get(f"{domain}/*"))
-        least = judge.seed.too_predictable(domain)
+        least, past = judge.seed.bits_of(domain, language)
+        past = past if limit is None else min(past, limit)
         told = f"{bits:.3f} bits a byte; {least:.3f} at least"
-        if limit is not None:
-            told += f" and {limit:.3f} at most in {domain}, {language}"
-        past = bits < least or (limit is not None and bits > limit)
-        lines.append(("ngram", f"{'dropped: ' if past else ''}{told}"))
+        if past < math.inf:
+            told += f" and {past:.3f} at most in {domain}, {language}"
+        lines.append(("ngram", f"{'' if least <= bits <= past else 'dropped: '}{told}"))
     return lines
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ...files import write_json
 from .plan import STAGES, FilterPlan, load_table, save_table
 from .seed import Seed
-from .selection import LEVELS_A_BIT, Histogram, best_of_clusters, level, quotas, thresholds
+from .selection import LEVELS_A_BIT, Histogram, best_of_clusters, levels, quotas, thresholds
 
 
 # Fewer documents of a domain's language have no quota of their own
@@ -90,7 +90,7 @@ def _drop_past(
     """Drop what is left and past its group's threshold: `left` and `number` are changed."""
     if limits:
         limit = np.array([limits.get(merged[group], -1) for group in told["groups"]] or [-1])
-        past = left & (_levels(np.nan_to_num(bits, nan=16.0)) > limit[groups])
+        past = left & (levels(bits) > limit[groups])
         number[past] = _number(reasons, stage, "score past the threshold")
         left &= ~past
 
@@ -109,7 +109,7 @@ def _limits(
         for number, group in enumerate(told["groups"]):
             of = left & (table["group"] == number)
             if of.any():
-                histogram.add(merged[group], _levels(bits[of]), table["tokens"][of])
+                histogram.add(merged[group], levels(bits[of]), table["tokens"][of])
     wanted = _quotas(plan, histogram.totals(), round(plan.settings.keep * of_tokens))
     return thresholds(histogram, wanted), wanted
 
@@ -154,10 +154,6 @@ def near_duplicates(plan: FilterPlan) -> dict[int, dict[int, tuple[int, int]]]:
 def _left(table: dict[str, np.ndarray], lost: dict[int, Any]) -> np.ndarray:
     """Which documents neither the cheap stages nor the near duplicates have dropped."""
     return (table["reason"] == 0) & ~np.isin(table["place"], np.array(list(lost), dtype=np.int64))
-
-
-def _levels(bits: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(bits * LEVELS_A_BIT), 0, level(16.0)).astype(np.int64)
 
 
 def _model_bits(plan: FilterPlan, shard: int, table: dict[str, np.ndarray]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from .statistics import ENTROPY_BYTES, Bounds, byte_entropy, exact_hash, statist
 
 # Less teaches nothing; more is read and not needed
 LEAST_BYTES, MOST_BYTES = 50_000, 64_000_000
+UNKNOWN = "und"  # the language of text that is in none, or in one that is not known
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,16 @@ class Seed:
     shares: dict[str, float]
     quantiles: dict[str, list[float]]
 
-    def too_predictable(self, domain: str) -> float:
-        """Bits a byte that no clean text of a domain needs as few of."""
-        return 0.4 * self.quantiles.get(domain, min(self.quantiles.values(), key=lambda q: q[0]))[0]
+    def bits_of(self, domain: str, language: str) -> tuple[float, float]:
+        """The fewest and the most bits a byte that text of a domain and a language may need.
+
+        A language that the seed has not may need any number. What is in no known language and needs more than bytes
+        drawn at random is encoded or broken.
+        """
+        fewest = min(self.quantiles.values(), key=lambda q: q[0])
+        most = max(self.quantiles.values(), key=lambda q: q[2])
+        least = 0.4 * self.quantiles.get(domain, fewest)[0]
+        return least, max(8.0, 1.25 * self.quantiles.get(domain, most)[2]) if language == UNKNOWN else math.inf
 
     def save(self, folder: Path) -> None:
         """Write it; `seed.json`, the last of its files, says that all are there."""

@@ -10,12 +10,13 @@ import numpy as np
 
 # Scores are told apart up to so many parts of a bit: their histograms are small, whatever the number of documents
 LEVELS_A_BIT = 4096
-N_LEVELS = 16 * LEVELS_A_BIT
+N_LEVELS = 32 * LEVELS_A_BIT  # what writing that the seed has not needs is up to 20 bits a byte
 
 
-def level(bits_per_byte: float) -> int:
-    """A score as a whole number: lower is better."""
-    return min(N_LEVELS - 1, max(0, round(bits_per_byte * LEVELS_A_BIT)))
+def levels(bits_per_byte: np.ndarray) -> np.ndarray:
+    """Scores as whole numbers, int64: lower is better, and what has none is last."""
+    scores = np.where(np.isnan(bits_per_byte), np.inf, bits_per_byte)
+    return np.clip(np.rint(scores * LEVELS_A_BIT), 0, N_LEVELS - 1).astype(np.int64)
 
 
 @dataclass

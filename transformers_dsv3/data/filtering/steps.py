@@ -23,7 +23,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from ...files import write_json
 from .inputs import Columns, InputFile, Row, domain_of, read_rows
 from .plan import FilterPlan, load_table, save_table
-from .seed import Seed
+from .seed import UNKNOWN, Seed
 from .statistics import exact_hash, statistics_of
 
 
@@ -202,14 +202,14 @@ class Judge:
 
 
 def language_of(data: bytes) -> str:
-    """The language by Compact Language Detector 2, such as `en`; `und` where it is not sure."""
+    """The language by Compact Language Detector 2, such as `en`; `UNKNOWN` where it is not sure."""
     import pycld2
 
     try:
         sure, _, found = pycld2.detect(data[:LANGUAGE_BYTES].decode("utf-8", "ignore"), bestEffort=True)
     except (pycld2.error, ValueError):  # characters that no text has
-        return "und"
-    return found[0][1] if sure and found[0][1] != "un" else "und"
+        return UNKNOWN
+    return found[0][1] if sure and found[0][1] != "un" else UNKNOWN
 
 
 class Measure(_OfPlan):
@@ -235,13 +235,17 @@ class Measure(_OfPlan):
             encoded = row.text.encode("utf-8")
             timed.bytes += len(encoded)
             domain = judge.domain(row, encoded)
-            group = groups.setdefault(f"{domain}/{language_of(encoded)}", len(groups))
+            language = language_of(encoded)
+            group = groups.setdefault(f"{domain}/{language}", len(groups))
             dropped = judge.reason(row, encoded, domain)
             bits = float("nan")
             if dropped is None and judge.seed is not None and "ngram" in self.plan.settings.stages:
                 bits = next(judge.seed.model.bits_per_byte([encoded]))
-                if bits < judge.seed.too_predictable(domain):
+                least, most = judge.seed.bits_of(domain, language)
+                if bits < least:
                     dropped = ("ngram", "too predictable", "")
+                elif bits > most:
+                    dropped = ("ngram", "in no known language, and unlike the seed", "")
             number = 0
             if dropped is not None:
                 number = reasons.setdefault(dropped[:2], len(reasons))
