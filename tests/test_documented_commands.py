@@ -61,6 +61,7 @@ RUN_BY = {
     "curl": "tests/serving/test_serve_page.py",
     "examples/balancing_study.py": "tests/training/test_training_cost.py",
     "examples/compress_study.py": "tests/examples/test_compress_study.py",
+    "examples/filter_study.py": "tests/examples/test_filter_study.py",
     "examples/continue_pretraining.py": "tests/examples/test_pretrain.py",
     "examples/dpo.py": "tests/examples/test_dpo.py",
     "examples/esft.py": "tests/examples/test_esft.py",

@@ -1,12 +1,15 @@
 """Filtering: every planted document has its fate, whatever is broken is named, and a killed run ends as any other."""
 
+import base64
 import collections
 import gzip
 import hashlib
 import json
+import math
 import random
 import signal
 
+import numpy as np
 import pytest
 
 from tests import programs
@@ -15,6 +18,8 @@ from transformers_dsv3.data.filtering import inputs, pipeline
 from transformers_dsv3.data.filtering.explain import explain_document
 from transformers_dsv3.data.filtering.pipeline import filter_text
 from transformers_dsv3.data.filtering.plan import FilterSettings, usual_stages
+from transformers_dsv3.data.filtering.seed import UNKNOWN, learn_seed
+from transformers_dsv3.data.filtering.selection import N_LEVELS, levels
 from transformers_dsv3.data.text_mixture import read_mixture
 from transformers_dsv3.option_error import OptionError
 
@@ -127,6 +132,16 @@ def test_the_best_of_a_cluster_is_kept(pool, all_that_is_clean):
 
 def test_two_workers_give_the_same_bytes(pool, a_fifth, tmp_path):
     run(pool[0], tmp_path / "out", keep=0.19, workers=2)
+    assert digests(tmp_path / "out") == digests(a_fifth[0])
+
+
+@pytest.mark.slow  # a cluster is started, and each of its processes imports all of it
+def test_ray_gives_the_same_bytes(pool, a_fifth, tmp_path):
+    ray = pytest.importorskip("ray")
+    try:
+        run(pool[0], tmp_path / "out", keep=0.19, workers=2, executor="ray")
+    finally:
+        ray.shutdown()
     assert digests(tmp_path / "out") == digests(a_fifth[0])
 
 
@@ -363,3 +378,25 @@ def test_wrong_paths_are_refused_by_name(pool, tmp_path):
         with pytest.raises(OptionError, match=message):
             filter_text(paths, output, settings, seed_text=seed)
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine" and pipeline.REPORT == "report.json"
+
+
+def test_what_is_in_no_language_costs_no_more_than_noise():
+    rng = random.Random(0)
+    scripts = {"code": "abcdefgh_(){}", "languages": "".join(map(chr, range(0x4E00, 0x5400)))}
+    texts = {
+        domain: ["".join(rng.choices(letters + " ", k=900)) for _ in range(40)] for domain, letters in scripts.items()
+    }
+    seed = learn_seed(texts)
+    encoded = base64.encodebytes(rng.randbytes(3_000))
+    bits = next(seed.model.bits_per_byte([encoded]))
+    for domain in (*scripts, "another"):
+        least, most = seed.bits_of(domain, UNKNOWN)
+        assert least < most < bits and seed.bits_of(domain, "ko") == (least, math.inf)
+    for text in texts["languages"]:
+        assert next(seed.model.bits_per_byte([text.encode()])) < seed.bits_of("languages", UNKNOWN)[1]
+
+
+def test_scores_are_told_apart_and_in_order():
+    bits = np.array([0.0, 1.0, 1.0 + 1 / 4096, 7.9, 17.2, 17.3, np.inf, np.nan])
+    found = levels(bits)
+    assert found[0] == 0 and (np.diff(found[:6]) > 0).all() and found[6] == found[7] == N_LEVELS - 1 > found[5]
