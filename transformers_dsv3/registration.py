@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import transformers
 from transformers import (
@@ -35,11 +36,12 @@ from .models.dsv3 import (
     KimiK2Config,
 )
 from .models.dsv3.checkpoint_conversion_dsv3 import deepseek_v3_conversion_mapping
+from .models.joined.configuration_kimi_vl import KimiVLConfig
 
 
 MODEL_TYPE = "deepseek_v3"
-# Layouts of models that read pictures, and the class in Transformers' and in our module of that name
-JOINED = {"internvl": "InternVLForConditionalGeneration"}
+# Transformers' modules of models that read pictures, and ours of the same
+JOINED = {"internvl": "internvl", "kimi_k25": "kimi"}
 CONFIGS = (DeepseekV3Config, KimiK2Config)
 NATIVE_CONVERSION = get_checkpoint_conversion_mapping(MODEL_TYPE)
 AUTO_CLASSES = {
@@ -75,6 +77,7 @@ def register(names: bool = False) -> None:
         register_checkpoint_conversion_mapping(
             config_class.model_type, deepseek_v3_conversion_mapping(), overwrite=True
         )
+    AutoConfig.register(KimiVLConfig.model_type, KimiVLConfig, exist_ok=True)
     register_fp8()
     register_packed()
     register_gguf()
@@ -84,14 +87,19 @@ def register(names: bool = False) -> None:
         watcher.start()
 
 
-def _register_joined(kind: str) -> None:
-    """Has the plugin's class open a layout's configs. Done when the class is there."""
-    module = sys.modules[f"{__package__}.models.joined.{kind}"]
-    config_class = getattr(module, JOINED[kind]).config_class
-    _open_by(config_class, getattr(module, JOINED[kind]))
-    # Of classes outside its own package Transformers reverts names of its own only where that was asked for
-    conversion = get_checkpoint_conversion_mapping(config_class.model_type)
-    register_checkpoint_conversion_mapping(config_class.model_type, conversion, overwrite=True)
+def _joined_classes(ours: str) -> list[Any]:
+    module = sys.modules.get(f"{__package__}.models.joined.{ours}")
+    return [] if module is None else [getattr(module, name) for name in module.__all__]
+
+
+def _register_joined(ours: str) -> None:
+    """Has the plugin's classes open their configs. Done when they are there."""
+    for model_class in _joined_classes(ours):
+        _open_by(model_class.config_class, model_class)
+        # Of classes outside its own package Transformers reverts names of its own only where that was asked for
+        model_type = model_class.config_class.model_type
+        if (conversion := get_checkpoint_conversion_mapping(model_type)) is not None:
+            register_checkpoint_conversion_mapping(model_type, conversion, overwrite=True)
 
 
 def _open_by(config_class: type, model_class: type) -> None:
@@ -101,11 +109,11 @@ def _open_by(config_class: type, model_class: type) -> None:
         mapping._extra_content[config_class] = model_class
 
 
-def _import_joined(kind: str, unless_with: str = "") -> None:
+def _import_joined(ours: str, unless_with: str = "") -> None:
     """Imports the plugin's class beside native's, so that importing the plugin alone brings neither."""
     spec = getattr(sys.modules.get(unless_with), "__spec__", None)
     if not getattr(spec, "_initializing", False):  # a model that imports its config comes here itself later
-        import_module(f"{__package__}.models.joined.{kind}")
+        import_module(f"{__package__}.models.joined.{ours}")
 
 
 def _set_names(of_plugin: bool) -> None:
@@ -123,12 +131,12 @@ def _register_tuners() -> None:
 
 
 _WATCHERS = [AfterImport("peft", _register_tuners)]
-for _kind in JOINED:
-    _native = f"transformers.models.{_kind}.{{}}_{_kind}".format
+for _theirs, _ours in JOINED.items():
+    _native = f"transformers.models.{_theirs}.{{}}_{_theirs}".format
     _WATCHERS += [
-        AfterImport(f"{__package__}.models.joined.{_kind}", partial(_register_joined, _kind)),
-        AfterImport(_native("modeling"), partial(_import_joined, _kind)),
-        AfterImport(_native("configuration"), partial(_import_joined, _kind, _native("modeling"))),
+        AfterImport(f"{__package__}.models.joined.{_ours}", partial(_register_joined, _ours)),
+        AfterImport(_native("modeling"), partial(_import_joined, _ours)),
+        AfterImport(_native("configuration"), partial(_import_joined, _ours, _native("modeling"))),
     ]
 
 
@@ -139,10 +147,9 @@ def unregister() -> None:
     register_checkpoint_conversion_mapping(MODEL_TYPE, NATIVE_CONVERSION, overwrite=True)
     for watcher in _WATCHERS:
         watcher.stop()
-    for kind, name in JOINED.items():
-        if (module := sys.modules.get(f"{__package__}.models.joined.{kind}")) is not None:
-            native_class = getattr(module, name).native_class
-            _open_by(native_class.config_class, native_class)
+    for ours in JOINED.values():
+        for model_class in _joined_classes(ours):
+            _open_by(model_class.native_class.config_class, model_class.native_class)
     if (peft_tuners := sys.modules.get(f"{__package__}.training.peft_tuners")) is not None:
         peft_tuners.unregister()
 

@@ -1,5 +1,6 @@
 """A vision tower joined to our text behind the Auto classes, beside native's class on the same files."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from transformers.models.internvl import modeling_internvl
 
 import transformers_dsv3
 from transformers_dsv3.models.dsv3.checkpoint_dsv3 import CheckpointError
+from transformers_dsv3.models.joined.features import FeatureCache
 from transformers_dsv3.models.joined.internvl import InternVLForConditionalGeneration
 
 
@@ -212,7 +214,7 @@ def test_training_reaches_all_and_the_mtp_loss_is_the_texts(make_joined, prompt)
     for part in ("vision_tower", "multi_modal_projector", "mlp.experts", "mtp.0.eh_proj", "lm_head"):
         found = [grad for name, grad in grads.items() if part in name]
         assert found and all(grad is not None for grad in found), part
-    embeds = model.embedded(prompt["input_ids"], pixel_values=prompt["pixel_values"])
+    embeds = model.merged(prompt["input_ids"], pixel_values=prompt["pixel_values"]).detach()
     text = model.causal_lm
     text.zero_grad()
     alone = text(inputs_embeds=embeds, attention_mask=prompt["attention_mask"], labels=labels)
@@ -243,3 +245,45 @@ def test_pictures_that_do_not_fit_are_refused_before_the_tower(make_joined, prom
         run(**prompt)
     with pytest.raises(ValueError, match="`pixel_values` must be"):
         run(**prompt, pixel_values=pixels[None])
+
+
+def test_a_picture_goes_through_the_tower_once(make_joined, prompt, monkeypatch):
+    model = make_joined()
+    seen, tower = [], model.model.vision_tower.forward
+    monkeypatch.setattr(
+        model.model.vision_tower, "forward", lambda **given: seen.append(len(given["pixel_values"])) or tower(**given)
+    )
+    settings = {"max_new_tokens": 4, "eos_token_id": -1, "pad_token_id": 0}
+    first = model.generate(**prompt, **settings)
+    assert torch.equal(model.generate(**prompt, **settings), first) and seen == [3]
+    other = prompt["pixel_values"].clone()
+    other[1] += 1
+    changed = model.generate(**prompt | {"pixel_values": other}, **settings)
+    assert seen == [3, 1]
+    assert torch.equal(changed, copy.deepcopy(model).generate(**prompt | {"pixel_values": other}, **settings))
+    seen.clear()
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_1.weight.mul_(2)
+    model.generate(**prompt, **settings)
+    assert seen == [3]
+
+
+def test_kept_features_have_a_bound():
+    cache, made = FeatureCache(most_bytes=3 * 4 * 2), []
+    pictures = [torch.full((2, 2), float(value)) for value in range(4)]
+
+    def ask(*places):
+        def compute(missing):
+            made.extend(places[at] for at in missing)
+            return [pictures[places[at]][0] for at in missing]
+
+        found = cache.features([pictures[place] for place in places], [], compute)
+        assert all(torch.equal(one, pictures[place][0]) for one, place in zip(found, places, strict=True))
+
+    ask(0, 1, 0, 2)
+    ask(0)
+    ask(3)  # in the place of 1, which was used the longest ago
+    ask(0, 2, 3)
+    assert sorted(made) == [0, 1, 2, 3]
+    ask(1)
+    assert made[-1] == 1 and len(made) == 5

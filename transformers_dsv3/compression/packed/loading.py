@@ -101,7 +101,7 @@ def prepare(
     # Whatever has no place in the model is given to Transformers too, which lists it
     headers = {f"{name}.weight": _header(weight, weight.shape(None)) for name, weight in weights.items()}
     headers |= {align(name): tensor for name, tensor in others.items()}
-    renamings = mtp_renamings(model.config)
+    renamings = mtp_renamings(model.config, model.decoder_prefix)
     tensors = {}
     for name, tensor in headers.items():
         for renaming in renamings:

@@ -146,7 +146,9 @@ class Dsv3CheckpointMixin(_Base):
                 stored = renamed_table(read_checkpoint(files.files, files.index), renamings)
                 cls._fit_config(config, stored, str(base_location))
         _choose_fp8_reader(config, held.get("quantization_config"))
-        if files is not None and _choose_packed_reader(config, held.get("quantization_config"), kwargs):
+        if files is not None and _choose_packed_reader(
+            config, held.get("quantization_config"), {**(kwargs.get("key_mapping") or {}), **cls._renamings()}
+        ):
             held.pop("quantization_config", None)
         elif files is not None:
             held["quantization_config"] = _with_exceptions(config, held.get("quantization_config"), stored)
@@ -301,6 +303,11 @@ class Dsv3CheckpointMixin(_Base):
             publish(folder, os.fspath(save_directory), kwargs.get("variant"))
 
     @classmethod
+    def _renamings(cls) -> dict[str, str]:
+        """From names in official files to those in the model, but for MTP layers; patterns as Transformers' are."""
+        return {}
+
+    @classmethod
     def _fit_config(cls, config: Any, stored: Mapping[str, StoredTensor], location: str) -> None:
         """Changes in the config what the files do not hold: MTP layers that were not saved."""
         _leave_out_absent_mtp_layers(config, stored, location)
@@ -398,13 +405,13 @@ def _choose_fp8_reader(config: Any, requested: Any) -> None:
         config.quantization_config = {**fields, "quant_method": FP8_METHOD}
 
 
-def _choose_packed_reader(config: Any, requested: Any, arguments: Mapping[str, Any]) -> bool:
+def _choose_packed_reader(config: Any, requested: Any, key_mapping: Mapping[str, str]) -> bool:
     """Send formats of quantised weights that our reader keeps packed to it; whether that was done."""
     stored, reader = getattr(config, "quantization_config", None), AUTO_QUANTIZATION_CONFIG_MAPPING.get(PACKED_METHOD)
     if stored is None or reader is None:
         return False
     fields = dict(stored) if isinstance(stored, Mapping) else stored.to_dict()
-    if (chosen := reader.reading(fields, requested, arguments.get("key_mapping"))) is None:
+    if (chosen := reader.reading(fields, requested, key_mapping)) is None:
         return False
     config.quantization_config = chosen
     return True

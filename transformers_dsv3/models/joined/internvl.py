@@ -15,7 +15,19 @@ class InternVLForConditionalGeneration(JoinedMixin, native.InternVLForConditiona
 
     native_class = native.InternVLForConditionalGeneration
     picture_inputs = ("pixel_values",)
-    vision_architecture = "InternVisionModel"
+
+    @classmethod
+    def _renamings(cls) -> dict[str, str]:
+        return {
+            r"^language_model\.model\.": "model.language_model.",
+            r"^language_model\.lm_head\.": "lm_head.",
+            r"^vision_tower\.": "model.vision_tower.",
+            r"^multi_modal_projector\.": "model.multi_modal_projector.",
+        }
+
+    def _official(self, fields: dict[str, Any]) -> None:
+        if fields["vision_config"].get("model_type") == "internvl_vision":
+            fields["vision_config"]["architectures"] = ["InternVisionModel"]  # by which llama.cpp's converter knows it
 
     @can_return_tuple
     def forward(
@@ -68,15 +80,21 @@ class InternVLForConditionalGeneration(JoinedMixin, native.InternVLForConditiona
         patches = (pixel_values.shape[-2] // sides[0]) * (pixel_values.shape[-1] // sides[1])
         return {"image_token_id": len(pixel_values) * int(patches * self.config.downsample_ratio**2)}
 
-    @torch.no_grad()
-    def embedded(self, input_ids: torch.Tensor, **pictures: Any) -> torch.Tensor:
+    def merged(self, input_ids: torch.Tensor, keep: bool = False, **pictures: Any) -> torch.Tensor:
+        pixels: Any = pictures.get("pixel_values")
         embeds = self.get_input_embeddings()(input_ids)
-        if (known := pictures.get("mm_encoder_outputs")) is None:
-            features = self.get_image_features(pictures["pixel_values"], return_dict=True).pooler_output
-        else:
+
+        def compute(places: list[int] | None = None) -> torch.Tensor:
+            return self.get_image_features(
+                pixels if places is None else pixels[places], return_dict=True
+            ).pooler_output  # type: ignore[union-attr,return-value]
+
+        if (known := pictures.get("mm_encoder_outputs")) is not None:
             features = known["image"].pooler_output
+        else:
+            features = torch.stack(self._kept_features(pixels, compute)) if keep else compute()
         features = features.to(embeds.device, embeds.dtype)
-        return embeds.masked_scatter(self.model.get_placeholder_mask(input_ids, embeds, features), features)
+        return embeds.masked_scatter((input_ids == self.config.image_token_id)[..., None], features)
 
 
 __all__ = ["InternVLForConditionalGeneration"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from ..dsv3.modeling_dsv3 import DeepseekV3ForCausalLM, DeepseekV3PreTrainedMode
 from ..dsv3.objectives_dsv3 import tell_decoder_the_targets
 from ..dsv3.outputs_dsv3 import Dsv3CausalLMOutputWithPast
 from ..dsv3.quantized_dsv3 import Dsv3QuantizedMixin
+from .features import FeatureCache
 
 
 if TYPE_CHECKING:
@@ -40,29 +42,14 @@ def has_our_text(config: Any) -> bool:
     return getattr(getattr(config, "text_config", None), "model_type", None) in TEXTS
 
 
-def prepared(config: Any) -> Any:
-    """A copy of a config with text of our class, and one answer to whether the head is the embedding.
-
-    The text's own `tie_word_embeddings` defaults to False, native's beside it to True: a head of its own is lost
-    unless both say so. Only where both say that it is the embedding, it is.
-    """
-    config = copy.deepcopy(config)
-    if type(config.text_config) is configuration_deepseek_v3.DeepseekV3Config:  # by programs that know no plugin
-        config.text_config = DeepseekV3Config(**config.text_config.to_dict())
-    tied = bool(config.tie_word_embeddings and config.text_config.tie_word_embeddings)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
-    return config
-
-
 class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Base):
     """Goes in front of a class of native's for pictures and text, whose decoder is a [`DeepseekV3Model`].
 
     Attributes:
         native_class: native's, which serves any other text. picture_inputs: arguments of `forward` that tell of
-            pictures. vision_architecture: what files call the tower, by which llama.cpp's converter knows it.
+            pictures.
     """
 
-    vision_architecture: ClassVar[str | None] = None
     native_class: ClassVar[type]
     picture_inputs: ClassVar[tuple[str, ...]]
     decoder_prefix = "model.language_model."
@@ -78,11 +65,25 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
                 f"{type(self).__name__} of transformers_dsv3 needs a text of type {' or '.join(TEXTS)}, not {text}: "
                 f"`transformers.{self.native_class.__name__}` serves that."
             )
-        config = prepared(config)
+        config = self.prepared(config)
         config.text_config.check_fields()
         super().__init__(config)
         self._freeze_idle_mtp_layers()
         self.register_forward_pre_hook(tell_decoder_the_targets, with_kwargs=True)  # type: ignore[arg-type]
+
+    @classmethod
+    def prepared(cls, config: Any) -> Any:
+        """A copy of a config with text of our class, and one answer to whether the head is the embedding.
+
+        The text's own `tie_word_embeddings` defaults to False, native's beside it to True: a head of its own is lost
+        unless both say so. Only where both say that it is the embedding, it is.
+        """
+        config = copy.deepcopy(config)
+        if type(config.text_config) is configuration_deepseek_v3.DeepseekV3Config:  # by programs that know no plugin
+            config.text_config = DeepseekV3Config(**config.text_config.to_dict())
+        tied = bool(config.tie_word_embeddings and config.text_config.tie_word_embeddings)
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+        return config
 
     @classmethod
     def from_pretrained(
@@ -128,10 +129,12 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
         fields["text_config"] = {**text, "architectures": ["DeepseekV3ForCausalLM"]}
         for part in ("text_config", "vision_config"):
             fields[part]["dtype"] = fields["dtype"]
-        if self.vision_architecture:
-            fields["vision_config"]["architectures"] = [self.vision_architecture]
+        self._official(fields)
         with open(path, "w", encoding="utf-8") as file:
             file.write(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+    def _official(self, fields: dict[str, Any]) -> None:
+        """Puts what else is official into the fields of a config that is about to be written."""
 
     @property
     def causal_lm(self) -> DeepseekV3ForCausalLM:
@@ -197,17 +200,24 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
                 f"`input_ids` has {found} tokens of id {token} (`{field}`), and the pictures take {wanted}: {hint}."
             )
 
-    @torch.no_grad()
-    def embedded(self, input_ids: torch.Tensor, **pictures: Any) -> torch.Tensor:
-        """Embeddings `(B, Q, D)` of a prompt `(B, Q)` with its pictures in their places, without gradients.
+    def merged(self, input_ids: torch.Tensor, keep: bool = False, **pictures: Any) -> torch.Tensor:
+        """Embeddings `(B, Q, D)` of a prompt `(B, Q)` with the features of its pictures in their places.
 
-        Raises:
-            ValueError: as `check_pictures`.
+        Args:
+            keep: whether features are kept for the next prompt with the same pictures; they have no gradients then.
+            pictures: arguments of `forward`.
         """
         raise NotImplementedError
 
+    def _kept_features(self, pictures: Sequence[torch.Tensor], compute: Any) -> list[torch.Tensor]:
+        cache = self.__dict__.setdefault("_feature_cache", FeatureCache())
+        parts = [module for name, module in self.model.named_children() if name != "language_model"]
+        return cache.features(pictures, [weight for part in parts for weight in part.parameters()], compute)  # type: ignore[no-any-return]
+
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """[`DeepseekV3ForCausalLM.generate`] of a prompt with pictures, `use_mtp=True` and the rest included.
+
+        A picture that was seen before, in the same conversation or another one, does not go through the tower again.
 
         Raises:
             ValueError: as there, and for pictures that do not fit the prompt.
@@ -221,7 +231,9 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
             cache = kwargs.get("past_key_values")
             self.check_pictures(ids, pictures, cache is None or cache.get_seq_length() == 0)
         if pictures:
-            inputs, kwargs["input_ids"], kwargs["inputs_embeds"] = None, ids, self.embedded(ids, **pictures)  # type: ignore[arg-type]
+            with torch.no_grad():
+                embeds = self.merged(ids, keep=not self.training, **pictures)  # type: ignore[arg-type]
+            inputs, kwargs["input_ids"], kwargs["inputs_embeds"] = None, ids, embeds
         return self.causal_lm.generate(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
