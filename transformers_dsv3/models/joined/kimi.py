@@ -93,7 +93,9 @@ class KimiMixin(JoinedMixin):
     """
 
     projector_names: ClassVar[dict[str, str]]
-    picture_places: ClassVar[tuple[tuple[str, str, str], ...]]
+    picture_places: ClassVar[tuple[tuple[str, str, str], ...]] = (
+        ("pixel_values", "image_grid_thw", "image_token_id"),
+    )
 
     @classmethod
     def _renamings(cls) -> dict[str, str]:
@@ -158,10 +160,6 @@ class KimiMixin(JoinedMixin):
             tokens = 0 if grids is None else int((grids[:, 1] * grids[:, 2]).sum()) // (merged[0] * merged[1])
             found[token] = tokens
         return found
-
-    picture_places: ClassVar[tuple[tuple[str, str, str], ...]] = (
-        ("pixel_values", "image_grid_thw", "image_token_id"),
-    )
 
     def merged(self, input_ids: torch.Tensor, keep: bool = False, **pictures: Any) -> torch.Tensor:
         embeds = self.get_input_embeddings()(self._words(input_ids))
