@@ -37,6 +37,7 @@ NAMES = [
     "export_per_expert",
     "heal",
     "is_registered",
+    "join",
     "lora_config",
     "mix",
     "model_card",
