@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from transformers_dsv3 import quantize as quantize_model
 from transformers_dsv3.kernels import backends, dispatch
-from transformers_dsv3.kernels.cpu import dequantize, linear
+from transformers_dsv3.kernels.cpu import dequantize, library, linear
 from transformers_dsv3.kernels.cpu.linear import Rows
 
 
@@ -55,12 +55,19 @@ def on_matrix_units(monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_many_rows_meet_bf16_weights(make_model, on_matrix_units, monkeypatch, bits):
+@pytest.mark.parametrize("tiles", [True, False])
+def test_many_rows_meet_bf16_weights(make_model, on_matrix_units, monkeypatch, bits, tiles):
+    library.instruction_set()
+    if tiles and not library.has_tiles():
+        pytest.skip("has no products on matrix units here")
+    if not tiles:
+        monkeypatch.setattr(library, "in_use", "portable")  # as where PyTorch alone has such products
     fields = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 32}
     model = make_model(**fields, kv_lora_rank=32, num_attention_heads=4, v_head_dim=8).bfloat16().eval()
     quantize_model(model, bits=bits, activations="16")
     served = []
-    for operation in (backends.LINEAR, backends.EXPERTS):
+    expected = (backends.LINEAR, backends.MLP, backends.MIXTURE) if tiles else (backends.LINEAR, backends.EXPERTS)
+    for operation in (backends.LINEAR, backends.MLP, backends.MIXTURE, backends.EXPERTS):
         backend = operation["cpu_bf16"]
         function = backend.function
         spy = lambda *a, f=function, name=operation.name: served.append(name) or f(*a)  # noqa: E731
@@ -68,7 +75,7 @@ def test_many_rows_meet_bf16_weights(make_model, on_matrix_units, monkeypatch, b
     ids = torch.randint(5, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         widened = model(ids).logits
-        assert {"linear layers", "experts"} <= set(served)
+        assert {operation.name for operation in expected} == set(served)
         served.clear()
         for dtype in (torch.int8, torch.uint8):
             monkeypatch.delitem(linear.MOST_ROWS, dtype)

@@ -87,6 +87,10 @@ def _widened(module: nn.Module) -> str | None:
         return cpu_dequantize.refusal(torch.empty(0, dtype=torch.bfloat16, device=weights[0].device), weights[0])
 
 
+def _widened_in_tiles(module: nn.Module) -> str | None:
+    return _widened(module) or cpu_dequantize.tiles_refusal()
+
+
 def _triton_rows(module: nn.Module) -> str | None:
     return triton_support.triton_refusal("linear", _floating(module))
 
@@ -120,6 +124,14 @@ def _of_keys(refusal: Refusal) -> Refusal:
 
 def _compiled_mixture(x, experts, index, weights, mlp):  # type: ignore[no-untyped-def]
     return cpu_mixture.mixture_refusal(x, experts, weights, mlp)
+
+
+def _widened_mixture(x, experts, index, weights, mlp):  # type: ignore[no-untyped-def]
+    return cpu_dequantize.mixture_refusal(x, experts, weights, mlp)
+
+
+def _widened_mlp(x, mlp):  # type: ignore[no-untyped-def]
+    return cpu_dequantize.mixture_refusal(x, None, None, mlp)
 
 
 def _compiled_mlp(x, mlp):  # type: ignore[no-untyped-def]
@@ -215,7 +227,7 @@ def _experts(name: str, does: str, module_refusal: Refusal = always, **rest: Any
 ATTENTION_PARTS = cpu_project.PLAIN_PARTS
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 PLAIN = Backend("torch", "PyTorch's own")
-WIDENED = "quantised weights turned to bf16, then PyTorch's products on matrix units, for many rows"
+WIDENED = "many rows: quantised weights turned to bf16, by pieces, for products on matrix units"
 
 EXPANDED = Operation(
     "attention, expanded",
@@ -358,7 +370,7 @@ LINEAR = Operation(
     (
         Backend(
             "cpu",
-            "compiled: reads the weights once for a few rows",
+            "compiled: reads the weights once for a few rows; bf16 on matrix units (AMX) for any number",
             partial(_compiled, "linear"),
             cpu_linear.operator,
             cpu_linear.layer_refusal,
@@ -397,6 +409,13 @@ MLP = Operation(
             lambda x, mlp: cpu_linear.dense_rows_refusal(x, mlp.gate_proj.weight),
             undispatched=cpu_mixture.undispatched_mlp,
         ),
+        Backend(
+            "cpu_bf16",
+            WIDENED,
+            _widened_in_tiles,
+            cpu_dequantize.whole_mlp,
+            _widened_mlp,
+        ),
         Backend("layers", "layer after layer"),
     ),
     MLP_PARTS,
@@ -429,6 +448,13 @@ MIXTURE = Operation(
             _compiled_mixture,
             cpu_mixture.rows_refusal,
             undispatched=cpu_mixture.undispatched,
+        ),
+        Backend(
+            "cpu_bf16",
+            WIDENED,
+            lambda moe: cpu_mixture.moe_refusal(moe) or _widened_in_tiles(moe),
+            cpu_dequantize.whole_mixture,
+            _widened_mixture,
         ),
         Backend("parts", "routed experts and shared ones, each by itself"),
     ),

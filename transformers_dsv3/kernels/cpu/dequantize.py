@@ -1,9 +1,13 @@
 """Quantised weights times many rows of bf16, where the processor has matrix units (AMX).
 
 These multiply bf16 several times as fast as vectors multiply whole numbers, so that from some rows on it is faster to
-turn the weights to bf16, one matrix at a time into memory that is used again, and leave the product to PyTorch. The
-weights are rounded to bf16 then, as the models' own would be, and activations are not rounded.
+turn the weights to bf16. The compiled products do so a few rows of weights at a time, in the first-level cache. Where
+the library was built without them, it is one matrix at a time, into memory that is used again, and PyTorch's product.
+The weights are rounded to bf16 then, as the models' own would be, and activations are not rounded.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +16,8 @@ from torch import nn
 from ..experts_grouped import forward_pass
 from ..operators import define
 from ..selection import QUANTIZED, cpu_refusal
-from . import library
+from . import library, mixture
+from . import linear as products
 from .linear import limit_of_rows
 from .operators import GROUP, TYPES, addresses
 
@@ -34,6 +39,20 @@ def linear_refusal(
 ) -> str | None:
     """As `refusal`, for `linear`."""
     return refusal(x, weight)
+
+
+def tiles_refusal() -> str | None:
+    """The reason why the library itself has no products on matrix units, or None where it has."""
+    return None if library.has_tiles() else "has no products of its own on matrix units here"
+
+
+def mixture_refusal(x: torch.Tensor, experts: nn.Module | None, weights: object, mlp: nn.Module | None) -> str | None:
+    """As `mixture.mixture_refusal`, where matrix units meet quantised weights in the same pass."""
+    if (reason := tiles_refusal()) is not None:
+        return reason
+    if (reason := mixture.mixture_refusal(x, experts, weights, mlp)) is not None:  # type: ignore[arg-type]
+        return reason
+    return refusal(x, mlp.gate_proj.weight)  # type: ignore[union-attr]
 
 
 def experts_refusal(x: torch.Tensor, experts: nn.Module, index: object, weights: torch.Tensor) -> str | None:
@@ -81,6 +100,8 @@ def linear(
     int8_activations: bool = False,
 ) -> torch.Tensor:
     """As `linear.linear`, activations whole."""
+    if library.has_tiles():
+        return products.operator(x, weight, scale, bias, False)
     return F.linear(x, operator(weight, scale, x.dtype), bias)
 
 
@@ -98,9 +119,20 @@ class _OneAtATime:
 
 def experts(x: torch.Tensor, experts: nn.Module, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """As `mixture.routed`, activations whole."""
+    if library.has_tiles():
+        return mixture.routed(x, experts, index, weights, _whole)
     gate_up, down = (
         _OneAtATime(getattr(experts, name), getattr(experts, f"{name}_scale"), x.dtype)
         for name in ("gate_up_proj", "down_proj")
     )
     # What it asks of weights are their shapes, and one matrix after another
     return forward_pass(x, index, weights, gate_up, down, x.dtype, keep=False)[0]  # type: ignore[arg-type]
+
+
+def _whole(*arguments: Any) -> torch.Tensor:
+    """The operator of mixtures, whose last argument is whether activations are rounded."""
+    return mixture.operator(*arguments[:-1], False)  # type: ignore[no-any-return]
+
+
+whole_mixture = partial(mixture.mixture, kernel=_whole)
+whole_mlp = partial(mixture.mlp, kernel=_whole)

@@ -21,7 +21,7 @@ FOLDER_VARIABLE = "TRANSFORMERS_DSV3_CPU_LIBRARY"
 BUILD_FAILURE = "_cpu_build_failure.txt"
 VERSION = 8  # dsv3_version() of csrc/library.c
 # Tables of inner loops that csrc/library.c may have, best ones of a processor first; each machine runs some of them
-INSTRUCTION_SETS = ("avx512", "avx_vnni", "avx2", "neon_dot", "neon", "portable")
+INSTRUCTION_SETS = ("amx", "avx512", "avx_vnni", "avx2", "neon_dot", "neon", "portable")
 
 pointer, integer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # What `csrc/dsv3.h` declares, which a test compares with this
@@ -132,8 +132,8 @@ def instruction_set(name: str | None = None) -> str:
     """Chooses the instruction set, by default the best one this processor has.
 
     Args:
-        name: of INSTRUCTION_SETS: "avx512" (with BF16 and VNNI), "avx_vnni" (AVX2 with VNNI), "avx2", "neon_dot" (with
-            products of bytes), "neon" or "portable".
+        name: of INSTRUCTION_SETS: "amx" (the next one with matrix units for bf16), "avx512" (with BF16 and VNNI),
+            "avx_vnni" (AVX2 with VNNI), "avx2", "neon_dot" (with products of bytes), "neon" or "portable".
 
     Returns:
         The name of the one in use from now on.
@@ -141,10 +141,23 @@ def instruction_set(name: str | None = None) -> str:
     Raises:
         ValueError: if this processor does not run it, or there is no such one.
     """
+    global in_use
     used = loaded.dsv3_use_isa(name and name.encode())
     if used is None:
         raise ValueError(f"this processor does not run {name!r} code; choose one of {', '.join(INSTRUCTION_SETS)}")
-    return used.decode()
+    in_use = used.decode()
+    return in_use
+
+
+# The instruction set in use, None where there is no library
+in_use: str | None = None
+if unavailable is None:
+    instruction_set()
+
+
+def has_tiles() -> bool:
+    """Whether the library multiplies rows of bf16 on matrix units, however many they are."""
+    return in_use == "amx"
 
 
 def read_seconds(buffer: torch.Tensor) -> float:

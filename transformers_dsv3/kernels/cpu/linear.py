@@ -1,4 +1,7 @@
-"""Linear layers by the compiled CPU backend: a few rows of activations, bound by reading the weights once."""
+"""Linear layers by the compiled CPU backend: a few rows of activations, bound by reading the weights once.
+
+Rows of bf16 may be as many as they like where the processor has matrix units (AMX), which the backend uses itself.
+"""
 
 from typing import Any, NamedTuple
 
@@ -16,8 +19,8 @@ from .operators import (
 )
 
 
-# With more rows PyTorch's own product is as fast in bf16, since then arithmetic is the limit. In fp32 it is not: on
-# AMD's processors MKL uses half of their vectors.
+# With more rows PyTorch's own product is as fast in bf16 as the vectors' here, since then arithmetic is the limit. In
+# fp32 it is not: on AMD's processors MKL uses half of their vectors.
 MOST_BF16_ROWS = 64
 # Weights that stay in the processor's second-level cache gain nothing from being streamed, and the call costs more
 FEWEST_BYTES = 2**18
@@ -37,7 +40,10 @@ class Rows(NamedTuple):
 def _rows_before_faster_units() -> dict[torch.dtype, Rows]:
     told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     limits = {}
-    if told.get("amx_bf16") and torch.backends.mkldnn.is_available():
+    if library.has_tiles():
+        # Bf16 meets them in tiles, at any number. So do quantised weights, as bf16, which vectors meet in 8 bits
+        limits[torch.int8], limits[torch.uint8] = Rows(6, 6), Rows(12, 12)
+    elif told.get("amx_bf16") and torch.backends.mkldnn.is_available():
         limits[torch.bfloat16] = Rows(8, 6)
         # Which are turned to bf16 first, see `dequantize`
         limits[torch.int8] = limits[torch.uint8] = Rows(80, 144)
@@ -46,8 +52,8 @@ def _rows_before_faster_units() -> dict[torch.dtype, Rows]:
     return limits
 
 
-# By the dtype of weights, what is limited on this processor: Intel's matrix units (AMX) multiply bf16 several times as
-# fast as its vectors do, and MKL has fp32 code that only Intel's processors run
+# By the dtype of weights, what is limited on this processor: its matrix units (AMX) multiply bf16 ten times as fast as
+# its vectors do, and MKL has fp32 code that only Intel's processors run
 MOST_ROWS = _rows_before_faster_units()
 
 
@@ -57,6 +63,11 @@ def dense_rows_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     if limit is not None and x.numel() > limit.dense * x.shape[-1]:
         return f"pays up to {limit.dense} rows of {weight.dtype} on this processor"
     return None
+
+
+def rounded_rows_refusal(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """The reason why so many rows are not rounded to meet quantised weights, which they meet in tiles; or None."""
+    return dense_rows_refusal(x, weight) if library.has_tiles() else None
 
 
 def limit_of_rows(x: torch.Tensor, weight: torch.Tensor) -> Rows | None:
@@ -91,7 +102,8 @@ def layer_refusal(
 def rows_refusal(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
     """The part of `linear_refusal` that the number of rows decides, which changes from call to call."""
     if x.dtype is torch.bfloat16 and x.numel() > MOST_BF16_ROWS * x.shape[-1] and weight.dtype not in QUANTIZED:
-        return f"pays up to {MOST_BF16_ROWS} rows of bf16"
+        if not library.has_tiles():
+            return f"pays up to {MOST_BF16_ROWS} rows of bf16"
     return dense_rows_refusal(x, weight)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..operators import define
 from ..selection import chosen, cpu_refusal, plain_refusal
 from . import library
+from .linear import rounded_rows_refusal
 from .operators import (
     MOST_ROTATED,
     TYPES,
@@ -212,7 +213,8 @@ def project(
         sin,
         interleave,
         q_b.weight.shape[0] // attention.qk_head_dim,
-        x.dtype in getattr(kv_a, "rounded_dtypes", ()),
+        # Many rows meet quantised weights as bf16, as they do in other layers
+        x.dtype in getattr(kv_a, "rounded_dtypes", ()) and rounded_rows_refusal(x, kv_a.weight) is None,
     )
     return query.transpose(1, 2), latent, k_rope
 

@@ -57,26 +57,6 @@ static void quantize_row(const float *x, int weight_bits, void *row, int64_t n)
     }
 }
 
-/* Four bits are looked up, in lanes of which the instruction looks at no more */
-static inline __attribute__((always_inline)) void dequantize_group(
-    int weight_bits, const void *w, const fp16 *scale, int64_t g, __m512 half[2])
-{
-    __m512 factor = _mm512_cvtph_ps(_mm256_set1_epi16((short)scale[g]));
-    if (weight_bits == 8) {
-        const __m128i *p = (const __m128i *)((const int8_t *)w + g * GROUP);
-        for (int h = 0; h < 2; h++)
-            half[h] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p + h)));
-    } else {
-        const __m512 value = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-        const __m128i *p = (const __m128i *)((const uint8_t *)w + g * (GROUP / 2));
-        __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(p));
-        half[0] = _mm512_permutexvar_ps(pairs, value);
-        half[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), value);
-    }
-    half[0] = _mm512_mul_ps(half[0], factor);
-    half[1] = _mm512_mul_ps(half[1], factor);
-}
-
 static void dequantize_f32(int weight_bits, const void *w, const fp16 *scale, float *y, int64_t n)
 {
     for (int64_t g = 0; g < n / GROUP; g++) {

@@ -10,6 +10,8 @@
 #ifndef DSV3_INNER_LOOPS_H
 #define DSV3_INNER_LOOPS_H
 
+#include "tiles.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -80,6 +82,7 @@ typedef struct {
      * before. Entries of -infinity count nothing. */
     float (*softmax_step)(float *x, int64_t n, float scale, float *max, float *sum);
     uint64_t (*xor_of)(const uint64_t *x, int64_t n);
+    const tile_loops *tiles; /* which all products of bf16 rows then go by; NULL where there are none */
 } inner_loops;
 
 /* Instruction sets that the compiler knows: what is chosen at run time is one of these */
@@ -91,6 +94,11 @@ typedef struct {
 #if defined(__x86_64__)
 #define HAS_AVX_VNNI COMPILER_SINCE(11, 12)
 extern const inner_loops loops_avx2, loops_avx512, loops_avx_vnni;
+#if defined(__linux__) /* which has to be asked for the use of tiles */
+#define HAS_AMX COMPILER_SINCE(11, 12)
+extern const inner_loops loops_amx;
+extern const tile_loops tiles_amx;
+#endif
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
 #define HAS_NEON 1
 #define HAS_NEON_DOT COMPILER_SINCE(8, 16)

@@ -12,9 +12,7 @@
 #include <immintrin.h>
 
 #include "elementwise.h"
-
-static inline __mmask32 first32(int64_t n) { return (__mmask32)((1ull << n) - 1); }
-static inline __mmask16 first16(int64_t n) { return (__mmask16)((1u << n) - 1); }
+#include "pieces_avx512.h"
 
 /* The sums of four accumulators. One accumulator alone goes the same way, four times over, so that its additions are
  * in the same order. */
@@ -82,39 +80,6 @@ static inline __attribute__((always_inline)) void store_sums(float *c, const __m
 #define STORE(c, acc, n) store_sums(c, acc, n, 0)
 #define STORE_ADD(c, acc, n) store_sums(c, acc, n, 1)
 #include "dot_rows.h"
-
-static inline __attribute__((always_inline)) void transpose_16x16(__m512i row[16])
-{
-    __m512i t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(row[2 * i], row[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(row[2 * i], row[2 * i + 1]);
-    }
-    /* In each 128 bits, row[4 * i + j] now has column j of rows 4 * i to 4 * i + 3 */
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        row[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        row[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        row[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        row[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    /* The 128 bits themselves are a matrix of 4 by 4 to transpose, for each j */
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        __m512i low01 = _mm512_shuffle_i32x4(row[j], row[4 + j], 0x44);
-        __m512i high01 = _mm512_shuffle_i32x4(row[j], row[4 + j], 0xee);
-        __m512i low23 = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0x44);
-        __m512i high23 = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0xee);
-        t[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-        t[4 + j] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
-        t[8 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-        t[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++)
-        row[i] = t[i];
-}
 
 #include "groups_avx512.h"
 
@@ -325,11 +290,13 @@ static void mix_f32(MIX_ARGUMENTS(float))
         }
 }
 
-const inner_loops loops_avx512 = {
-    "avx512", dot_bf16, dot_f32, dot_q8, dot_q4, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16,
-    swiglu, add_scaled, scale, sum_of_squares, scaled_product, quantize_row, dequantize_f32, dequantize_bf16, softmax_step,
-    xor_of,
-};
+#define LOOPS \
+    dot_bf16, dot_f32, dot_q8, dot_q4, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, \
+        add_scaled, scale, sum_of_squares, scaled_product, quantize_row, dequantize_f32, dequantize_bf16, softmax_step, xor_of
+const inner_loops loops_avx512 = {"avx512", LOOPS, NULL};
+#if HAS_AMX
+const inner_loops loops_amx = {"amx", LOOPS, &tiles_amx};
+#endif
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -6,6 +6,10 @@
 #include <string.h>
 #if HAS_AVX_VNNI
 #include <cpuid.h>
+#if HAS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif HAS_NEON_DOT && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -34,6 +38,16 @@ static int runs_here(const char *name)
         return runs_here("avx2") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 4 & 1;
     }
 #endif
+#if HAS_AMX
+    if (!strcmp(name, "amx")) {
+        unsigned eax, ebx, ecx, edx = 0;
+        enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+        if (!runs_here("avx512") || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & AMX_BF16) || !(edx & AMX_TILE))
+            return 0;
+        /* ARCH_REQ_XCOMP_PERM of tile data: tiles are for programs that have asked the system */
+        return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    }
+#endif
 #if HAS_NEON
     if (!strcmp(name, "neon"))
         return 1;
@@ -54,6 +68,9 @@ static int runs_here(const char *name)
 const char *dsv3_use_isa(const char *name)
 {
     const inner_loops *best_first[] = {
+#if HAS_AMX
+        &loops_amx,
+#endif
 #if defined(__x86_64__)
         &loops_avx512,
 #if HAS_AVX_VNNI

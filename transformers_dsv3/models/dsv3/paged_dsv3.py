@@ -241,7 +241,7 @@ def forward_pages(model: Any, pages: PagedLatents, batch: RaggedBatch) -> PagedO
 
     Where the program of a step runs (plain modules on a CPU), what a token gives in fp32 is the same to the last bit
     whatever comes beside it and in whatever pieces its text comes. In bf16 this holds of decoding rows in batches that
-    the program takes: up to 256 tokens, fewer where the processor has matrix units for bf16 (`most_tokens`).
+    the program takes: up to 256 tokens, fewer where PyTorch alone uses matrix units of the processor (`most_tokens`).
 
     Args:
         model: a `DeepseekV3ForCausalLM` in evaluation mode.
