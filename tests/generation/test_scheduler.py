@@ -120,9 +120,26 @@ def test_prompts_go_in_parts_within_the_budget():
         step = scheduler.plan()
         assert step.chunks[0].count == 1  # who is being continued goes on
         counts.append(step.tokens - 1)
-        assert scheduler.costs.seconds(2, step.tokens, step.pairs) <= 2.0 * scheduler.costs.seconds(1, 1, 10) + 1e-3
+        together = scheduler.costs.seconds(2, 2, 2 * step.chunks[0].pairs)
+        assert scheduler.costs.seconds(2, step.tokens, step.pairs) <= 2.0 * together + 1e-3
         drive(scheduler, step, finished)
     assert sum(counts) == 100 and len(counts) > 3
+
+
+def test_many_that_wait_are_let_in_at_the_pace_of_a_full_batch():
+    """Their prompts take as long altogether; were one text's short steps what they are measured by, most would wait
+    for most of that time.
+    """
+    scheduler = scheduler_of(batch_tokens=512, running=128, fewest=4, stretch=2.0, pages=4000)
+    scheduler.add(request("a", range(3), 40))
+    for _ in range(6):
+        drive(scheduler, scheduler.plan(), [])
+    for name in range(63):
+        scheduler.add(request(name, range(100 + name, 120 + name), 4))
+    step, costs = scheduler.plan(), scheduler.costs
+    full = costs.seconds(64, 64, 64 * step.chunks[0].pairs)
+    assert step.chunks[0].count == 1
+    assert 1.5 * full < costs.seconds(len(step.chunks), step.tokens, step.pairs) <= 2.0 * full + 1e-3
 
 
 def test_a_first_token_waits_for_no_budget_where_nobody_is_continued():

@@ -55,7 +55,9 @@ class Sampler:
         self._ends = torch.tensor(sorted(set(ends)), dtype=torch.int64)
         self._bias = dict(settings.logit_bias)
         self._said = Counter[int]()
-        self._seen = dict.fromkeys(prompt) if settings.repetition_penalty != 1 else {}
+        # What a repetition penalty is for, once each, beside the same as a tensor
+        self._seen = set(prompt if settings.repetition_penalty != 1 else ())
+        self._seen_N = torch.tensor(list(self._seen), dtype=torch.int64)
         self.drawn = 0
 
     @property
@@ -75,7 +77,7 @@ class Sampler:
         """Penalties, biases, what may not come yet, and the grammar, in place."""
         settings, device = self.settings, scores_V.device
         if settings.repetition_penalty != 1:
-            seen = torch.tensor(list(self._seen), device=device)
+            seen = self._seen_N.to(device)
             scores = scores_V[seen]
             scores_V[seen] = torch.where(
                 scores < 0, scores * settings.repetition_penalty, scores / settings.repetition_penalty
@@ -103,8 +105,9 @@ class Sampler:
             self.constraint.accept(token)
         if self.settings.presence_penalty or self.settings.frequency_penalty:
             self._said[token] += 1
-        if self.settings.repetition_penalty != 1:
-            self._seen[token] = None
+        if self.settings.repetition_penalty != 1 and token not in self._seen:
+            self._seen.add(token)
+            self._seen_N = torch.cat((self._seen_N, torch.tensor([token])))
 
 
 @dataclass(frozen=True)

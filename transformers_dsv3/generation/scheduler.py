@@ -106,7 +106,7 @@ class Limits:
         running: sequences that have pages, at most; fewer than `batch_tokens`.
         fewest_prefilled: tokens of prompts that a step may hold whatever they cost.
         step_seconds: how long a step may take in which texts are continued: None for `stretch` times what it would
-            take without prompts.
+            take without prompts, once all that wait and have places are continued too.
         sequence_tokens: of a prompt and its text together, at most.
     """
 
@@ -249,9 +249,10 @@ class Scheduler:
         elif not self.costs.is_known:
             seconds = 0.0
         else:
-            seconds = limits.step_seconds or limits.stretch * self.costs.seconds(
-                len(step.chunks), step.tokens, step.pairs
-            )
+            # Those that wait make steps longer when they run: put off, they make texts no faster
+            soon = min(len(self.running) + len(self.waiting), limits.running)
+            pairs = step.pairs * soon // len(step.chunks)
+            seconds = limits.step_seconds or limits.stretch * self.costs.seconds(soon, soon, pairs)
         return _Budget(self.costs, limits.batch_tokens, step.tokens + limits.fewest_prefilled, seconds)
 
     def _may_begin(self) -> bool:

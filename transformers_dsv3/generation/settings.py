@@ -19,7 +19,8 @@ class EngineSettings:
         max_waiting: requests that may wait; what comes beyond them is refused.
         max_sequence: tokens of a prompt and its text; the model's own limit unless given.
         target_tpot: seconds between two tokens of a text that prompts of others and their number may lead to. Unless
-            given, prompts may make a step take four times as long, and the number is `max_running`.
+            given, the number is `max_running`, and prompts may make a step take four times as long as it would with
+            all that wait, and have places, being continued.
 
     Raises:
         ValueError: which names the field.
