@@ -15,16 +15,27 @@ COMMAND = PACKAGE.parent / "transformers_dsv3_cli"
 ALLOWED = {
     "files": set(),
     "imports": set(),
+    "memory": set(),
     "option_error": set(),
     "models": {"kernels"},
     "kernels": set(),
-    "generation": {"option_error", "models", "kernels"},
+    "generation": {"memory", "option_error", "models", "kernels"},
     "serving": {"files", "option_error", "models", "kernels", "generation"},
     "training": {"files", "option_error", "models", "kernels", "generation", "data"},
     "data": {"files", "option_error", "models", "generation", "training"},
-    "compression": {"files", "option_error", "models", "kernels", "generation", "training", "data", "evaluation"},
-    "evaluation": {"files", "option_error", "models", "kernels", "generation", "training", "data"},
-    "benchmark": {"files", "option_error", "models", "kernels", "generation", "compression", "evaluation"},
+    "compression": {
+        "files",
+        "memory",
+        "option_error",
+        "models",
+        "kernels",
+        "generation",
+        "training",
+        "data",
+        "evaluation",
+    },
+    "evaluation": {"files", "memory", "option_error", "models", "kernels", "generation", "training", "data"},
+    "benchmark": {"files", "memory", "option_error", "models", "kernels", "generation", "compression", "evaluation"},
     "hub": {"files", "models", "training", "evaluation"},
     # The package of verbs, and `cli.py`, by which launchers start it
     "cli": {
@@ -158,8 +169,8 @@ def test_models_need_nothing_but_transformers_and_what_comes_with_it():
             assert not foreign, f"{path.name} imports {foreign}"
 
 
-@pytest.mark.parametrize("name", ["files", "option_error"])
-def test_files_and_refusals_need_the_standard_library_alone(name):
+@pytest.mark.parametrize("name", ["files", "memory", "option_error"])
+def test_files_memory_and_refusals_need_the_standard_library_alone(name):
     roots = {found.split(".")[0] for found in imports(PACKAGE / f"{name}.py")}
     assert roots <= set(sys.stdlib_module_names)
 

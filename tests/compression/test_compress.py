@@ -602,7 +602,7 @@ def test_memory_stays_within_what_is_promised(byte_tokenizer, text, tmp_path, me
     code = (
         "import sys, transformers_dsv3\n"
         "from transformers_dsv3.compression import compression_job as module\n"
-        "from transformers_dsv3.evaluation.machine import resident_bytes\n"
+        "from transformers_dsv3.memory import resident_bytes\n"
         "needed, original = [], module.memory_needed\n"
         "module.memory_needed = lambda *given: needed.append(original(*given)) or needed[0]\n"
         "settings = transformers_dsv3.CompressionSettings(tokens=2048, min_tokens=32)\n"

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from tests import programs
 from transformers_dsv3 import PackedWeightsConfig, quantize
+from transformers_dsv3.compression import disk_room as disk_room_module
 from transformers_dsv3.compression.disk_room import disk_room
 from transformers_dsv3.compression.gguf.export import export_gguf
 from transformers_dsv3.compression.quantized_weights import QuantizedExperts
-from transformers_dsv3.evaluation import machine
+from transformers_dsv3.memory import total_memory
 from transformers_dsv3.models.dsv3.checkpoint_files_dsv3 import CheckpointError
 
 
@@ -68,7 +69,7 @@ def test_experts_lie_in_a_file_without_a_name(make_wide, save_for_gguf, tmp_path
 
 
 def test_which_models_are_mapped(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
+    monkeypatch.setattr(disk_room_module, "free_memory", lambda: 1000)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert disk_room(800, 700, None) is None and disk_room(5000, 4000, False) is None
     assert disk_room(5000, 0, True) is None
@@ -152,7 +153,7 @@ def test_limits_of_control_groups_count(limited):
     if not pid:
         try:
             (group / "cgroup.procs").write_text("0")
-            os._exit(0 if machine.total_memory() == 300 << 20 else 1)
+            os._exit(0 if total_memory() == 300 << 20 else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..evaluation import machine
+from ..memory import free_memory
 from ..option_error import OptionError
 
 
@@ -72,7 +73,7 @@ class Device:
     def free_memory(self) -> int:
         """Bytes that models can still take; without limit where the system does not tell."""
         if not self.is_gpu:
-            return machine.free_memory()
+            return free_memory()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 

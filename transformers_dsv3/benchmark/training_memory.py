@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..evaluation.machine import resident_bytes
+from ..memory import resident_bytes
 from ..models.dsv3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from .contenders import NATIVE, ModelContender, share_weights
 from .presets import random_model

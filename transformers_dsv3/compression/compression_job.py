@@ -15,8 +15,8 @@ import torch
 
 from ..evaluation.checkpoint_folder import CheckpointFolder
 from ..evaluation.checkpoint_identity import config_digest
-from ..evaluation.machine import total_memory
 from ..files import write_refusal
+from ..memory import total_memory
 from ..models.dsv3.checkpoint_checks_dsv3 import mtp_layers_present
 from ..models.dsv3.checkpoint_conversion_dsv3 import official_name
 from ..models.dsv3.checkpoint_dsv3 import fit_problems

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..memory import free_memory
 from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError
 
 
@@ -63,9 +64,7 @@ def disk_room(n_bytes: int, of_experts: int, wanted: bool | str | os.PathLike | 
     """
     if wanted is False or not of_experts or not hasattr(os, "posix_fallocate"):
         return None
-    from ..evaluation.machine import free_memory, resident_bytes, total_memory  # this file comes with the package
-
-    free = min(free_memory(), total_memory() - (resident_bytes()["now"] or 0))
+    free = free_memory()
     if wanted is None and n_bytes <= _SHARE * free:
         return None
     folder = Path(wanted) if isinstance(wanted, (str, os.PathLike)) else _folder()

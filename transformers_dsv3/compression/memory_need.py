@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..evaluation.machine import resident_bytes
+from ..memory import resident_bytes
 from ..models.dsv3.checkpoint_files_dsv3 import StoredTensor
 from ..models.dsv3.configuration_dsv3 import DeepseekV3Config
 from .compressed_layout import Layout, kind_of

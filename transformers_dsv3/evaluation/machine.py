@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from ..memory import meminfo
 
 
 # Above this many runnable processes a core before anything is measured, times are of a machine that is shared
@@ -90,57 +90,6 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def meminfo() -> dict[str, int]:
-    """`/proc/meminfo` in bytes; empty where there is none."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
-
-
-def total_memory() -> int:
-    """Bytes of memory that programs here may use together, with the limit of a container; without one where the system
-    does not tell.
-    """
-    return min([meminfo().get("MemTotal", 2**62), *_memory_limits()])
-
-
-def _memory_limits() -> Iterator[int]:
-    """Of the control groups that this process is in, by either version of them."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for controllers, group in (line.split(":", 2)[1:] for line in lines):
-        if controllers == "":
-            top, name = Path("/sys/fs/cgroup"), "memory.max"
-        elif "memory" in controllers.split(","):
-            top, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        else:
-            continue
-        # Within a container the outer groups may be out of sight
-        for folder in (top / group.lstrip("/"), *(top / group.lstrip("/")).parents):
-            if folder.is_relative_to(top):
-                with contextlib.suppress(OSError, ValueError):  # "max" is no number
-                    yield int((folder / name).read_text(encoding="utf-8"))
-
-
-def free_memory() -> int:
-    """Bytes that a program can still take; without limit where the system does not tell."""
-    return meminfo().get("MemAvailable", 2**62)
-
-
-def resident_bytes() -> dict[str, int | None]:
-    """Resident memory of this process, `now` and at its `peak`; None where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {"now": None, "peak": None}
-    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
-    return {"now": values["VmRSS"], "peak": values["VmHWM"]}
 
 
 def device_name(device: str) -> str:
