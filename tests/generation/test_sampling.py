@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.generation import (
     LogitsProcessorList,
@@ -90,6 +90,7 @@ def test_distributions_are_transformers(vocabulary, fields):
     ),
     vocabulary=st.sampled_from([5, 400, 3000]),
 )
+@example(seed=0, fields={"top_k": 300, "top_p": 0.2, "min_p": 0.0, "temperature": 1.0}, vocabulary=3000)
 @settings(max_examples=40, deadline=None)
 def test_scores_of_which_many_are_equal(seed, fields, vocabulary):
     """As in bf16: of those as likely as the last one kept, top-k keeps all, top-p some."""

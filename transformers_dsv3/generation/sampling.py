@@ -220,17 +220,25 @@ def _sample(scores_WV: torch.Tensor, samplers: list[Sampler], filters: bool) -> 
     for row, (limit, total, number) in enumerate(zip(limits, total_W.tolist(), number_W.tolist())):
         values_N, token_N = values_WN[row], token_WN[row]
         sums_N = values_N.cumsum(dim=-1, dtype=torch.float64)
-        kept = _kept(values_N, sums_N, total, *limit)
+        kept = _kept(values_N, sums_N, weights_WV.shape[1], total, *limit)
         if kept == len(values_N) < weights_WV.shape[1]:  # there may be more
             values_N, token_N = weights_WV[row].sort(descending=True, stable=True)
             sums_N = values_N.cumsum(dim=-1, dtype=torch.float64)
-            kept = _kept(values_N, sums_N, total, *limit)
+            kept = _kept(values_N, sums_N, weights_WV.shape[1], total, *limit)
         at = int(torch.searchsorted(sums_N[:kept], number * float(sums_N[kept - 1]), right=True))
         tokens.append(int(token_N[min(at, kept - 1)]))
     return tokens
 
 
-def _kept(values_N: torch.Tensor, sums_N: torch.Tensor, total: float, top_k: int, top_p: float, min_p: float) -> int:
+def _kept(
+    values_N: torch.Tensor,
+    sums_N: torch.Tensor,
+    vocabulary: int,
+    total: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> int:
     """How many of the likeliest tokens top-k, top-p and min-p keep, in the order in which Transformers asks them.
 
     As many as there are where more than these may be kept.
@@ -241,6 +249,8 @@ def _kept(values_N: torch.Tensor, sums_N: torch.Tensor, total: float, top_k: int
     kept = len(values_N)
     if top_k < kept:
         kept = int((values_N >= values_N[top_k - 1]).sum())  # with those as likely as the k-th
+        if kept == len(values_N) < vocabulary:  # what top-p takes its share of is not known
+            return kept
     if kept < len(values_N):
         total = float(sums_N[kept - 1])
     if top_p < 1:
