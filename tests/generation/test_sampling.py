@@ -15,6 +15,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from transformers_dsv3.generation import sampling
 from transformers_dsv3.generation.requests import SamplingSettings
 from transformers_dsv3.generation.sampling import Drawn, Sampler, UnsoundLogits, draw, token_logprobs
 
@@ -69,7 +70,9 @@ def transformers_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_
     ],
     ids=str,
 )
-def test_distributions_are_transformers(vocabulary, fields):
+def test_distributions_are_transformers(monkeypatch, vocabulary, fields):
+    """Without the compiled backend, whose own draws `tests/kernels/test_cpu_sample.py` counts."""
+    monkeypatch.setattr(sampling, "sample_refusal", lambda scores: "not now")
     logits, count = logits_of(1, vocabulary)[0], 1000
     grid = [Grid(place, count, **fields) for place in range(count)]
     counts = torch.bincount(torch.tensor(tokens_of(draw(logits.expand(count, -1), grid))), minlength=vocabulary)
@@ -103,8 +106,11 @@ def test_scores_of_which_many_are_equal(seed, fields, vocabulary):
     assert logits[tokens].min() >= logits[kept > 0].min()
 
 
-def test_company_changes_nothing():
+@pytest.mark.parametrize("refusal", [None, "not now"])
+def test_company_changes_nothing(monkeypatch, refusal):
     """Nor does the order of rows: each row's draws are those it has alone, whatever the others ask."""
+    if refusal is not None:
+        monkeypatch.setattr(sampling, "sample_refusal", lambda scores: refusal)
     asked = [
         {"seed": 1},
         {"seed": 2, "temperature": 0.7, "top_p": 0.9},
@@ -198,7 +204,10 @@ class Grammar:
         self.accepted.append(token)
 
 
-def test_errors_are_their_rows_alone():
+@pytest.mark.parametrize("refusal", [None, "not now"])
+def test_errors_are_their_rows_alone(monkeypatch, refusal):
+    if refusal is not None:
+        monkeypatch.setattr(sampling, "sample_refusal", lambda scores: refusal)
     logits = logits_of(8, 100)
     logits[1, 50], logits[2, 50], logits[3, 50] = math.nan, math.inf, -math.inf
     grammar = Grammar([7, 9])

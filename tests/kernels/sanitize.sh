@@ -23,5 +23,5 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 # libstdc++ too, or the sanitizer does not find what it intercepts when torch throws
 LD_PRELOAD="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libstdc++.so)" \
     "$python" -m pytest -p no:cacheprovider --capture=sys \
-    tests/kernels/test_cpu_{linear,mixture,attention,route,rows,freed}.py \
-    tests/models/test_{decoding,decoding_steps,paged}.py "$@"
+    tests/kernels/test_cpu_{linear,mixture,attention,route,rows,sample,freed}.py \
+    tests/models/test_{decoding,decoding_steps,mtp_decoding,paged}.py "$@"

@@ -97,10 +97,13 @@ DRAWN = {
 }
 
 
+@pytest.mark.parametrize("refusal", [None, "not now"])
 @pytest.mark.parametrize("options", DRAWN.values(), ids=DRAWN)
 @pytest.mark.parametrize("vocabulary", [300, 2560])
-def test_draws_fit_the_chain(options, vocabulary, measured):
-    """χ² of 8,192 draws over cells of at least 5 expected ones."""
+def test_draws_fit_the_chain(monkeypatch, options, vocabulary, refusal, measured):
+    """χ² of 8,192 draws over cells of at least 5 expected ones, with the compiled backend and without."""
+    if refusal is not None:
+        monkeypatch.setattr(sampling_dsv3, "sample_refusal", lambda scores: refusal)
     scores = logits(1, vocabulary, 2.0, 3, False)
     expected = chain(**options)(NOTHING, scores.double()).softmax(-1)[0]
     torch.manual_seed(1)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from ..kernels.cpu.sample import sample, sample_refusal
 from ..models.dsv3.sampling_dsv3 import BLOCK, largest, most_likely
 from .requests import Constraint, SamplingSettings, TokenLogprobs
 
@@ -139,11 +140,18 @@ def draw(logits_WV: torch.Tensor, samplers: Sequence[Sampler]) -> list[Drawn | E
                 changed[row] = scores_V
             except Exception as error:  # a grammar is another library's
                 results[row] = error
+    left = [row for row in range(len(samplers)) if row not in results]
+    if sample_refusal(logits_WV) is None:
+        for rows in ([row for row in left if row not in changed], [row for row in left if row in changed]):
+            if rows:
+                drawn = _sample_compiled(_scores(logits_WV, rows, changed), [samplers[row] for row in rows])
+                results.update(zip(rows, drawn, strict=True))
+        left = []
     for greedy, filters in ((True, None), (False, False), (False, True)):
         rows = [
             row
-            for row, sampler in enumerate(samplers)
-            if row not in results and sampler.is_greedy == greedy and (filters is None or sampler.filters == filters)
+            for row in left
+            if samplers[row].is_greedy == greedy and (filters is None or samplers[row].filters == filters)
         ]
         if not rows:
             continue
@@ -194,6 +202,19 @@ def _scores(logits_WV: torch.Tensor, rows: list[int], changed: dict[int, torch.T
         if row in changed:
             scores_WV[place] = changed[row]
     return scores_WV
+
+
+def _sample_compiled(scores_WV: torch.Tensor, samplers: list[Sampler]) -> list[int | Exception]:
+    settings = [each.settings for each in samplers]
+    tokens = sample(
+        scores_WV,
+        [each.temperature for each in settings],
+        [min(each.top_k or 0, scores_WV.shape[1]) for each in settings],
+        [each.top_p for each in settings],
+        [each.min_p for each in settings],
+        [0.0 if each.is_greedy else each.next_number() for each in samplers],
+    )
+    return [token if token >= 0 else UnsoundLogits("The scores are not finite.") for token in tokens]
 
 
 def _sample(scores_WV: torch.Tensor, samplers: list[Sampler], filters: bool) -> list[int]:

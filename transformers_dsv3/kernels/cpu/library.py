@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1]
 FOLDER_VARIABLE = "TRANSFORMERS_DSV3_CPU_LIBRARY"
 # The build writes into this file why there is no library; see setup.py
 BUILD_FAILURE = "_cpu_build_failure.txt"
-VERSION = 8  # dsv3_version() of csrc/library.c
+VERSION = 9  # dsv3_version() of csrc/library.c
 # Tables of inner loops that csrc/library.c may have, best ones of a processor first; each machine runs some of them
 INSTRUCTION_SETS = ("amx", "avx512", "avx_vnni", "avx2", "neon_dot", "neon", "portable")
 
@@ -64,6 +64,9 @@ SIGNATURES = {
     "dsv3_attention_cached": [pointer, pointer, integer, *[pointer] * 7, whole, real, pointer, *[integer] * 5, whole],
     # model, cache, batch, x, previous, hidden, logits, threads
     "dsv3_step": [*[pointer] * 7, whole],
+    # scores, type, ld, rows, V, temperature, top_k, top_p, min_p, number, scratch, token, threads
+    "dsv3_sample": [pointer, whole, integer, integer, integer, *[pointer] * 7, whole],
+    "dsv3_sample_scratch": [integer],
     "dsv3_size_of": [ctypes.c_char_p],
     "dsv3_use_isa": [ctypes.c_char_p],
     "dsv3_use_pool": [pointer, pointer],
@@ -95,7 +98,7 @@ def load(folder: Path) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise NotAvailable(f"{files[0].name} does not load: {error}") from error
     library.dsv3_use_isa.restype = ctypes.c_char_p
-    library.dsv3_size_of.restype = ctypes.c_int64
+    library.dsv3_size_of.restype = library.dsv3_sample_scratch.restype = ctypes.c_int64
     _share_threads(library)
     library.dsv3_use_isa(None)
     return library

@@ -99,6 +99,10 @@ int dsv3_project(const void *x, int type, int64_t D, int w_type, const void *q_a
                  void *latent, void *k_rope, int int8_activations, int threads);
 int dsv3_step(const dsv3_model *model, const dsv3_cache *cache, const dsv3_batch *batch, const void *x,
               const void *previous, void *hidden, void *logits, int threads);
+int64_t dsv3_sample_scratch(int64_t V);
+void dsv3_sample(const void *scores, int type, ptrdiff_t ld, int64_t rows, int64_t V, const float *temperature,
+                 const int64_t *top_k, const double *top_p, const float *min_p, const double *number, float *scratch,
+                 int64_t *token, int threads);
 int64_t dsv3_size_of(const char *name);
 
 #endif

@@ -155,6 +155,48 @@ static float softmax_step(float *x, int64_t n, float scale, float *max, float *t
     return factor;
 }
 
+static void block_maxima(const float *restrict x, int64_t n, float *restrict maxima)
+{
+    for (; n > 0; n -= SUM_BLOCK, x += SUM_BLOCK, maxima++) {
+        float lane[LANES];
+        int32_t is_nan[LANES] = {0}, any = 0;
+        int64_t i = 0, size = n < SUM_BLOCK ? n : SUM_BLOCK;
+        for (int j = 0; j < LANES; j++)
+            lane[j] = -INFINITY;
+        for (; i + LANES <= size; i += LANES)
+            for (int j = 0; j < LANES; j++) {
+                lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+                is_nan[j] |= x[i + j] != x[i + j];
+            }
+        for (int j = 0; i < size; i++, j++) {
+            lane[j] = x[i] > lane[j] ? x[i] : lane[j];
+            is_nan[j] |= x[i] != x[i];
+        }
+        float max = lane[0];
+        for (int j = 0; j < LANES; j++) {
+            max = lane[j] > max ? lane[j] : max;
+            any |= is_nan[j];
+        }
+        *maxima = any ? NAN : max;
+    }
+}
+
+static void block_sums(const float *restrict x, int64_t n, float above, float *restrict sums)
+{
+    for (; n > 0; n -= SUM_BLOCK, x += SUM_BLOCK, sums++) {
+        float lane[LANES] = {0}, total = 0;
+        int64_t i = 0, size = n < SUM_BLOCK ? n : SUM_BLOCK;
+        for (; i + LANES <= size; i += LANES)
+            for (int j = 0; j < LANES; j++)
+                lane[j] += x[i + j] <= above ? 0.0f : x[i + j];
+        for (int j = 0; i < size; i++, j++)
+            lane[j] += x[i] <= above ? 0.0f : x[i];
+        for (int j = 0; j < LANES; j++)
+            total += lane[j];
+        *sums = total;
+    }
+}
+
 static uint64_t xor_of(const uint64_t *x, int64_t n)
 {
     uint64_t lane[LANES] = {0}, all = 0;

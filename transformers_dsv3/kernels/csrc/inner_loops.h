@@ -24,6 +24,8 @@ enum { K_BLOCK = 2048 };
 enum { GROUP = 32 };
 /* Most rows of values that `mix_*` takes at a time */
 enum { MIX_BLOCK = 128 };
+/* Elements that `block_*` give one value for */
+enum { SUM_BLOCK = 128 };
 
 /* c[i * ldc + j] (+)= sum over k of a[i][k0 + k] * w[j * ldw + k], for i < M, j < N, k < K <= K_BLOCK. `next` is where
  * the rows of w begin that this thread is to multiply after these, or NULL: reading them is begun ahead. The processor's
@@ -81,6 +83,10 @@ typedef struct {
      * of the row's own and *max, which it replaces; *sum is rescaled and grows. Returns the factor for what was summed
      * before. Entries of -infinity count nothing. */
     float (*softmax_step)(float *x, int64_t n, float scale, float *max, float *sum);
+    /* Of each SUM_BLOCK of x, the last may be shorter: its largest element, NaN if one is; the sum of those above a bound,
+     * NaN if one is */
+    void (*block_maxima)(const float *x, int64_t n, float *maxima);
+    void (*block_sums)(const float *x, int64_t n, float above, float *sums);
     uint64_t (*xor_of)(const uint64_t *x, int64_t n);
     const tile_loops *tiles; /* which all products of bf16 rows then go by; NULL where there are none */
 } inner_loops;

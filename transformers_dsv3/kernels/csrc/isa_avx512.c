@@ -292,7 +292,8 @@ static void mix_f32(MIX_ARGUMENTS(float))
 
 #define LOOPS \
     dot_bf16, dot_f32, dot_q8, dot_q4, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, \
-        add_scaled, scale, sum_of_squares, scaled_product, quantize_row, dequantize_f32, dequantize_bf16, softmax_step, xor_of
+        add_scaled, scale, sum_of_squares, scaled_product, quantize_row, dequantize_f32, dequantize_bf16, softmax_step, \
+        block_maxima, block_sums, xor_of
 const inner_loops loops_avx512 = {"avx512", LOOPS, NULL};
 #if HAS_AMX
 const inner_loops loops_amx = {"amx", LOOPS, &tiles_amx};

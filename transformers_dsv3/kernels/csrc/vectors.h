@@ -192,5 +192,5 @@ MIX(mix_bf16, bf16, load_bf16, load_bf16_tail)
 const inner_loops LOOPS = {
     NAME, dot_bf16, dot_f32, dot_q8, dot_q4, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu,
     add_scaled, scale, sum_of_squares, scaled_product, quantize_row, dequantize_f32, dequantize_bf16, softmax_step,
-    xor_of,
+    block_maxima, block_sums, xor_of,
 };

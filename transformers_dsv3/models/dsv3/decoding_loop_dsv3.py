@@ -118,14 +118,15 @@ def decode(
         called["logits_to_keep"] = model_kwargs["logits_to_keep"]
     if positions is not None:
         positions = positions[..., -1:]
-    logits_BV = outputs.logits[:, -1]
+    logits_BV, is_of_steps = outputs.logits[:, -1], False
     steps = _steps_of(model, choose, ended, streamer, mask, positions)
     # Where nothing is padded, and positions are the places in the cache, neither is looked at
     is_plain = mask is None or bool(mask.all())
     is_plain = is_plain and (positions is None or bool((positions == cache.get_seq_length() - 1).all()))
     while True:
-        # A copy: processors may write to it, and the logits of a long prompt are not kept
-        logits_BV = logits_BV.to(copy=True, dtype=torch.float32, device=input_ids.device)
+        if not (is_of_steps and choose.only_reads):
+            # A copy: processors may write to it, and the logits of a long prompt are not kept
+            logits_BV = logits_BV.to(copy=True, dtype=torch.float32, device=input_ids.device)
         del outputs
         next_B = ended.padded(choose(input_ids, logits_BV))
         input_ids = torch.cat([input_ids, next_B[:, None]], dim=1)
@@ -142,7 +143,8 @@ def decode(
         if steps is not None:
             places = None if is_plain or positions is None else positions[:, 0].expand(len(next_B)).contiguous()
             logits_BV = steps.logits(next_B, cache, places, None if is_plain else mask)
-        if steps is None or logits_BV is None:
+        is_of_steps = steps is not None and logits_BV is not None
+        if not is_of_steps:
             if positions is not None:
                 called["position_ids"] = positions
             if mask is not None:

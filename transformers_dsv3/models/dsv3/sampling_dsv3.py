@@ -1,5 +1,7 @@
 """How the next tokens are chosen from logits, on the CPU: Transformers' distribution without sorting the vocabulary.
 
+The compiled backend does it (`csrc/sample.c`); what is here does the same where there is none.
+
 Top-k, top-p and min-p keep what is at least as likely as some token. So a token is drawn first, from a superset of
 what they keep, and it is asked afterwards whether they keep it (rejection sampling): a sum over what is more likely
 than the token tells. A refused token takes all that is less likely with it, so few are drawn.
@@ -17,6 +19,8 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from ...kernels.cpu.sample import sample, sample_refusal
 
 
 # Rows are searched in blocks, whose maxima and sums are found at the memory's speed: torch's own argmax, topk and
@@ -115,6 +119,8 @@ class NextToken:
         first = processors[0] if processors else None
         self.penalty = processors.pop(0) if type(first) is RepetitionPenaltyLogitsProcessor else None
         self.processors = LogitsProcessorList(processors)
+        # Whether logits are only read, of any floating type
+        self.only_reads = self.penalty is None and not processors and not exact
 
     def _take_over(self, processors: list) -> None:
         later = len(_WARPERS)
@@ -129,7 +135,7 @@ class NextToken:
             processors.pop()
 
     def __call__(self, input_ids: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Token ids `(B,)`, int64, from fp32 logits `(B, V)`, which may be changed in place."""
+        """Token ids `(B,)`, int64, from fp32 logits `(B, V)`, which may be changed in place unless `only_reads`."""
         scores_BV = logits_BV
         if self.penalty is not None and not _penalise(input_ids, scores_BV, self.penalty):
             scores_BV = self.penalty(input_ids, scores_BV)
@@ -142,6 +148,15 @@ class NextToken:
         return self._sample(scores_BV)
 
     def _sample(self, scores_BV: torch.Tensor) -> torch.Tensor:
+        if sample_refusal(scores_BV) is None:
+            B, numbers = len(scores_BV), torch.rand(len(scores_BV), dtype=torch.float64).tolist()
+            filters = [self.top_k] * B, [self.top_p] * B, [self.min_p] * B
+            tokens = sample(scores_BV, [self.temperature] * B, *filters, numbers)
+            if min(tokens) >= 0:
+                return torch.tensor(tokens)
+        return self._sample_plainly(scores_BV.float())
+
+    def _sample_plainly(self, scores_BV: torch.Tensor) -> torch.Tensor:
         weights_BN, token_BN = self._weights(scores_BV)
         totals = weights_BN.sum(dim=-1).tolist()
         if not all(total > 0 for total in totals):
