@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from transformers_dsv3 import quantize
 from transformers_dsv3.kernels.cpu import library
+from transformers_dsv3.kernels.cpu import linear as cpu_linear
 from transformers_dsv3.models.dsv3 import decoding_dsv3
 from transformers_dsv3.models.dsv3.decoding_steps_dsv3 import Drafts
 from transformers_dsv3.models.dsv3.mtp_decoding_dsv3 import MtpDecoding
@@ -58,6 +59,15 @@ def write(model, rows=1, padded=0, tokens=12, by_layers=False, ids=None, **optio
     return text.tolist(), drafts
 
 
+@pytest.fixture(scope="module")
+def small_layers_too():
+    """Linear layers that are smaller than the compiled backend's are its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_linear, "FEWEST_BYTES", 0)
+        patch.setattr(cpu_linear, "MOST_ROWS", {})
+        yield
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     batch=st.integers(1, 4),
@@ -72,7 +82,7 @@ def write(model, rows=1, padded=0, tokens=12, by_layers=False, ids=None, **optio
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_programs_are_what_the_layers_compute(
-    make_model, measured, batch, slots, padded, hole, depths, lora, dense, interleave, bits, dtype
+    make_model, measured, small_layers_too, batch, slots, padded, hole, depths, lora, dense, interleave, bits, dtype
 ):
     model = make_model(
         num_nextn_predict_layers=depths, q_lora_rank=lora, first_k_dense_replace=dense, rope_interleave=interleave,
@@ -121,8 +131,7 @@ def test_programs_are_what_the_layers_compute(
             assert ours.keys.shape == plain.keys.shape
             worst = max(worst, float((ours.keys - plain.keys).abs().max()))
             worst = max(worst, float((ours.values - plain.values).abs().max()))
-    # A last bit of an activation that falls otherwise may round a whole number of 8 bits otherwise
-    assert worst < (2e-5 if dtype is torch.float32 else 0.1)
+    assert worst < (2e-5 if dtype is torch.float32 else 0.02)
     what = f"program beside MTP layers, {dtype}"
     measured[what] = max(measured.get(what, 0.0), worst)
 
