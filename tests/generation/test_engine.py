@@ -247,6 +247,30 @@ class TestErrors:
         assert (answer.last.finish_reason, answer.last.error) == ("error", "this grammar is broken")
         assert ask(engine, [1, 2, 3], constraint=OnlyFive()).wait().tokens == [5] * 5
 
+    def test_a_grammar_that_cannot_tell_whether_it_is_done(self, engine, beside):
+        class Unsure(OnlyFive):
+            def finished(self):
+                raise RuntimeError("who knows")
+
+        answer = ask(engine, [1, 2, 3], constraint=Unsure()).wait()
+        assert (answer.last.finish_reason, answer.last.error) == ("error", "who knows")
+
+    def test_a_tokenizer(self, model, byte_tokenizer, start):
+        """At a token of one request, and again at its end."""
+        engine = start(model, byte_tokenizer, settings=SMALL)
+        decode = engine._decode
+
+        def broken(ids):
+            if 5 in ids:
+                raise ValueError("5 is no token")
+            return decode(ids)
+
+        engine._decode = broken
+        wrong = ask(engine, [1, 2, 3], "wrong", constraint=OnlyFive())
+        right = ask(engine, [1, 2, 3], "right", logit_bias={5: -100})
+        assert (wrong.wait().last.finish_reason, wrong.last.error) == ("error", "5 is no token")
+        assert right.wait().last.finish_reason == "length"
+
     def test_logits_that_are_not_finite(self, model, engine, beside):
         poison = list(range(100, 120))
         with torch.no_grad():
@@ -400,6 +424,24 @@ def test_a_thread_that_dies_tells_everyone(model, start, monkeypatch):
     monkeypatch.setattr(engine.scheduler, "done", lambda *arguments: all_asked.wait() and 1 / 0)
     answers = [ask(engine, [1], str(place)) for place in range(3)]
     all_asked.set()
+    assert {answer.wait().last.finish_reason for answer in answers} == {"error"}
+    engine._thread.join(60)
+    assert isinstance(engine.failure, ZeroDivisionError)
+
+
+def test_a_thread_that_dies_in_the_scheduler_tells_everyone(model, monkeypatch):
+    """Whose lists may then be anyhow."""
+    engine = Engine(model, settings=SMALL)
+    monkeypatch.setattr(engine.scheduler, "plan", lambda: 1 / 0)
+    monkeypatch.setattr(engine.scheduler, "remove", lambda *arguments, **fields: [].remove(arguments))
+    begun, release = threading.Event(), threading.Event()
+    await_work = engine._await_work
+    monkeypatch.setattr(engine, "_await_work", lambda: await_work() and (begun.set(), release.wait(60)) and True)
+    engine.start()
+    answers = [ask(engine, [1], "0")]
+    assert begun.wait(60)
+    answers += [ask(engine, [1], str(place)) for place in (1, 2)]
+    release.set()
     assert {answer.wait().last.finish_reason for answer in answers} == {"error"}
     engine._thread.join(60)
     assert isinstance(engine.failure, ZeroDivisionError)

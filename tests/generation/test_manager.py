@@ -9,6 +9,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from transformers_dsv3.generation.manager import ContinuousBatching
+from transformers_dsv3.generation.requests import RequestError
 
 
 PROMPTS = [[5, 9, 3], list(range(40)), [7], [5, 9, 3, 4, 4]]
@@ -192,6 +193,18 @@ def test_requests_of_their_own_settings(model):
     manager.destroy()
     manager.destroy()
     assert list(manager) == []
+
+
+def test_a_name_that_is_taken_takes_nobodys_answer(model):
+    manager = model.init_continuous_batching(greedy())
+    manager.start()
+    manager.add_request([1], "mine", max_new_tokens=1000)
+    with pytest.raises(RequestError, match="`request_id`"):
+        manager.add_request([2], "mine")
+    manager.cancel_request("mine")
+    results = list(manager.request_id_iter("mine"))
+    assert len(results) == 1 and results[0].prompt_ids == [1] and results[0].error is None
+    manager.stop()
 
 
 def test_what_was_not_started_gives_errors(model):

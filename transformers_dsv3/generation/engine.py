@@ -140,6 +140,7 @@ class Engine:
             return
         self._pool.forget()
         self.failure, self._stops, self._takes_requests = None, False, True
+        self._failures_in_a_row = 0
         self._thread = threading.Thread(target=self._run, name="dsv3-engine", daemon=True)
         self._thread.start()
 
@@ -252,7 +253,11 @@ class Engine:
             reason: FinishReason = "cancelled" if self.failure is None else "error"
             told = None if self.failure is None else f"The engine has failed: {self.failure}"
             for served in left:
-                self._finish(served, served.end(reason, told))
+                try:
+                    self._finish(served, served.end(reason, told))
+                except Exception:  # of the scheduler, say, where it was what failed: the others are told all the same
+                    logger.exception("Request %r could not be ended.", served.request.request_id)
+                    self._tell(served, served.end(reason, told))
             with self._changed:
                 self._arrived.clear()
                 self._cancelled.clear()
@@ -298,7 +303,11 @@ class Engine:
             elif result is not None:
                 self.scheduler.drew(chunk.sequence, result.token)
                 self._totals.generated_tokens += 1
-                output = served.take(result)
+                try:
+                    output = served.take(result)
+                except Exception as error:  # a grammar and a tokenizer are other libraries'
+                    logger.exception("A token of request %r could not be told.", served.request.request_id)
+                    output = served.end("error", str(error) or type(error).__name__)
                 if output.finish_reason is not None:
                     self._finish(served, output)
                 elif not self._tell(served, output):

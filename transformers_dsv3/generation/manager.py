@@ -152,6 +152,9 @@ class ContinuousBatching:
 
         Returns:
             Its id.
+
+        Raises:
+            RequestError: the id is that of a request that is being served.
         """
         if request_id is None:
             request_id = self._new_ids(1)[0]
@@ -165,6 +168,8 @@ class ContinuousBatching:
                     raise EngineStopped("The manager was not started.")
                 self._engine.submit(request, partial(self._take, result, streaming))
             except (RequestError, EngineStopped, RuntimeError) as error:
+                if isinstance(error, RequestError) and error.field == "request_id":
+                    raise  # as a result it would go to who asked by this name before
                 result.error, result.status = str(error), RequestStatus.FAILED
                 self._deliver(result)
         return request_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from typing import Any
@@ -74,8 +75,10 @@ class Served:
         return self._output(tokens=(token,), text=text, logprobs=logprobs, finish_reason=finish, stop_reason=reason)
 
     def end(self, finish: FinishReason, error: str | None = None) -> Output:
-        """What to deliver where nothing more is drawn."""
-        text = self.text.end() if self.text is not None else ""
+        """What to deliver where nothing more is drawn; without the text that was held back where it cannot be read."""
+        text = ""
+        with contextlib.suppress(Exception):  # a tokenizer is another library's
+            text = self.text.end() if self.text is not None else ""
         return self._output(text=text, finish_reason=finish, error=error)
 
     def _output(self, **fields: Any) -> Output:
