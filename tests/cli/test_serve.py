@@ -1,5 +1,6 @@
 """`transformers-dsv3 serve` as people start it: a process, with a small checkpoint."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -61,8 +62,8 @@ def start():
     """Function from arguments to a client of a server in a process, `program`."""
     started = []
 
-    def run(*arguments, **environment):
-        command = ["-m", "transformers_dsv3.cli", "serve", *arguments, "--port", 0, "--cache-gib", 0.01]
+    def run(*arguments, port=0, **environment):
+        command = ["-m", "transformers_dsv3.cli", "serve", *arguments, "--port", port, "--cache-gib", 0.01]
         program = programs.Program(command, **environment)
         started.append(program)
         said, until = "", time.monotonic() + 300
@@ -102,6 +103,32 @@ def test_a_checkpoint_is_served_as_generate_continues_it(start, checkpoint):
     client.program.send_signal(signal.SIGTERM)
     assert client.program.wait() == 0
     assert "Traceback" not in "".join(client.program.read())
+
+
+def test_a_server_that_is_killed_is_started_again_where_it_was(start, checkpoint):
+    """What a supervisor does. Its client's connection ends without an answer, and nothing that it wrote is left."""
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in checkpoint.parent.rglob("*")}
+
+    before = files()
+    client = start(checkpoint)
+    asked = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    told = client.complete(**asked).json["choices"]
+    client.program.send_signal(signal.SIGSTOP)
+    body = json.dumps({**asked, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with client.raw() as connection:
+        connection.sendall(head.encode() + body)
+        client.program.send_signal(signal.SIGKILL)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1000) == b""
+    assert client.program.wait() == -signal.SIGKILL
+    with pytest.raises(OSError):
+        client.get("/health")
+    again = start(checkpoint, port=client.port)
+    assert again.complete(**asked).json["choices"] == told
+    assert files() == before
 
 
 def test_an_adapter_a_template_a_key_and_a_name(start, checkpoint, tmp_path):
