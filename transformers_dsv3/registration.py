@@ -95,15 +95,17 @@ def _joined_classes(ours: str) -> list[Any]:
 def _register_joined(ours: str) -> None:
     """Has the plugin's classes open their configs. Done when they are there."""
     for model_class in _joined_classes(ours):
-        _open_by(model_class.config_class, model_class)
+        _open_by(AutoModelForImageTextToText, model_class.config_class, model_class)
+        text_alone = sys.modules[f"{__package__}.models.joined.modeling_joined"].text_alone
+        _open_by(AutoModelForCausalLM, model_class.config_class, text_alone(model_class))
         # Of classes outside its own package Transformers reverts names of its own only where that was asked for
         model_type = model_class.config_class.model_type
         if (conversion := get_checkpoint_conversion_mapping(model_type)) is not None:
             register_checkpoint_conversion_mapping(model_type, conversion, overwrite=True)
 
 
-def _open_by(config_class: type, model_class: type) -> None:
-    mapping = AutoModelForImageTextToText._model_mapping
+def _open_by(auto_class: Any, config_class: type, model_class: type) -> None:
+    mapping = auto_class._model_mapping
     mapping.register(config_class, model_class, exist_ok=True)
     if mapping[config_class] is not model_class:  # older releases register nothing for configs of their own
         mapping._extra_content[config_class] = model_class
@@ -149,7 +151,8 @@ def unregister() -> None:
         watcher.stop()
     for ours in JOINED.values():
         for model_class in _joined_classes(ours):
-            _open_by(model_class.native_class.config_class, model_class.native_class)
+            _open_by(AutoModelForImageTextToText, model_class.native_class.config_class, model_class.native_class)
+            AutoModelForCausalLM._model_mapping._extra_content.pop(model_class.config_class, None)
     if (peft_tuners := sys.modules.get(f"{__package__}.training.peft_tuners")) is not None:
         peft_tuners.unregister()
 

@@ -44,7 +44,7 @@ def explain(
         config = AutoConfig.from_pretrained(**named)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(load_refusal(checkpoint, error), param_hint="CHECKPOINT") from None
-    if config.model_type != "deepseek_v3":
+    if config.get_text_config().model_type != "deepseek_v3":
         raise typer.BadParameter(
             f"{checkpoint} is a {config.model_type!r} checkpoint, not 'deepseek_v3'", param_hint="CHECKPOINT"
         )

@@ -174,7 +174,7 @@ def _tokenizer(checkpoint: str, options: EngineOptions) -> tuple[Any, dict[str, 
         where = {"pretrained_model_name_or_path": str(path)}
     try:
         config = AutoConfig.from_pretrained(**where)
-        if not isinstance(config, transformers_dsv3.DeepseekV3Config):
+        if not isinstance(config.get_text_config(), transformers_dsv3.DeepseekV3Config):
             raise OptionError("CHECKPOINT", f"{checkpoint} is a {config.model_type!r} model, not 'deepseek_v3'")
         if options.bits is not None and getattr(config, "quantization_config", None) is not None:
             raise OptionError("--bits", f"{checkpoint} is quantised already; leave the option out")

@@ -33,7 +33,10 @@ def _places(model: nn.Module, bits: int, head_bits: int | None) -> dict[str, int
     heads = {id(model.get_output_embeddings()) if isinstance(model, PreTrainedModel) else None}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     found: dict[str, int | None] = {}
+    text = getattr(model, "decoder_prefix", "")  # beside which a vision tower and its projector stay as they are
     for name, module in model.named_modules():
+        if not name.startswith(text) and id(module) not in heads:
+            continue
         if isinstance(module, DeepseekV3Experts):
             found[name] = bits
         elif isinstance(module, nn.Embedding):
@@ -54,8 +57,9 @@ def quantize(
 
     Linear layers and routed experts are rounded, those of MTP layers too, and the embedding and the head as
     `head_bits` says; a head that is tied to the embedding shares its weights still. Norms, routers and `kv_b_proj`,
-    which is folded into the queries when decoding, stay as they are, and so do layers whose input is not a multiple of
-    32 wide: a warning names them. Each layer is freed as soon as it is replaced, so that no second model is held.
+    which is folded into the queries when decoding, stay as they are, as do a vision tower and its projector. So do
+    layers whose input is not a multiple of 32 wide: a warning names them. Each layer is freed as soon as it is
+    replaced, so that no second model is held.
 
     Args:
         model: a model of this package. It is saved as compressed-tensors' `pack-quantized` format, which

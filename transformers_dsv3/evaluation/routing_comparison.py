@@ -110,7 +110,7 @@ def compare_routing(
 def _config(option: str, checkpoint: str, window: int) -> Any:
     """The config of a checkpoint whose routing can be measured."""
     try:
-        config = AutoConfig.from_pretrained(**model_arguments(checkpoint))
+        config = AutoConfig.from_pretrained(**model_arguments(checkpoint)).get_text_config()
     except (OSError, ValueError) as error:
         raise OptionError(option, load_refusal(checkpoint, error)) from error
     if config.model_type != "deepseek_v3":

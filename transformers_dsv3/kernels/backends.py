@@ -71,6 +71,7 @@ def _compiled(operation: str, module: nn.Module) -> str | None:
 
 def _program(model: nn.Module) -> str | None:
     decoder = getattr(model, "base_model", model)
+    decoder = getattr(decoder, "language_model", decoder)  # beside a vision tower
     if not hasattr(decoder, "decoding"):
         return f"{type(decoder).__name__} has no program of its steps"
     return decoder.decoding.refusal(decoder)

@@ -22,7 +22,12 @@ PLACES: dict[str, tuple[str, ...]] = {
 
 # Arguments of `LoraConfig` that `lora_config` fills in
 CHOSEN = {"r", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern"}
-TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForConditionalGeneration": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
 
 
 def part_of(name: str) -> str | None:
@@ -36,17 +41,19 @@ def part_of(name: str) -> str | None:
 def adaptable(model: nn.Module) -> dict[str, dict[str, int]]:
     """The weights that LoRA can adapt, by part of the layer: name, and the adapter's parameters a unit of rank.
 
-    MTP layers, routers and embeddings are left out, as is an output head that shares the embedding's weight.
+    MTP layers, routers, embeddings and a vision tower are left out, as is an output head that shares the embedding's
+    weight.
     """
-    from .lora_targets import base_modules, is_linear, is_mtp, layer_index
+    from .lora_targets import base_modules, is_linear, is_mtp, layer_index, of_text
 
+    text = of_text(model)
     found: dict[str, dict[str, int]] = {part: {} for part in PARTS}
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     for name, module in base_modules(model):
         if module is head and not tied:
             found["head"][name] = module.in_features + module.out_features
-        if layer_index(name) is None or is_mtp(name):
+        if layer_index(name) is None or is_mtp(name) or not name.startswith(text):
             continue
         part = part_of(name)
         if is_linear(module) and part is not None and min(module.weight.shape):

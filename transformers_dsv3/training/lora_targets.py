@@ -18,6 +18,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..models.dsv3.checkpoint_conversion_dsv3 import mtp_renamings, official_name
+from ..models.dsv3.modeling_dsv3 import DeepseekV3Model
 
 
 logger = logging.get_logger(__name__)
@@ -62,6 +63,11 @@ def base_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         yield name, module
 
 
+def of_text(model: nn.Module) -> str:
+    """Where the names of the decoder's modules begin, in a model that may have a vision tower too."""
+    return next((name for name, module in model.named_modules() if isinstance(module, DeepseekV3Model)), "")
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, be its weights quantised by this package."""
     return isinstance(module, nn.Linear) or (hasattr(module, "lora_class") and hasattr(module, "in_features"))
@@ -74,7 +80,7 @@ def is_mtp(name: str) -> bool:
 
 def in_model(name: str, model: nn.Module) -> str:
     """The name in the model of a module that was named as in the official checkpoint, which differs for MTP layers."""
-    for renaming in mtp_renamings(model.config):
+    for renaming in mtp_renamings(model.config, getattr(model, "decoder_prefix", "")):
         name, _ = renaming.rename_source_key(name)
     return name
 
@@ -82,8 +88,8 @@ def in_model(name: str, model: nn.Module) -> str:
 def place(config: LoraConfig, model: nn.Module) -> Placement:
     """Finds what the names in `target_modules` stand for. `target_parameters` stay as they are.
 
-    `all-linear` is every linear layer and the routed experts, without the output head and without routers. A router is
-    adapted only if `gate` is named, MTP layers, which are frozen under an adapter, only if their full names are.
+    `all-linear` is every linear layer and the routed experts, without the output head, routers and a vision tower. A
+    router is adapted only if `gate` is named, MTP layers, frozen under an adapter, only if their full names are.
 
     Args:
         config: not changed.
@@ -98,8 +104,9 @@ def place(config: LoraConfig, model: nn.Module) -> Placement:
     everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     linear = [name for name, module in base_modules(model) if is_linear(module)]
     if everything:
-        # The output head is in no layer
-        targets = [name for name in linear if layer_index(name) is not None] + list(STACKED)
+        # The output head is in no layer, nor is a vision tower's in a layer of the text
+        within = [name for name in linear if name.startswith(of_text(model))]
+        targets = [name for name in within if layer_index(name) is not None] + list(STACKED)
     listed = set() if isinstance(targets, str) else set(targets)
     lookup = LoraConfig(
         target_modules=targets,

@@ -17,6 +17,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3PreTr
 from transformers.utils import logging
 
 from ..models.dsv3.checkpoint_conversion_dsv3 import official_name
+from ..models.dsv3.language_model_dsv3 import Dsv3TrainedMixin
 from .lora_targets import Resolved, applies, in_model, resolve
 from .peft_mixins import BesideMtp, OfficialClass, base_of, refuse_quantized_copies, without_mtp
 
@@ -24,12 +25,16 @@ from .peft_mixins import BesideMtp, OfficialClass, base_of, refuse_quantized_cop
 logger = logging.get_logger(__name__)
 
 
+# Native's models too, and ours with a vision tower, which are none of these
+ADAPTED = (DeepseekV3PreTrainedModel, Dsv3TrainedMixin)
+
+
 class LoraModel(OfficialClass, BesideMtp, lora.LoraModel):
     """`LoraModel` that reads target names of `deepseek_v3` models as the official checkpoint's names."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._misfits.pop(adapter_name, None)
-        if not isinstance(model, DeepseekV3PreTrainedModel) or kwargs.get("state_dict") is not None:
+        if not isinstance(model, ADAPTED) or kwargs.get("state_dict") is not None:
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
         refuse_quantized_copies(self.peft_config[adapter_name], model)
         with without_mtp(model, self.peft_config[adapter_name]):
@@ -136,7 +141,7 @@ class LoraModel(OfficialClass, BesideMtp, lora.LoraModel):
         """MTP layers are numbered behind the others in files."""
         tensors = super()._get_adapter_state_dict(model, *args, **kwargs)
         base = base_of(model)
-        if not isinstance(base, DeepseekV3PreTrainedModel):
+        if not isinstance(base, ADAPTED):
             return tensors
         return {official_name(name, base.config): tensor for name, tensor in tensors.items()}
 
@@ -148,7 +153,7 @@ class LoraModel(OfficialClass, BesideMtp, lora.LoraModel):
         remap = super()._remap_adapter_state_dict_for_load
         options = {"model": model, "config": config, "adapter_name": adapter_name}
         base = base_of(model)
-        if not isinstance(base, DeepseekV3PreTrainedModel):
+        if not isinstance(base, ADAPTED):
             return remap(state_dict=state_dict, **options)
         places = adapter_places(model, adapter_name)
         # PEFT takes it that gates and ups are adapted within a second wrapper, the down projections'

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 
+from ..models.dsv3.modeling_dsv3 import DeepseekV3Model
 from .lora_targets import in_model, is_mtp
 
 
@@ -36,7 +37,7 @@ class OfficialClass:
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         base = type(base_of(model))
-        official = getattr(native, base.__name__, None)
+        official = getattr(base, "native_class", None) or getattr(native, base.__name__, None)
         is_ours = base.__module__.split(".")[0] == __name__.split(".")[0]
         if official is not None and is_ours and hasattr(model, "_get_base_model_class"):
             # It holds no more than a class, so that copies of the model stay right
@@ -60,8 +61,8 @@ def without_mtp(model: nn.Module, config: PeftConfig) -> Iterator[None]:
     PEFT goes by the ends of names, and freezes what it does not adapt. So MTP layers come out of the block frozen when
     the model had no adapter before.
     """
-    decoder = getattr(model, "base_model", None)
-    layers = decoder._modules.get("mtp") if isinstance(decoder, native.DeepseekV3PreTrainedModel) else None
+    decoder = next((module for module in model.modules() if isinstance(module, DeepseekV3Model)), None)
+    layers = None if decoder is None else decoder._modules.get("mtp")
     if decoder is None or layers is None or _names_mtp(config, model):
         yield
         return

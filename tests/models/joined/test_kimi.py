@@ -246,3 +246,25 @@ def test_pictures_that_do_not_fit_are_refused(official, pictures):
         model(**{**pictures, "pixel_values": pictures["pixel_values"][:24]})
     with pytest.raises(ValueError, match="belong together"):
         model.generate(**{**pictures, "image_grid_thw": None})
+
+
+def test_four_bits_stay_packed_in_the_text(official, tiny_config, pictures, tmp_path):
+    """In compressed-tensors' format, said in the text's config, as Kimi K2.5 is released."""
+    kind, folder, _ = official
+    config = AutoConfig.from_pretrained(folder)
+    wider = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "v_head_dim": 16}
+    config.text_config = tiny_config(**wider, q_lora_rank=32, num_nextn_predict_layers=1)
+    torch.manual_seed(0)
+    model = transformers_dsv3.quantize(AutoModelForImageTextToText.from_config(config).eval(), bits=4)
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in fields
+    assert fields["text_config"]["quantization_config"]["quant_method"] == "compressed-tensors"
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {"language_model.model.layers.1.mlp.experts.0.gate_proj.weight_packed"} <= names
+    assert {"vision_tower.encoder.blocks.0.wqkv.weight"} <= names
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    experts = loaded.get_decoder().layers[1].mlp.experts
+    assert experts.gate_up_proj.dtype == model.get_decoder().layers[1].mlp.experts.gate_up_proj.dtype == torch.uint8
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**pictures).logits, model(**pictures).logits)

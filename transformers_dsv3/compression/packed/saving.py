@@ -11,6 +11,7 @@ from torch import nn
 
 from ...kernels.quantized_groups import dequantize, whole_numbers
 from ...models.dsv3.checkpoint_conversion_dsv3 import official_name
+from ...models.dsv3.configuration_dsv3 import text_config
 from ...models.dsv3.moe_dsv3 import DeepseekV3Experts
 from ..quantized_weights import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from .format import byte_tensors, packed_config, packed_tensors
@@ -67,8 +68,8 @@ def packed_state_dict(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _mtp_copies(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    config = model.config
-    base = "" if model.base_model is model else f"{model.base_model_prefix}."
+    config = text_config(model.config)
+    base = model.decoder_prefix or ("" if model.base_model is model else f"{model.base_model_prefix}.")
     sources = {"embed_tokens": f"{base}embed_tokens."}
     head = model.get_output_embeddings()
     if head is not None:

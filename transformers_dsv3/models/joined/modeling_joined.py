@@ -68,6 +68,7 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
         config = self.prepared(config)
         config.text_config.check_fields()
         super().__init__(config)
+        self.config.text_config = self.get_decoder().config  # one object, so that what is set in it holds for both
         self._freeze_idle_mtp_layers()
         self.register_forward_pre_hook(tell_decoder_the_targets, with_kwargs=True)  # type: ignore[arg-type]
 
@@ -243,3 +244,37 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
     def destroy_cached_continuous_batching_manager(self) -> None:
         """Ends a manager that was kept for the next session, and lets its memory go."""
         self.causal_lm.destroy_cached_continuous_batching_manager()
+
+
+class TextAlone:
+    """What `AutoModelForCausalLM` opens a checkpoint with a vision tower by: its text, whose pictures stay out."""
+
+    joined_class: ClassVar[Any]
+    config_class: ClassVar[type]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any, **kwargs: Any) -> Any:
+        """The language model of a checkpoint, a [`DeepseekV3ForCausalLM`]; arguments as the joined class's."""
+        cls._check(config)
+        loaded = cls.joined_class.from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        return (loaded[0].causal_lm, *loaded[1:]) if isinstance(loaded, tuple) else loaded.causal_lm
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        cls._check(config)
+        return cls.joined_class._from_config(config, **kwargs).causal_lm
+
+    @classmethod
+    def _check(cls, config: Any) -> None:
+        if not has_our_text(config):
+            text = getattr(config.text_config, "model_type", None)
+            raise ValueError(
+                f"Unrecognized configuration for AutoModelForCausalLM: {type(config).__name__} with a text of type "
+                f"{text}. Use AutoModelForImageTextToText."
+            )
+
+
+def text_alone(joined_class: Any) -> type[TextAlone]:
+    """[`TextAlone`] of a class with a tower."""
+    fields = {"joined_class": joined_class, "config_class": joined_class.config_class, "__module__": __name__}
+    return type(f"TextOf{joined_class.__name__}", (TextAlone,), fields)
