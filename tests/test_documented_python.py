@@ -20,6 +20,7 @@ OF_ITS_OWN = {
     "examples/compress.md": "tests/compression/test_compress.py",
     "examples/serve.md": "tests/serving/test_serve_page.py",
     "examples/share.md": "tests/hub/test_share_page.py",
+    "examples/vision.md": "tests/models/joined/test_vision_page.py",
 }
 # Only compiled, and what they import looked up
 NOT_RUN = {
