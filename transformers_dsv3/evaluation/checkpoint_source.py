@@ -58,7 +58,8 @@ class CheckpointSource:
         return checkpoint_identity(self.folder, name=name, revision=self.revision, base=base)
 
     def load_config(self) -> Any:
-        return AutoConfig.from_pretrained(self.model_folder)
+        """The config of the text, which is what is measured of a model that reads pictures too."""
+        return AutoConfig.from_pretrained(self.model_folder).get_text_config()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         own = (self.folder / "tokenizer_config.json").is_file()

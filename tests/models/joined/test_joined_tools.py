@@ -1,9 +1,11 @@
 """What trains, adapts, rounds, explains and asks the text model, on a model with a vision tower."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -16,6 +18,7 @@ from transformers.models.internvl import configuration_internvl, modeling_intern
 from typer.testing import CliRunner
 
 import transformers_dsv3
+from transformers_dsv3_cli import server
 from transformers_dsv3_cli.main import app
 
 
@@ -47,8 +50,6 @@ def joined(make_model, byte_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def examples(joined):
-    from PIL import Image
-
     _, processor = joined
     rows = []
     for shade in range(4):
@@ -102,6 +103,38 @@ def test_trainer_balances_trains_the_mtp_layers_and_saves(joined, examples, tmp_
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
+@pytest.mark.slow
+def test_sft_trainer_of_trl_with_pictures(joined, tmp_path):
+    """Its loss is computed by itself; the MTP objective is carried all the same."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    folder, processor = joined
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rows = [
+        {
+            "images": [Image.new("RGB", (20, 20), (60 * shade, 0, 0))],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"Which? {shade}"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": f"shade {shade}"}]},
+            ],
+        }
+        for shade in range(4)
+    ]
+    arguments = trl.SFTConfig(
+        tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, max_length=None, bf16=False
+    )
+    trl.SFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=processor,
+        callbacks=[transformers_dsv3.LoadBalancingCallback(), transformers_dsv3.MtpObjectiveCallback(0.3)],
+    ).train()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    for part in ("vision_tower", "multi_modal_projector", "mtp.0.eh_proj", "mlp.experts", "lm_head"):
+        assert any(part in name for name in moved), part
+
+
 def test_pipeline_and_four_bits_under_pictures(joined, examples, tmp_path):
     folder, processor = joined
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
@@ -109,8 +142,6 @@ def test_pipeline_and_four_bits_under_pictures(joined, examples, tmp_path):
     settings = {"max_new_tokens": 8, "eos_token_id": -1, "pad_token_id": 0}
     plain = model.generate(**row, **settings)
     ask = pipeline("image-text-to-text", model=model, processor=processor)
-    from PIL import Image
-
     image = Image.new("RGB", (20, 20), (60, 0, 0))
     said = ask(images=image, text="<IMG_CONTEXT> It ", max_new_tokens=8, return_full_text=False)
     assert isinstance(said[0]["generated_text"], str)
@@ -149,5 +180,10 @@ def test_commands_take_the_folder(joined, tmp_path):
     words = ["routing", str(folder), "--text", str(tmp_path / "text.txt"), "--window", "64", "--max-tokens", "512"]
     said = run.invoke(app, words)
     assert said.exit_code == 0 and "utilisation" in said.output, said.output
+    words = ["evaluate", str(folder), "--text", str(tmp_path / "text.txt"), "--what", "text", "--window", "64"]
+    said = run.invoke(app, [*words, "--json", str(tmp_path / "record.json")])
+    assert said.exit_code == 0 and (tmp_path / "record.json").is_file(), said.output
+    _, where = server._tokenizer(str(folder), SimpleNamespace(bits=None))
+    assert server._model(str(folder), where, SimpleNamespace(bits=None, dtype="auto", device=None)).lm_head is not None
     said = run.invoke(app, ["compress", str(folder), "--output", str(tmp_path / "out"), "--bits", "4"])
     assert said.exit_code != 0 and "internvl" in said.output.replace("\n", " ")
