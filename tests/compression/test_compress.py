@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fp8_files import write_fp8_checkpoint
+from packed_files import check_saved_again
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -185,7 +186,7 @@ def test_layers_run_as_the_model_does_on_what_was_written(compressed):
         torch.testing.assert_close(streams[number].view_as(hidden), hidden, atol=1e-4, rtol=1e-4)
 
 
-def test_it_opens_packed_and_runs_as_what_the_files_stand_for(compressed, monkeypatch):
+def test_it_opens_packed_and_runs_as_what_the_files_stand_for(compressed, tmp_path, monkeypatch):
     folder, streams = compressed
     ids = streams["windows"][:2, :-2]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -196,8 +197,11 @@ def test_it_opens_packed_and_runs_as_what_the_files_stand_for(compressed, monkey
             assert name.endswith("kv_b_proj"), name
     steps, step = [], Program.run
     monkeypatch.setattr(Program, "run", lambda *given: steps.append(1) or step(*given))
-    AutoModelForCausalLM.from_pretrained(folder).eval().generate(ids[:1], max_new_tokens=4, do_sample=False)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.generate(ids[:1], max_new_tokens=4, do_sample=False)
     assert steps or library.unavailable
+    model.save_pretrained(tmp_path / "saved")
+    check_saved_again(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from fp8_files import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_files import check_saved_again
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -100,6 +101,7 @@ def test_dequantised_model_saves_as_a_plain_checkpoint(tmp_path, dtype):
     saved = read_all(tmp_path / "plain")
     assert set(saved) == set(expected)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    check_saved_again(tmp_path / "plain", again)
     native = DeepseekV3ForCausalLM.from_pretrained(
         tmp_path / "plain", config=DeepseekV3Config.from_pretrained(tmp_path / "plain")
     )

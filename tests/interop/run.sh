@@ -4,7 +4,7 @@
 #   tests/interop/run.sh FOLDER [pytest options]
 #
 # FOLDER keeps the environments (about 8 GB) for the next run. Needs Python 3.10 or later with venv, and a C++
-# compiler for llama.cpp. Takes 15 to 20 minutes on 2 cores the first time, about 3 afterwards.
+# compiler for llama.cpp, cmake for its programs. Takes about 30 minutes on 2 cores the first time, about 3 afterwards.
 # Settings, by environment variable: PYTHON (python3), TORCH (torch==2.13.0), the interpreter and the requirement.
 set -euo pipefail
 
@@ -31,17 +31,22 @@ environment() {
     fi
 }
 
-# The converter is in llama-cpp-python's source package only
+# The converter, and what its programs are built of, are in llama-cpp-python's source package only
 finish_llama() {
-    local version
+    local version source="$folder/llama/llama.cpp"
     version=$("$folder/llama/bin/python" -c "import importlib.metadata as m; print(m.version('llama-cpp-python'))")
     "$folder/llama/bin/python" -m pip download --quiet --no-deps --no-binary llama-cpp-python \
         --dest "$folder/llama/source" "llama-cpp-python==$version"
-    mkdir -p "$folder/llama/llama.cpp"
-    tar -xzf "$folder/llama/source"/llama_cpp_python-*.tar.gz -C "$folder/llama/llama.cpp" --strip-components=3 \
-        --wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' \
-        '*/vendor/llama.cpp/gguf-py/*'
+    mkdir -p "$source"
+    tar -xzf "$folder/llama/source"/llama_cpp_python-*.tar.gz -C "$source" --strip-components=3 \
+        --wildcards '*/vendor/llama.cpp/*'
     rm -r "$folder/llama/source"
+    if [ -n "$(type -P cmake)" ]; then # without, the tests of these programs skip
+        # shellcheck disable=SC2086 # several options
+        cmake -S "$source" -B "$source/build" -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_SERVER=OFF \
+            -DLLAMA_BUILD_TESTS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF ${CMAKE_ARGS:-}
+        cmake --build "$source/build" --parallel --target llama-quantize llama-speculative-simple
+    fi
 }
 
 # vLLM asks for these, but their published builds may not fit a CPU build of torch, and text needs none of them
@@ -75,6 +80,7 @@ environment guidellm guidellm "$torch"
 
 export DSV3_GUIDELLM_PYTHON=$folder/guidellm/bin/python
 export DSV3_LLAMA_CPP_PYTHON=$folder/llama/bin/python
+export DSV3_LLAMA_CPP_TOOLS=$folder/llama/llama.cpp/build/bin
 export DSV3_VLLM_PYTHON=$folder/vllm/bin/python
 export DSV3_DEEPSPEED_PYTHON=$folder/training/bin/python
 export DSV3_QUANTIZERS_PYTHON=$folder/training/bin/python

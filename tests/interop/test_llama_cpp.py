@@ -2,13 +2,19 @@
 
 import json
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from transformers_dsv3 import export_gguf
 from transformers_dsv3.models.dsv3.mtp_dsv3 import shift_left
@@ -37,6 +43,21 @@ def converter(llama):
             "vendor/llama.cpp/convert_hf_to_gguf.py in DSV3_LLAMA_CPP_CONVERTER"
         )
     return path
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Function from the name of a program of llama.cpp, which is put on the PATH, to its path."""
+    if folder := os.environ.get("DSV3_LLAMA_CPP_TOOLS"):
+        monkeypatch.setenv("PATH", folder, prepend=os.pathsep)
+
+    def find(name):
+        found = shutil.which(name)
+        if found is None:
+            pytest.skip(f"no {name}: run tests/interop/run.sh, or name its folder in DSV3_LLAMA_CPP_TOOLS")
+        return found
+
+    return find
 
 
 class Run:
@@ -166,11 +187,50 @@ def test_exported_files_of_variants(llama, save, tokenizer, text, tmp_path):
         assert difference <= 1e-3 and agreement == greedy == 1.0, fields
 
 
-@pytest.mark.parametrize("type", ["f32", "q8_0", "q4_0", "q4_k_m", "q6_k", "q5_0"])
-def test_files_of_the_converter_and_the_quantizer_open(llama, converter, save, tokenizer, text, tmp_path, type):
-    """Widths of 256, which K-types need. The converter leaves the MTP layer out."""
+@pytest.fixture
+def save_wide(save):
+    """Function from a folder to the model saved there: widths of 256, which K-types need, and weights as much smaller.
+
+    Else rounding of activations to 8 bits, by llama.cpp, would grow from layer to layer.
+    """
     widths = ("hidden_size", "q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size")
-    save(tmp_path / "saved", **{**EVERY_EXPERT, **dict.fromkeys(widths, 256), "v_head_dim": 64})
+
+    def save_model(folder):
+        model = save(folder, **{**EVERY_EXPERT, **dict.fromkeys(widths, 256), "v_head_dim": 64})
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" not in name:
+                    parameter.mul_(0.5)
+        model.save_pretrained(folder)
+
+    return save_model
+
+
+@pytest.mark.parametrize("type", ["q4_k_m", "q3_k_s", "q6_k"])
+def test_exported_files_of_its_quantizer(llama, tool, save_wide, tokenizer, text, tmp_path, type):
+    tool("llama-quantize")
+    save_wide(tmp_path / "saved")
+    file = export_gguf(tmp_path / "saved", tmp_path / "model.gguf", type, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", "model.gguf"}
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    mtp = {name: kind for name, kind in kinds.items() if name.startswith("blk.4.")}
+    assert mtp["blk.4.nextn.eh_proj.weight"] == f"{type[:2].upper()}_K", mtp
+    run = Run(llama, tmp_path, file, tokenizer(text)["input_ids"][:200], text)
+    model = opened(file, dtype=torch.float32)
+    assert model.config.num_nextn_predict_layers == 1
+    difference, agreement, _ = run.beside(model)
+    deviation = run.logits.std().item()
+    print(
+        f"export_gguf {type}: logits of deviation {deviation:.2f}, max |difference| {difference:.2e}, arg-max "
+        f"agreement {agreement:.1%}"
+    )
+    assert difference <= 0.5 * deviation and agreement >= 0.85
+
+
+@pytest.mark.parametrize("type", ["f32", "q8_0", "q4_0", "q4_k_m", "q6_k", "q5_0"])
+def test_files_of_the_converter_and_the_quantizer_open(llama, converter, save_wide, tokenizer, text, tmp_path, type):
+    """The converter leaves the MTP layer out."""
+    save_wide(tmp_path / "saved")
     plain, file = tmp_path / "plain.gguf", tmp_path / "model.gguf"
     llama.run(SCRIPT, "convert", converter, tmp_path / "saved", plain, "--pre-tokenizer", "gpt-2")
     if type == "f32":
@@ -191,10 +251,21 @@ def test_files_of_the_converter_and_the_quantizer_open(llama, converter, save, t
     assert difference <= (1e-3 if type == "f32" else 0.5) * deviation and agreement >= (1.0 if type == "f32" else 0.8)
 
 
-def test_mtp_layer(llama, trained_model, training_bytes, byte_tokenizer, tmp_path):
+@pytest.fixture
+def byte_merges():
+    """A tokenizer for `trained_model`: a token a byte, and one merge, without which llama.cpp opens none."""
+    letters = bytes_to_unicode()
+    vocabulary = {letter: byte for byte, letter in letters.items()} | {letters[0] + letters[1]: 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(letters[0], letters[1])]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def test_mtp_layer(llama, trained_model, training_bytes, byte_merges, tmp_path):
     """The graph that llama.cpp drafts with has the logits of the layer that its converter leaves out."""
     trained_model.save_pretrained(tmp_path / "saved")
-    byte_tokenizer.save_pretrained(tmp_path / "saved")
+    byte_merges.save_pretrained(tmp_path / "saved")
     file = export_gguf(tmp_path / "saved", tmp_path / "model.gguf", "f32", progress=False)
     text = trained_model.generate(training_bytes[None, :100], max_new_tokens=150, do_sample=False)
     request, output = tmp_path / "request.json", tmp_path / "logits.npz"
@@ -215,3 +286,25 @@ def test_mtp_layer(llama, trained_model, training_bytes, byte_tokenizer, tmp_pat
         f"agreement {agreement:.1%}; {accepted:.0%} of its drafts are what it says next"
     )
     assert difference <= 0.01 and agreement >= 0.99 and accepted >= 0.5
+
+
+def test_its_own_drafting(tool, trained_model, training_bytes, byte_merges, tmp_path):
+    """Its program drafts with the MTP layer of our file, and says what it says without."""
+    program = tool("llama-speculative-simple")
+    trained_model.save_pretrained(tmp_path / "saved")
+    byte_merges.save_pretrained(tmp_path / "saved")
+    file = export_gguf(tmp_path / "saved", tmp_path / "model.gguf", "f32", progress=False)
+    prompt, count = training_bytes[:100], 100
+    (tmp_path / "prompt.txt").write_text(bytes(prompt.tolist()).decode())
+    command = [program, "-m", file, "-f", tmp_path / "prompt.txt", "-n", count, "-c", 512, "--temp", 0, "-t", 1]
+    command += ["--spec-type", "draft-mtp", "--spec-draft-n-max", 1, "--no-repack"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-2000:]
+    drafted, accepted = (int(re.search(rf"{name} += (\d+)", printed)[1]) for name in ("n_drafted", "n_accept"))
+    print(
+        f"llama-speculative-simple: {accepted} of {drafted} drafts of the MTP layer accepted, {accepted / drafted:.0%}"
+    )
+    assert drafted >= count // 2 - 1 and accepted >= drafted / 2
+    expected = trained_model.generate(prompt[None], max_new_tokens=count, do_sample=False)[0, len(prompt) :]
+    assert bytes(expected.tolist()).decode() in printed

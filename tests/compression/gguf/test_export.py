@@ -1,6 +1,7 @@
 """GGUF files that `export_gguf` writes, as llama.cpp's own package reads them."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -202,7 +203,7 @@ def test_killed(checkpoint, gguf_files, tmp_path):
 def test_types_of_llama_cpp_are_made_by_its_tool(checkpoint, gguf_files, tmp_path, monkeypatch):
     output = tmp_path / "model.gguf"
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(OptionError, match="q4_k_m is made by llama.cpp's llama-quantize, which is not on the PATH"):
+    with pytest.raises(OptionError, match="q4_k_m is made by llama.cpp's llama-quantize, which is not on the PATH: "):
         export_gguf(checkpoint, output, "q4_k_m")
     tool = tmp_path / "llama-quantize"
     tool.write_text(
@@ -215,7 +216,30 @@ def test_types_of_llama_cpp_are_made_by_its_tool(checkpoint, gguf_files, tmp_pat
     with pytest.raises(RuntimeError, match="no memory"):
         export_gguf(checkpoint, output, "q4_k_m", progress=False)
     assert output.read_bytes() == gguf_files("bf16").read_bytes()
+    tool.write_text("no program")
+    with pytest.raises(OSError, match="llama-quantize"):
+        export_gguf(checkpoint, output, "q4_k_m", progress=False)
+    assert output.read_bytes() == gguf_files("bf16").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "llama-quantize"}
+
+
+def test_a_tool_that_outlived_its_command_does_not_write_into_the_next_file(
+    checkpoint, gguf_files, tmp_path, monkeypatch
+):
+    """What a killed command left open is no file that another one makes."""
+    output = tmp_path / "model.gguf"
+    tool = tmp_path / "llama-quantize"
+    tool.write_text(f"#!{sys.executable}\nimport shutil, sys\nshutil.copy(*sys.argv[1:3])\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    whole, partial = (output.with_name(f"model.gguf.{name}") for name in ("bf16.partial", "partial"))
+    with open(whole, "wb") as read, open(partial, "wb") as written:
+        read.write(b"begun")
+        read.flush()
+        export_gguf(checkpoint, output, "q4_k_m", progress=False)
+        written.write(b"more")
+        assert os.fstat(read.fileno()).st_size == 5
+    assert output.read_bytes() == gguf_files("bf16").read_bytes()
 
 
 def refused(pattern, *arguments, error=OptionError, option=None):
@@ -283,6 +307,8 @@ def test_refusals_of_tokenizers(checkpoint, tmp_path):
     refused("a token 399, and the model a vocabulary of 320", folder, tmp_path / "a.gguf")
     save(pre_tokenizers.Whitespace(), model=models.WordLevel)
     refused("its model is WordLevel", folder, tmp_path / "a.gguf")
+    save(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    refused("it has no merges", folder, tmp_path / "a.gguf", option="CHECKPOINT")
 
 
 def test_weights_that_no_block_holds(checkpoint, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_checkpoints import values_of
+from packed_files import check_saved_again
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -105,7 +106,10 @@ def test_written_again_byte_by_byte(gguf_files, resave, tmp_path, type):
 def test_written_again_from_what_was_kept(gguf_files, resave, tmp_path, type):
     """Blocks that were computed with are saved as compressed-tensors, and are blocks again."""
     file = gguf_files(type)
-    folder = resave(load(file, dtype=torch.float32), file, tmp_path / "saved")
+    model = load(file, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    check_saved_again(tmp_path / "model")
+    folder = resave(model, file, tmp_path / "saved")
     assert same_weights(AutoModelForCausalLM.from_pretrained(folder), load(file, dtype=torch.float32))
     assert export_gguf(folder, tmp_path / "again.gguf", type, progress=False).read_bytes() == file.read_bytes()
 

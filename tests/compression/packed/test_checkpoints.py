@@ -11,6 +11,7 @@ from packed_files import (
     KIMI_IGNORES,
     WEIGHTS,
     awq,
+    check_saved_again,
     compress,
     config_of,
     gptq,
@@ -81,9 +82,7 @@ class TestOurs:
             assert all(torch.equal(values[name], value) for name, value in values_of(model).items())
             with torch.no_grad():
                 assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-        loaded.save_pretrained(tmp_path / "b")
-        for file in (tmp_path / "a").iterdir():
-            assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+        check_saved_again(tmp_path / "a", loaded)
 
     def test_shards(self, make_wide, tmp_path):
         model = quantize(make_wide(), 4)
@@ -224,9 +223,7 @@ class TestOthers:
         model.save_pretrained(tmp_path / "again")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
         check_values(again, expected)
-        again.save_pretrained(tmp_path / "third")
-        for file in (tmp_path / "again").iterdir():
-            assert file.read_bytes() == (tmp_path / "third" / file.name).read_bytes()
+        check_saved_again(tmp_path / "again", again)
 
     @pytest.mark.parametrize(
         "what, reason",
@@ -330,6 +327,8 @@ class TestGptqAndAwq:
         model = AutoModelForCausalLM.from_pretrained(folder, **FP32)
         check_values(model, expected)
         assert packed(model) == ({} if held is None else {"experts": held})
+        model.save_pretrained(folder / "again")
+        check_saved_again(folder / "again")
 
     def test_awq(self, saved):
         folder = saved()
@@ -338,6 +337,8 @@ class TestGptqAndAwq:
         model = AutoModelForCausalLM.from_pretrained(folder, **FP32)
         check_values(model, expected)
         assert packed(model) == {"q_b_proj": 8, "experts": 8}
+        model.save_pretrained(folder / "again")
+        check_saved_again(folder / "again")
 
 
 O_PROJ = "model.layers.0.self_attn.o_proj"

@@ -1,10 +1,12 @@
 """Small quantised checkpoints written by the formats' own library, or by their definition where it has none here."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from transformers_dsv3.kernels.quantized_groups import dequantize
 from transformers_dsv3.models.dsv3.checkpoint_conversion_dsv3 import official_name
@@ -163,3 +165,18 @@ def plain_twin(model, quantized):
 def memory_of(model):
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def check_saved_again(folder, model=None):
+    """What `save_pretrained` wrote in `folder` is byte by byte what it writes of a model loaded from there.
+
+    Args:
+        model: what was loaded, where it was.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder) if model is None else model
+    with tempfile.TemporaryDirectory() as again:
+        model.save_pretrained(again)
+        written = {file.name: file.read_bytes() for file in Path(again).iterdir()}
+    assert written.keys() == {file.name for file in folder.iterdir()}
+    for name, data in written.items():
+        assert data == (folder / name).read_bytes(), name

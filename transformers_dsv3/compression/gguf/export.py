@@ -104,7 +104,11 @@ def export_gguf(
         raise OptionError("--type", f"{type!r} is none of {', '.join([*TYPES, *TOOL_TYPES])}")
     tool = None if name in TYPES else shutil.which(TOOL)
     if name not in TYPES and tool is None:
-        raise OptionError("--type", f"{type} is made by llama.cpp's {TOOL}, which is not on the PATH")
+        raise OptionError(
+            "--type",
+            f"{type} is made by llama.cpp's {TOOL}, which is not on the PATH: install llama.cpp and put its programs "
+            f"there, or take one of {', '.join(TYPES)}",
+        )
     if (refusal := file_refusal(output) or _taken(output)) is not None:
         raise OptionError("--output", refusal)
     try:
@@ -114,6 +118,8 @@ def export_gguf(
 
     metadata, planned = _plan(os.fspath(checkpoint), name if name in TYPES else "bf16")
     needed = sum(tensor.nbytes for tensor in planned)
+    if tool is not None:  # that file, and the other beside it, no tensor of which is larger than in Q8_0
+        needed += needed * 17 // 32
     free = shutil.disk_usage(output.absolute().parent).free
     if needed > free:
         raise OptionError("--output", f"the file takes {needed:,} bytes, and {output.absolute().parent} has {free:,}")
@@ -122,6 +128,9 @@ def export_gguf(
         _write(partial, metadata, planned, progress)
     else:
         whole = output.with_name(output.name + ".bf16.partial")
+        # The tool outlives a process that is killed, and goes on with the files that it has open: not with these
+        whole.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         try:
             _write(whole, metadata, planned, progress)
             _run_tool([tool, str(whole), str(partial), name.upper()], partial)
@@ -141,7 +150,11 @@ def _taken(path: Path) -> str | None:
 
 
 def _run_tool(command: list[str], result: Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except BaseException:  # it cannot be started, or was stopped by a user
+        result.unlink(missing_ok=True)
+        raise
     if done.returncode or not result.is_file():
         result.unlink(missing_ok=True)
         raise RuntimeError(f"{' '.join(command)} failed ({done.returncode}):\n{(done.stdout + done.stderr)[-2000:]}")

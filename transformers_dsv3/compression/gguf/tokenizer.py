@@ -84,6 +84,8 @@ def tokenizer_refusal(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> st
         pre_tokenizer_name(fields)
     except ValueError as error:
         return str(error)
+    if not model["merges"]:
+        return "it has no merges, and llama.cpp opens no vocabulary without"
     return None
 
 

@@ -27,7 +27,7 @@ from ...models.dsv3.checkpoint_dsv3 import PACKED_METHOD, renamed_table
 from ...models.dsv3.checkpoint_files_dsv3 import CheckpointError, read_checkpoint
 from ..quantized_weights import ROUNDED_DTYPES
 from .loading import SCALE_OF_GROUPS, PackedLoading, prepare, share_scales
-from .saving import packed_model_config, packed_state_dict
+from .saving import QUANTIZED, packed_model_config, packed_state_dict
 from .stored_weights import format_refusal, stored_weights
 
 
@@ -146,9 +146,13 @@ class PackedWeightsQuantizer(HfQuantizer):
         self.loading = None
         # Saving reverts the conversions that are registered, see `DeepseekFp8Quantizer`
         model._weight_conversions = None
-        if not self.quantization_config.dequantize:
+        if self.quantization_config.dequantize:
+            return model
+        if any(isinstance(module, QUANTIZED) for module in model.modules()):
             share_scales(model)
             self.describe(model)
+        else:  # layers hold nothing of what was read: a plain model, which is saved as one
+            self.remove_quantization_config(model)
         return model
 
     def describe(self, model: Any) -> None:
