@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels import test_cpu_mixture
+from tests.kernels import test_cpu_attention, test_cpu_mixture
 from transformers_dsv3.kernels import backends, dispatch
 from transformers_dsv3.kernels.cpu import library
 
@@ -87,3 +87,22 @@ def test_what_is_not_finite_stays_in_its_row_and_column():
     assert bad[:, 33].isnan().all() and not bad[270].isfinite().any()
     rows, columns = [i for i in range(300) if i != 270], [j for j in range(40) if j != 33]
     assert torch.equal(bad[rows][:, columns], good[rows][:, columns])
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "additive"])
+@pytest.mark.parametrize("Q", [24, 33, 150])
+@pytest.mark.parametrize("strided", [False, True])
+def test_attention_of_many_queries(threads, mask, Q, strided):
+    case = test_cpu_attention.Case(
+        torch.bfloat16, B=2, H=2, Q=Q, S=Q + 131, N=64, P=32, V=48, strided=strided, seed=Q
+    ).make_mask(mask, dead_rows=True)
+    case.first_query = 131
+    result = case.expanded()
+    test_cpu_attention.assert_close(result, case.exact_expanded(), torch.bfloat16)
+    with threads(3):
+        assert torch.equal(case.expanded(), result)
+    case.q_rope[1, 1, 20, 0] = math.nan
+    other = case.expanded()
+    assert not other[1, 20, 1].isfinite().any()
+    other[1, 20, 1] = result[1, 20, 1]
+    assert torch.equal(other, result)

@@ -54,6 +54,7 @@ static int64_t piece_from(const keys *k, int64_t s, int64_t end)
 void attend(const keys *k, const void *const *q1, const void *const *q2, const limit *limits, int64_t M,
                    int64_t begin, int64_t end, float *scores, uint32_t *room, float *acc, float *max, float *sum)
 {
+    int in_tiles = k->in_tiles && loops->tiles;
     for (int64_t s = begin; s < end; s += BLOCK) {
         int64_t n = min_i64(BLOCK, end - s), reach = -1;
         for (int64_t i = 0; i < M; i++)
@@ -73,8 +74,9 @@ void attend(const keys *k, const void *const *q1, const void *const *q2, const l
                 loops->scores_f32((const float *const *)q1, (const float *const *)q2, M, k1, k->k1.ld, k->n1, k2,
                                   k->k2.ld, k->n2, size, here, BLOCK, room, next);
             else
-                loops->scores_bf16((const bf16 *const *)q1, (const bf16 *const *)q2, M, k1, k->k1.ld, k->n1, k2,
-                                   k->k2.ld, k->n2, size, here, BLOCK, room, next);
+                (in_tiles ? loops->scores_in_tiles : loops->scores_bf16)(
+                    (const bf16 *const *)q1, (const bf16 *const *)q2, M, k1, k->k1.ld, k->n1, k2, k->k2.ld, k->n2, size,
+                    here, BLOCK, room, next);
         }
         for (int64_t i = 0; i < M; i++) {
             float *row = scores + i * BLOCK;
@@ -97,7 +99,8 @@ void attend(const keys *k, const void *const *q1, const void *const *q2, const l
             if (k->type == F32)
                 loops->mix_f32(scores + (from - s), BLOCK, M, v, k->v.ld, size, k->width, acc, k->width);
             else
-                loops->mix_bf16(scores + (from - s), BLOCK, M, v, k->v.ld, size, k->width, acc, k->width);
+                (in_tiles ? loops->mix_in_tiles : loops->mix_bf16)(scores + (from - s), BLOCK, M, v, k->v.ld, size,
+                                                                   k->width, acc, k->width);
         }
     }
 }
@@ -150,6 +153,7 @@ static void work_expanded(void *context, team *t)
             .type = e->type, .scale = e->scale, .k1 = {kv, e->kv_of[1], 0},
             .k2 = {at(e->k_rope, b * e->k_rope_of[0], size), e->k_rope_of[1], 0},
             .v = {at(kv, e->N, size), e->kv_of[1], 0}, .n1 = e->N, .n2 = e->P, .width = e->V, .at_once = BLOCK,
+            .in_tiles = 1,
         };
         start_rows(acc, max, sum, M, e->V);
         attend(&k, q1, q2, limits, M, 0, e->S, scores, room, acc, max, sum);

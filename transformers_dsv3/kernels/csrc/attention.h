@@ -27,6 +27,7 @@ typedef struct {
     key_rows k1, k2, v;        /* keys are k1 and k2 joined */
     int64_t n1, n2, width;     /* lengths of k1, k2 and v */
     const int32_t *page;       /* where each `page_size` keys lie; NULL: behind each other */
+    int in_tiles;              /* on matrix units where there are some, whose order of sums is another */
     int64_t page_size, at_once; /* keys that are multiplied at once, at most: divides BLOCK, a multiple of 16 */
 } keys;
 

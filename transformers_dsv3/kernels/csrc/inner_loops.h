@@ -89,6 +89,9 @@ typedef struct {
     void (*block_sums)(const float *x, int64_t n, float above, float *sums);
     uint64_t (*xor_of)(const uint64_t *x, int64_t n);
     const tile_loops *tiles; /* which all products of bf16 rows then go by; NULL where there are none */
+    /* As scores_bf16 and mix_bf16, of many rows on matrix units; NULL where there are none */
+    void (*scores_in_tiles)(SCORES_ARGUMENTS(bf16));
+    void (*mix_in_tiles)(MIX_ARGUMENTS(bf16));
 } inner_loops;
 
 /* Instruction sets that the compiler knows: what is chosen at run time is one of these */
@@ -104,6 +107,8 @@ extern const inner_loops loops_avx2, loops_avx512, loops_avx_vnni;
 #define HAS_AMX COMPILER_SINCE(11, 12)
 extern const inner_loops loops_amx;
 extern const tile_loops tiles_amx;
+void scores_amx(SCORES_ARGUMENTS(bf16));
+void mix_amx(MIX_ARGUMENTS(bf16));
 #endif
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
 #define HAS_NEON 1

@@ -83,21 +83,6 @@ static inline __attribute__((always_inline)) void store_sums(float *c, const __m
 
 #include "groups_avx512.h"
 
-/* room[p * MIX_BLOCK + j] = the pair p of row j of k; rows from N up to a multiple of 16 are zeros */
-static void pack_pairs(const bf16 *k, ptrdiff_t ld, int64_t n, int64_t N, uint32_t *room)
-{
-    for (int64_t j = 0; j < N; j += 16)
-        for (int64_t p = 0; p < n / 2; p += 16) {
-            __m512i row[16];
-            __mmask16 mask = n / 2 - p >= 16 ? (__mmask16)~0 : first16(n / 2 - p);
-            for (int i = 0; i < 16; i++)
-                row[i] = j + i < N ? _mm512_maskz_loadu_epi32(mask, k + (j + i) * ld + 2 * p) : _mm512_setzero_si512();
-            transpose_16x16(row);
-            for (int64_t i = 0; i < min_i64(16, n / 2 - p); i++)
-                _mm512_storeu_si512(room + (p + i) * MIX_BLOCK + j, row[i]);
-        }
-}
-
 static inline __attribute__((always_inline)) void scores_bf16_tile(
     const bf16 *const *q1, const bf16 *const *q2, int64_t pairs1, int64_t pairs2, const uint32_t *room, float *scores,
     ptrdiff_t lds, const int mr, const int vectors)
@@ -294,9 +279,9 @@ static void mix_f32(MIX_ARGUMENTS(float))
     dot_bf16, dot_f32, dot_q8, dot_q4, scores_bf16, scores_f32, mix_bf16, mix_f32, bf16_to_f32, f32_to_bf16, swiglu, \
         add_scaled, scale, sum_of_squares, scaled_product, quantize_row, dequantize_f32, dequantize_bf16, softmax_step, \
         block_maxima, block_sums, xor_of
-const inner_loops loops_avx512 = {"avx512", LOOPS, NULL};
+const inner_loops loops_avx512 = {"avx512", LOOPS, NULL, NULL, NULL};
 #if HAS_AMX
-const inner_loops loops_amx = {"amx", LOOPS, &tiles_amx};
+const inner_loops loops_amx = {"amx", LOOPS, &tiles_amx, scores_amx, mix_amx};
 #endif
 
 #if defined(__clang__)

@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "pieces_amx.h"
 #include "pieces_avx512.h"
 
 enum {
@@ -77,153 +78,22 @@ static void turn(const float *c, ptrdiff_t ldc, int64_t N, int64_t M, float *y, 
         }
 }
 
-/* What the instruction that configures tiles reads: of each tile its rows and the bytes of one */
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} tile_shapes;
-
-/* Tiles 0 to 3 are sums of the left tiles 4 and 5 and the right ones 6 and 7 */
-static void configure(const int64_t rows[2], const int64_t columns[2])
-{
-    tile_shapes s;
-    memset(&s, 0, sizeof s);
-    s.palette = 1;
-    for (int i = 0; i < 2; i++) {
-        s.rows[4 + i] = (uint8_t)rows[i];
-        s.row_bytes[4 + i] = rows[i] ? TILE_STEP * 2 : 0;
-        s.rows[6 + i] = columns[i] ? TILE : 0;
-        s.row_bytes[6 + i] = (uint16_t)(columns[i] * 4);
-        for (int j = 0; j < 2; j++)
-            if (rows[i] && columns[j]) {
-                s.rows[2 * i + j] = (uint8_t)rows[i];
-                s.row_bytes[2 * i + j] = (uint16_t)(columns[j] * 4);
-            }
-    }
-    /* Not by GCC 12's own function, which lets the compiler leave out stores into what it reads; nor do those that load
-     * tiles tell that they read memory. */
-    __asm__ volatile("ldtilecfg %0" : : "m"(s) : "memory");
-}
-
-/* Lines of memory that are to be in the second-level cache soon, row after row, as memory is read best */
-typedef struct {
-    const char *row;
-    ptrdiff_t ld;
-    int64_t rows, lines, line; /* rows that are left, lines of each, lines of the first that are done */
-} ahead;
-
-static inline __attribute__((always_inline)) void prefetch(ahead *a, int64_t lines)
-{
-    for (; lines > 0 && a->rows > 0; lines--) {
-        __builtin_prefetch(a->row + 64 * a->line, 0, 2);
-        if (++a->line == a->lines) {
-            a->line = 0;
-            a->row += a->ld;
-            a->rows--;
-        }
-    }
-}
-
-typedef struct {
-    const char *at;
-    ptrdiff_t ld, step; /* bytes from row to row, from step to step */
-} operand;
-
-/* Adds `steps` products to the sums in the tiles */
-static inline __attribute__((always_inline)) void add_steps(
-    const operand left[2], const operand right[2], int64_t steps, const int rows, const int columns, ahead *next, int64_t lines)
-{
-    const char *a0 = left[0].at, *a1 = left[1].at, *b0 = right[0].at, *b1 = right[1].at;
-    for (int64_t s = 0; s < steps; s++) {
-        _tile_loadd(4, a0, left[0].ld);
-        _tile_loadd(6, b0, right[0].ld);
-        _tile_dpbf16ps(0, 4, 6);
-        if (columns == 2) {
-            _tile_loadd(7, b1, right[1].ld);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if (rows == 2) {
-            _tile_loadd(5, a1, left[1].ld);
-            _tile_dpbf16ps(2, 5, 6);
-            if (columns == 2)
-                _tile_dpbf16ps(3, 5, 7);
-        }
-        prefetch(next, lines);
-        a0 += left[0].step;
-        a1 += left[1].step;
-        b0 += right[0].step;
-        b1 += right[1].step;
-    }
-}
-
-/* The same with a last piece of weights that is elsewhere, from sums that are in c or zeros */
-static inline __attribute__((always_inline)) void block(
-    const operand left[2], int64_t steps, const operand last[2], operand right[2], float *c, ptrdiff_t ldc, int add,
-    const int rows, const int columns, ahead *next, int64_t lines)
-{
-    const ptrdiff_t ld = ldc * 4;
-    float *below = c + TILE * ldc;
-    if (add) {
-        _tile_loadd(0, c, ld);
-        if (columns == 2)
-            _tile_loadd(1, c + TILE, ld);
-        if (rows == 2)
-            _tile_loadd(2, below, ld);
-        if (rows == 2 && columns == 2)
-            _tile_loadd(3, below + TILE, ld);
-    } else {
-        _tile_zero(0);
-        if (columns == 2)
-            _tile_zero(1);
-        if (rows == 2)
-            _tile_zero(2);
-        if (rows == 2 && columns == 2)
-            _tile_zero(3);
-    }
-    add_steps(left, right, steps, rows, columns, next, lines);
-    if (last) {
-        right[0].at += steps * right[0].step;
-        right[1].at += steps * right[1].step;
-        add_steps(last, right, 1, rows, columns, next, lines);
-    }
-    _tile_stored(0, c, ld);
-    if (columns == 2)
-        _tile_stored(1, c + TILE, ld);
-    if (rows == 2)
-        _tile_stored(2, below, ld);
-    if (rows == 2 && columns == 2)
-        _tile_stored(3, below + TILE, ld);
-}
-
 /* Up to two panels with up to TALL rows of weights, from step `first` of the panels' `all` on */
 static inline __attribute__((always_inline)) void sums(
-    const operand left[2], int64_t steps, const operand *last, const bf16 *packed, int64_t first, int64_t all,
-    const int64_t rows[2], int64_t M, float *c, ptrdiff_t ldc, ahead *next, int64_t lines)
+    const operand left[2], int64_t steps, const operand *last, int64_t last_steps, const bf16 *packed, int64_t first,
+    int64_t all, const int64_t rows[2], int64_t M, float *c, ptrdiff_t ldc, ahead *next, int64_t lines)
 {
-    int64_t columns[2] = {min_i64(TILE, M), max_i64(0, M - TILE)};
+    int64_t columns[2];
     operand right[2];
+    rows_of_two(M, columns);
     for (int i = 0; i < 2; i++) {
         const bf16 *panel = packed + (i * TILE * all + first * columns[i]) * TILE_STEP;
         right[i] = (operand){(const char *)panel, 4 * columns[i], 64 * columns[i]};
     }
-    if (rows[1] && columns[1])
-        block(left, steps, last, right, c, ldc, first > 0, 2, 2, next, lines);
-    else if (rows[1])
-        block(left, steps, last, right, c, ldc, first > 0, 2, 1, next, lines);
-    else if (columns[1])
-        block(left, steps, last, right, c, ldc, first > 0, 1, 2, next, lines);
-    else
-        block(left, steps, last, right, c, ldc, first > 0, 1, 1, next, lines);
+    blocks(left, steps, last, last_steps, right, c, ldc, first > 0, rows, columns, next, lines);
 }
 
 static inline ptrdiff_t row_bytes(int bits, int64_t n) { return n * bits / 8; }
-
-static inline void rows_of_two(int64_t n, int64_t rows[2])
-{
-    rows[0] = min_i64(TILE, n);
-    rows[1] = max_i64(0, min_i64(TILE, n - TILE));
-}
 
 /* Weights tile by tile, as bf16: (steps, TALL, TILE_STEP), zeros past the end of a row; n elements of each row */
 static inline __attribute__((always_inline)) void stage(
@@ -265,7 +135,7 @@ static void product_once(const bf16 *w, ptrdiff_t ldw, int64_t N, int64_t K, con
         configure(rows, (int64_t[2]){min_i64(TILE, M), max_i64(0, M - TILE)});
         ahead later = {after, ld, after ? TALL : 0, all, 0};
         operand left[2] = {{at, ld, 64}, {at + TILE * ld, ld, 64}};
-        sums(left, whole, whole < all ? last : NULL, packed, 0, all, rows, M, c + j * ldc, ldc, &later, TALL);
+        sums(left, whole, last, all - whole, packed, 0, all, rows, M, c + j * ldc, ldc, &later, TALL);
     }
 }
 
@@ -294,7 +164,7 @@ static inline __attribute__((always_inline)) void product_of(
                 int64_t columns = min_i64(2 * TILE, M - i);
                 if (i == 0 || columns < 2 * TILE)
                     configure(rows, (int64_t[2]){min_i64(TILE, columns), max_i64(0, columns - TILE)});
-                sums(left, steps, NULL, packed + i * all * TILE_STEP, s, all, rows, columns, c + j * ldc + i, ldc, &later,
+                sums(left, steps, NULL, 0, packed + i * all * TILE_STEP, s, all, rows, columns, c + j * ldc + i, ldc, &later,
                      lines);
             }
         }
