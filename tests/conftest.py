@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import transformers_dsv3
 
@@ -169,6 +170,17 @@ def byte_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+@pytest.fixture(scope="session")
+def byte_merges():
+    """A tokenizer for `trained_model`: a token a byte, and one merge, without which llama.cpp opens none."""
+    letters = bytes_to_unicode()
+    vocabulary = {letter: byte for byte, letter in letters.items()} | {letters[0] + letters[1]: 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(letters[0], letters[1])]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>")
 
 
 TRAINING_TEXT = inspect.getsource(importlib.import_module("textwrap"))[:2000]

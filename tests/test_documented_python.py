@@ -41,11 +41,11 @@ def documented():
 
 
 @pytest.fixture
-def names(trained_model, byte_tokenizer, tmp_path, monkeypatch):
+def names(trained_model, byte_merges, tmp_path, monkeypatch):
     """What the pages' blocks take as given: a checkpoint here, the model of it, data, arguments."""
     monkeypatch.chdir(tmp_path)
     trained_model.save_pretrained("dsv3-quickstart")
-    byte_tokenizer.save_pretrained("dsv3-quickstart")
+    byte_merges.save_pretrained("dsv3-quickstart")
     tokenizer = AutoTokenizer.from_pretrained("dsv3-quickstart")
     ids = torch.arange(64).reshape(4, 16)
     return {

@@ -25,6 +25,7 @@ NAMES = [
     "Dsv3PreTrainedModel",
     "ESFTCallback",
     "ExpertSelection",
+    "InternVLProcessor",
     "KimiK2Config",
     "LoadBalancingCallback",
     "MtpObjectiveCallback",

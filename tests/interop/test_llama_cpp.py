@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from transformers_dsv3 import export_gguf
 from transformers_dsv3.models.dsv3.mtp_dsv3 import shift_left
@@ -249,17 +247,6 @@ def test_files_of_the_converter_and_the_quantizer_open(llama, converter, save_wi
     )
     # Activations of llama.cpp are rounded to 8 bits, in this model of random weights of every layer
     assert difference <= (1e-3 if type == "f32" else 0.5) * deviation and agreement >= (1.0 if type == "f32" else 0.8)
-
-
-@pytest.fixture
-def byte_merges():
-    """A tokenizer for `trained_model`: a token a byte, and one merge, without which llama.cpp opens none."""
-    letters = bytes_to_unicode()
-    vocabulary = {letter: byte for byte, letter in letters.items()} | {letters[0] + letters[1]: 256}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(letters[0], letters[1])]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
 def test_mtp_layer(llama, trained_model, training_bytes, byte_merges, tmp_path):

@@ -15,6 +15,14 @@ class InternVLProcessor(native.InternVLProcessor):
     """Native's, whose files it reads and writes. It needs no torchvision, and checks what it is given.
 
     Without torchvision it has no `video_processor`: frames go through the image processor, each as one tile.
+
+    Args:
+        image_processor, tokenizer, video_processor: native's, of the checkpoint.
+        image_seq_length: tokens of a tile. chat_template: takes messages with pictures.
+        kwargs: other fields of native's.
+
+    Raises:
+        ValueError: when called, naming the picture or video that is empty, cut off, too large, or moves.
     """
 
     @classmethod
