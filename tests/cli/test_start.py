@@ -73,7 +73,7 @@ def test_importing_brings_no_module_of_others_but_natives():
     assert others in ([], ["transformers.integrations.gguf.gguf_config_mapping"])
     # What only asks, trains, measures or shares comes when it is named
     parts = {".".join(name.split(".")[1:2]) for name in brought if name not in others}
-    assert parts <= {"", "compression", "generation", "imports", "kernels", "models", "registration"}
+    assert parts <= {"", "compression", "generation", "imports", "kernels", "memory", "models", "registration"}
     assert not {"transformers_dsv3.kernels.explain", "transformers_dsv3.generation.engine"} & set(brought)
 
 
