@@ -107,7 +107,7 @@ def _register_joined(ours: str) -> None:
 def _open_by(auto_class: Any, config_class: type, model_class: type) -> None:
     mapping = auto_class._model_mapping
     mapping.register(config_class, model_class, exist_ok=True)
-    if mapping.get(config_class) is not model_class:  # older releases register nothing for configs of their own
+    if mapping.get(config_class, None) is not model_class:  # older releases register nothing for configs of their own
         mapping._extra_content[config_class] = model_class
 
 
