@@ -14,6 +14,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from tests.draws import chi_squared_deviations
 from transformers_dsv3.kernels.cpu.sample import sample, sample_refusal
 
 
@@ -102,13 +103,7 @@ def test_draws_fit_the_chain(options, measured):
     expected = warped(scores[0], **options)
     found = torch.bincount(draws(scores.expand(count, -1), numbers(count), **options), minlength=V).double()
     assert not found[expected == 0].any()
-    order = expected.argsort(descending=True)
-    cell = ((count * expected[order]).cumsum(0) / 5).floor().long()
-    wanted = torch.zeros(int(cell[-1]) + 1, dtype=torch.float64).scatter_add_(0, cell, count * expected[order])
-    found = torch.zeros_like(wanted).scatter_add_(0, cell, found[order])
-    found, wanted = found[wanted >= 5], wanted[wanted >= 5]
-    freedom = max(len(wanted) - 1, 1)
-    deviations = float((((found - wanted) ** 2 / wanted).sum() - freedom) / (2 * freedom) ** 0.5)
+    deviations = chi_squared_deviations(found, expected)
     measured["χ² of compiled sampling, deviations"] = max(
         deviations, measured.get("χ² of compiled sampling, deviations", 0.0)
     )

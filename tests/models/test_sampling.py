@@ -14,6 +14,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
+from tests.draws import chi_squared_deviations
 from transformers_dsv3.models.dsv3 import sampling_dsv3
 from transformers_dsv3.models.dsv3.sampling_dsv3 import NextToken
 
@@ -113,16 +114,8 @@ def test_draws_fit_the_chain(monkeypatch, options, vocabulary, refusal, measured
         tokens = choose(NOTHING.expand(rows, 1), scores.repeat(rows, 1))
         counts += torch.bincount(tokens, minlength=vocabulary)
     assert not counts[expected == 0].any()
-    order = expected.argsort(descending=True)
-    cell = ((draws * expected[order]).cumsum(0) / 5).floor().long()
-    wanted = torch.zeros(int(cell[-1]) + 1, dtype=torch.float64).scatter_add_(0, cell, draws * expected[order])
-    found = torch.zeros_like(wanted).scatter_add_(0, cell, counts[order])
-    found, wanted = found[wanted >= 5], wanted[wanted >= 5]
-    freedom = max(len(wanted) - 1, 1)
-    deviations = (((found - wanted) ** 2 / wanted).sum() - freedom) / (2 * freedom) ** 0.5
-    measured["χ² of fast sampling, deviations"] = max(
-        float(deviations), measured.get("χ² of fast sampling, deviations", 0)
-    )
+    deviations = chi_squared_deviations(counts, expected)
+    measured["χ² of fast sampling, deviations"] = max(deviations, measured.get("χ² of fast sampling, deviations", 0))
     assert deviations < 5
 
 

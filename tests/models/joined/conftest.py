@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import InternVLConfig
-from transformers.models.internvl import modeling_internvl
+from transformers.models.internvl import configuration_internvl, modeling_internvl
 
 from transformers_dsv3.models.joined.internvl import InternVLForConditionalGeneration
 
@@ -20,6 +20,19 @@ VISION = {
     "use_qk_norm": True,
 }
 IMAGE, TILE = 90, 4  # the token that stands for pictures, and how many of it a tile takes
+
+
+@pytest.fixture(scope="session")
+def small_tower():
+    """Config of a tower of one layer, for pictures of 16 x 16 pixels."""
+    return configuration_internvl.InternVLVisionConfig(
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=[16, 16],
+        patch_size=[4, 4],
+    )
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
-from transformers.models.internvl import configuration_internvl, modeling_internvl
+from transformers.models.internvl import modeling_internvl
 from typer.testing import CliRunner
 
 import transformers_dsv3
@@ -27,22 +27,14 @@ def inside(name):
 
 
 @pytest.fixture(scope="module")
-def joined(make_model, byte_tokenizer, tmp_path_factory):
+def joined(make_model, byte_tokenizer, small_tower, tmp_path_factory):
     """Folder with a joined model of wider layers, which can be rounded in groups of 32, and the processor."""
     folder = tmp_path_factory.mktemp("joined")
     torch.manual_seed(0)
-    config = configuration_internvl.InternVLVisionConfig(
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=[16, 16],
-        patch_size=[4, 4],
-    )
     wider = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 32}
     text = make_model(vocab_size=258, v_head_dim=16, **wider)
     tokenizer = copy.deepcopy(byte_tokenizer)
-    model, processor = transformers_dsv3.join(modeling_internvl.InternVLVisionModel(config), text, tokenizer)
+    model, processor = transformers_dsv3.join(modeling_internvl.InternVLVisionModel(small_tower), text, tokenizer)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder, processor

@@ -6,25 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers.models.internvl import configuration_internvl, modeling_internvl
+from transformers.models.internvl import modeling_internvl
 
 
 PAGE = Path(__file__).parents[3] / "examples" / "vision.md"
 
 
-def test_blocks_of_the_page_run(make_model, byte_tokenizer, tmp_path, monkeypatch):
+def test_blocks_of_the_page_run(make_model, byte_tokenizer, small_tower, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    config = configuration_internvl.InternVLVisionConfig(
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=[16, 16],
-        patch_size=[4, 4],
-    )
-    modeling_internvl.InternVLVisionModel(config).save_pretrained("tower")
+    modeling_internvl.InternVLVisionModel(small_tower).save_pretrained("tower")
     make_model(vocab_size=258).save_pretrained("dsv3-quickstart")
     byte_tokenizer.save_pretrained("dsv3-quickstart")
     Image.new("RGB", (20, 12), (90, 0, 0)).save("icon.png")
