@@ -136,7 +136,7 @@ def test_tokens_and_text(echo):
     chat = echo.post("/tokenize", {"messages": [{"role": "user", "content": "a"}]}).json["tokens"]
     assert echo.post("/detokenize", {"tokens": chat}).json["prompt"] == "User: a\n\nAssistant:"
     assert echo.post("/tokenize", {}).error["param"] == "prompt"
-    assert echo.post("/detokenize", {"tokens": [999]}).error["param"] == "tokens.0"
+    assert echo.post("/detokenize", {"tokens": [999]}).error["param"] == "tokens[0]"
 
 
 @pytest.mark.parametrize(

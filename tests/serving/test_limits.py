@@ -116,7 +116,7 @@ def test_all_bodies_together_have_a_limit(serve, make_engine):
     ("path", "fields", "param"),
     [
         ("/v1/completions", {"prompt": "a" * 300}, "prompt"),
-        ("/v1/completions", {"prompt": ["a", "a" * 300]}, "prompt.1"),
+        ("/v1/completions", {"prompt": ["a", "a" * 300]}, "prompt[1]"),
         ("/v1/completions", {"prompt": "a" * 100_000}, "prompt"),
         ("/v1/completions", {"prompt": [1] * 300}, "prompt"),
         ("/v1/completions", {"prompt": "a", "max_tokens": 10**9}, "max_tokens"),

@@ -213,7 +213,7 @@ class Service:
         adapter = self.adapter(asked.model)
         prompts = []
         for place, prompt in enumerate(asked.prompts):
-            param = "prompt" if len(asked.prompts) == 1 else f"prompt.{place}"
+            param = "prompt" if len(asked.prompts) == 1 else f"prompt[{place}]"
             if isinstance(prompt, str):
                 tokens = await self.texts.aside(
                     len(prompt), self.texts.encode, prompt, param, asked.add_special_tokens
@@ -227,7 +227,7 @@ class Service:
         if asked.echo and settings.logprobs is not None:
             settings = replace(settings, prompt_logprobs=settings.logprobs)
         for place, tokens in enumerate(prompts):
-            self._within(settings, asked, tokens, "prompt" if len(prompts) == 1 else f"prompt.{place}")
+            self._within(settings, asked, tokens, "prompt" if len(prompts) == 1 else f"prompt[{place}]")
         requests = await self._requests("cmpl", asked, prompts, settings, adapter)
         choices = []
         for place, engine_request in enumerate(requests):

@@ -123,6 +123,6 @@ class Conversations:
                         call["function"]["arguments"] = json.loads(call["function"]["arguments"])
                     except ValueError:
                         raise refused(
-                            f"messages.{place}.tool_calls.{number}.function.arguments", "is no JSON"
+                            f"messages[{place}].tool_calls[{number}].function.arguments", "is no JSON"
                         ) from None
         return copies

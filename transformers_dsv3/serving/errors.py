@@ -24,7 +24,7 @@ class ApiError(Exception):
     """A request that gets an error in place of an answer.
 
     Args:
-        status: of HTTP. message: one line. param: the field at fault, "messages.0.role" say.
+        status: of HTTP. message: one line. param: the field at fault, "messages[0].role" say.
         code: OpenAI's, where it has one for this. headers: of the answer.
     """
 

@@ -65,8 +65,10 @@ def _strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, value
     elif isinstance(value, (dict, list)):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            below = f"{path}.{name}" if path else str(name)
-            if isinstance(name, str):
+            if isinstance(name, int):
+                below = f"{path}[{name}]"
+            else:
+                below = f"{path}.{name}" if path else name
                 yield below, name
             yield from _strings(inner, below)
 
@@ -112,7 +114,7 @@ class Fields:
         self.taken: set[str] = set()
 
     def name(self, name: str) -> str:
-        """As it is called in the request: `tools.0.function.name`."""
+        """As it is called in the request: `tools[0].function.name`."""
         return f"{self.path}.{name}" if self.path else name
 
     def any(self, name: str) -> Any:

@@ -253,7 +253,7 @@ def _tokens(values: list[Any] | None, param: str, vocabulary: int) -> tuple[int,
     for place, token in enumerate(values):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
             raise refused(
-                f"{param}.{place}", f"has to be a token id, a whole number below {vocabulary}, not {kind_of(token)}"
+                f"{param}[{place}]", f"has to be a token id, a whole number below {vocabulary}, not {kind_of(token)}"
             )
     return tuple(values)
 
@@ -288,11 +288,11 @@ def _prompts(fields: Fields, vocabulary: int) -> tuple[str | tuple[int, ...], ..
     prompts: list[str | tuple[int, ...]] = []
     for place, prompt in enumerate(value):
         if isinstance(prompt, list):
-            prompts.append(_tokens(prompt, f"prompt.{place}", vocabulary) or ())
+            prompts.append(_tokens(prompt, f"prompt[{place}]", vocabulary) or ())
         elif isinstance(prompt, str):
             prompts.append(prompt)
         else:
-            raise refused(f"prompt.{place}", f"has to be a string or token ids, not {kind_of(prompt)}")
+            raise refused(f"prompt[{place}]", f"has to be a string or token ids, not {kind_of(prompt)}")
     return tuple(prompts)
 
 
@@ -300,14 +300,14 @@ def _messages(fields: Fields) -> tuple[Mapping[str, Any], ...]:
     given = fields.need("messages", fields.array("messages"))
     if not given:
         raise refused("messages", "is empty: give one message or more")
-    return tuple(_message(Fields(message, f"messages.{place}")) for place, message in enumerate(given))
+    return tuple(_message(Fields(message, f"messages[{place}]")) for place, message in enumerate(given))
 
 
 def _message(fields: Fields) -> dict[str, Any]:
     role = fields.need("role", fields.choice("role", "system", "developer", "user", "assistant", "tool"))
     content = fields.any("content")
     if isinstance(content, list):
-        parts = [Fields(part, f"{fields.name('content')}.{place}") for place, part in enumerate(content)]
+        parts = [Fields(part, f"{fields.name('content')}[{place}]") for place, part in enumerate(content)]
         for part in parts:
             if part.need("type", part.text("type")) not in ("text", "refusal"):
                 raise refused(part.name("type"), "has to be text: this model reads nothing else")
@@ -323,7 +323,7 @@ def _message(fields: Fields) -> dict[str, Any]:
         if role != "assistant":
             raise refused(fields.name("tool_calls"), "may only be in a message of the assistant")
         message["tool_calls"] = [
-            _earlier_call(Fields(call, f"{fields.name('tool_calls')}.{place}")) for place, call in enumerate(calls)
+            _earlier_call(Fields(call, f"{fields.name('tool_calls')}[{place}]")) for place, call in enumerate(calls)
         ]
     elif content is None:
         raise refused(fields.name("content"), "is missing")
@@ -343,7 +343,7 @@ def _earlier_call(fields: Fields) -> dict[str, Any]:
 def _tools(fields: Fields) -> tuple[Tool, ...]:
     tools: list[Tool] = []
     for place, given in enumerate(fields.array("tools") or []):
-        tool = Fields(given, f"tools.{place}")
+        tool = Fields(given, f"tools[{place}]")
         tool.need("type", tool.choice("type", "function"))
         function = tool.need("function", tool.object("function"))
         name = function.need("name", function.text("name"))
