@@ -34,10 +34,11 @@ class Answer:
         return "".join(output.text for output in self.outputs)
 
 
-def ask(engine, prompt, name="a", adapter=None, constraint=None, cache_salt="", priority=0, **fields):
+def ask(engine, prompt, name="a", adapter=None, constraint=None, cache_salt="", priority=0, features=None, **fields):
     """Submits a request; its answer is waited for by whoever wants it."""
     fields = {"max_new_tokens": 8, "temperature": 0, **fields}
     answer = Answer()
-    request = Request(name, tuple(prompt), SamplingSettings(**fields), priority, cache_salt, adapter, constraint)
+    settings = SamplingSettings(**fields)
+    request = Request(name, tuple(prompt), settings, priority, cache_salt, adapter, constraint, features)
     engine.submit(request, answer)
     return answer

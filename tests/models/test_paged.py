@@ -300,6 +300,8 @@ def test_bad_batches_are_refused_before_anything_is_written(make_model):
         ("tables_BP", torch.tensor([[0.0, 1.0], [1.0, 2.0]]), "tables_BP.*float32"),
         ("wanted_W", torch.tensor([3]), "wanted_W.* 3"),
         ("wanted_W", torch.tensor([[1]]), "wanted_W"),
+        ("places_F", torch.tensor([3]), "places_F.* 3"),
+        ("places_F", torch.tensor([0]), "features_FD. is None"),
     ):
         with pytest.raises(ValueError, match=said):
             forward_pages(model, pages, RaggedBatch(**{**good, field: value}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ..models.dsv3.paged_dsv3 import PagedLatents, RaggedBatch, forward_pages
 from .adapters import Adapters
 from .memory import free_bytes
 from .pages import PagePool
-from .requests import Deliver, FinishReason, Output, QueueFull, Request, RequestError, end_tokens
+from .requests import Deliver, Features, FinishReason, Output, QueueFull, Request, RequestError, end_tokens
 from .sampling import Drawn, draw, token_logprobs
 from .scheduler import Chunk, Limits, Scheduler, Step
 from .served import Served
@@ -234,6 +235,8 @@ class Engine:
                 raise RequestError(name, f"has {wrong!r}, which is no token: they go from 0 to {vocabulary - 1}")
         if asked.stop and self._decode is None:
             raise RequestError("stop", "needs a tokenizer, and the engine has none")
+        if request.features is not None and (reason := _features_refusal(self.model, request.features)) is not None:
+            raise RequestError("features", reason)
         if request.adapter is not None and request.adapter not in self._adapters.names:
             known = ", ".join(self._adapters.names) or "there are none"
             raise RequestError("adapter", f"is {request.adapter!r}, which is none of: {known}")
@@ -341,9 +344,15 @@ class Engine:
         wanted: list[int] = []
         drawing: list[int] = []  # places among those that are wanted
         of_prompts: list[tuple[Served, range, int]] = []
+        pictured: list[int] = []  # places in `tokens`
+        features: list[torch.Tensor] = []
         for chunk, served in chunks:
             first, start, end = len(tokens), chunk.start, chunk.start + chunk.count
-            tokens += chunk.sequence.tokens[start:end]
+            tokens += chunk.sequence.ids(start, end)
+            if (found := served.request.features) is not None:
+                rows = slice(bisect_left(found.places, start), bisect_left(found.places, end))
+                pictured += [first + place - start for place in found.places[rows]]
+                features.append(found.rows[rows])
             if places := served.wanted_of_prompt(start, chunk.count):
                 of_prompts.append((served, places, len(wanted)))
                 wanted += [first + place - start for place in places]
@@ -359,6 +368,8 @@ class Engine:
             counts_B=[chunk.count for chunk, _ in chunks],
             tables_BP=torch.tensor([table + [0] * (longest - len(table)) for table in tables]),
             wanted_W=torch.tensor(wanted, dtype=torch.int64, device=device),
+            places_F=torch.tensor(pictured, device=device) if pictured else None,
+            features_FD=torch.cat(features) if pictured else None,
         )
         logits_WV = forward_pages(self.model, self._pages, batch).logits
         for served, places, first in of_prompts:
@@ -399,6 +410,17 @@ def _ends_of(model: Any) -> tuple[int, ...]:
     """The model's own ends of sequence."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return end_tokens(model.config.eos_token_id if ends is None else ends)
+
+
+def _features_refusal(model: Any, features: Features) -> str | None:
+    """Why they cannot stand in place of embeddings."""
+    like = model.model.norm.weight
+    shape, dtype = (len(features.places), model.config.hidden_size), like.dtype
+    rows = features.rows
+    if tuple(rows.shape) != shape or rows.dtype != dtype or rows.device != like.device:
+        found = f"{rows.dtype} of shape {tuple(rows.shape)} on {rows.device}"
+        return f"are {found}, not {dtype} of shape {shape} on {like.device}"
+    return None
 
 
 def _make_pages(model: Any, settings: EngineSettings, longest: int) -> PagedLatents:

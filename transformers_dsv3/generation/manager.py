@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
@@ -25,7 +25,8 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from ..models.dsv3.paged_dsv3 import PagedLatents
 from .engine import Engine, EngineStopped
 from .memory import free_bytes
-from .requests import Output, Request, RequestError, SamplingSettings, end_tokens
+from .pictures import with_pictures
+from .requests import Features, Output, Request, RequestError, SamplingSettings, end_tokens
 from .settings import EngineSettings
 
 
@@ -68,6 +69,7 @@ class ContinuousBatching:
         self.num_return_sequences = generation_config.num_return_sequences or 1
         self._settings = _sampling_settings(model, generation_config, batching)
         self._engine_settings = _engine_settings(model, batching, workload)
+        self.joined: Any = None  # the model with a tower around `model`, where there is one
         self._engine: Engine | None = None
         self.warmed_up = True  # nothing is compiled or recorded
         self._changed = threading.Condition()
@@ -137,6 +139,7 @@ class ContinuousBatching:
         streaming: bool = False,
         record_timestamps: bool = False,
         eos_token_id: int | Sequence[int] | None = None,
+        pictures: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> str:
         """Adds a request, which fails with an error of its own if it cannot be served.
@@ -148,6 +151,8 @@ class ContinuousBatching:
             streaming: a result after every token, not only at the end.
             record_timestamps: note when each token came.
             eos_token_id: ends of sequence; the generation config's unless given, -1 for none.
+            pictures: of a model that reads them, what its processor gives beside `input_ids`, by name; they go through
+                the tower now.
             settings: of this request alone, any of [`SamplingSettings`].
 
         Returns:
@@ -159,11 +164,22 @@ class ContinuousBatching:
         if request_id is None:
             request_id = self._new_ids(1)[0]
         prompt = tuple(int(token) for token in input_ids)
+        features: Features | None = None
+        refusal: RequestError | None = None
+        if pictures:
+            try:
+                if self.joined is None:
+                    raise RequestError("pictures", "need a model with a tower, and this one reads text alone")
+                prompt, features = with_pictures(self.joined, prompt, pictures)
+            except RequestError as error:
+                refusal = error
         children = [f"{request_id}__child#{place}" for place in range(self.num_return_sequences - 1)]
         for name in (request_id, *children):
             result = GenerationOutput(name, list(prompt), timestamps=[] if record_timestamps else None)
             try:
-                request = self._request(name, prompt, max_new_tokens, eos_token_id, settings)
+                if refusal is not None:
+                    raise refusal
+                request = self._request(name, prompt, max_new_tokens, eos_token_id, settings, features)
                 if self._engine is None:
                     raise EngineStopped("The manager was not started.")
                 self._engine.submit(request, partial(self._take, result, streaming))
@@ -180,12 +196,13 @@ class ContinuousBatching:
         max_new_tokens: int | None = None,
         streaming: bool = False,
         record_timestamps: bool = False,
+        pictures: Sequence[Mapping[str, Any] | None] | None = None,
         **settings: Any,
     ) -> list[str]:
-        """Adds a request for each prompt; their ids, in the order of the prompts."""
+        """Adds a request for each prompt; their ids, in the order of the prompts. `pictures` has those of each."""
         names = self._new_ids(len(inputs))
-        for name, prompt in zip(names, inputs):
-            self.add_request(prompt, name, max_new_tokens, streaming, record_timestamps, **settings)
+        for name, prompt, own in zip(names, inputs, pictures or [None] * len(inputs), strict=True):
+            self.add_request(prompt, name, max_new_tokens, streaming, record_timestamps, pictures=own, **settings)
         return names
 
     def cancel_request(self, request_id: str) -> None:
@@ -249,6 +266,7 @@ class ContinuousBatching:
         max_new_tokens: int | None,
         eos_token_id: int | Sequence[int] | None,
         own: dict[str, Any],
+        features: Features | None,
     ) -> Request:
         for field in own:
             if field not in _OF_A_REQUEST:
@@ -268,7 +286,7 @@ class ContinuousBatching:
         if eos_token_id is not None:
             settings = replace(settings, stop_token_ids=_of_the_vocabulary(eos_token_id))
         salt = "" if self.continuous_batching_config.allow_block_sharing else name
-        return Request(name, prompt, settings, cache_salt=salt)
+        return Request(name, prompt, settings, cache_salt=salt, features=features)
 
     def _take(self, result: GenerationOutput, streaming: bool, output: Output) -> None:
         """Adds what came to a request's result, and delivers it where that is due."""

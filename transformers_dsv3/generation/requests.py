@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 
@@ -108,6 +109,29 @@ class SamplingSettings:
                 )
 
 
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What stands in a prompt in place of tokens' embeddings: pictures, as `pictures.features_of` makes them.
+
+    Attributes:
+        places: of the prompt, ascending.
+        rows: `(places, D)`, a tensor.
+        keys: by which pages with these rows are found, one a place: whole numbers that no token is, equal only where
+            rows are.
+    """
+
+    places: tuple[int, ...]
+    rows: Any
+    keys: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.places) == len(self.rows) == len(self.keys):
+            sizes = f"{len(self.places)}, {len(self.rows)} and {len(self.keys)}"
+            raise RequestError("features", f"have {sizes} places, rows and keys, not as many of each")
+        if any(first >= second for first, second in pairwise((-1, *self.places))):
+            raise RequestError("features", "have places that do not ascend")
+
+
 @dataclass(frozen=True)
 class Request:
     """One text to be continued.
@@ -121,6 +145,7 @@ class Request:
             another asked.
         adapter: name of one that the engine was given, or None for the model itself.
         constraint: a grammar, of this request alone.
+        features: of pictures, in places of `prompt` whose tokens stand for them.
     """
 
     request_id: str
@@ -130,10 +155,24 @@ class Request:
     cache_salt: str = ""
     adapter: str | None = None
     constraint: Constraint | None = None
+    features: Features | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise RequestError("prompt", "is empty: give one token or more")
+        if self.features is not None and self.features.places and self.features.places[-1] >= len(self.prompt):
+            raise RequestError(
+                "features", f"have place {self.features.places[-1]} of a prompt of {len(self.prompt)} tokens"
+            )
+
+    @property
+    def keys(self) -> list[int]:
+        """What tells prompts apart: their tokens, and keys in the places of pictures."""
+        keys = list(self.prompt)
+        if self.features is not None:
+            for place, key in zip(self.features.places, self.features.keys):
+                keys[place] = key
+        return keys
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Sequence:
 
     Attributes:
         order: what goes first is the lower.
-        tokens: the prompt, and what was drawn.
+        tokens: the prompt, with keys in place of pictures, and what was drawn. `ids` has the prompt's own.
         computed: how many of them have their latents in pages.
         sound: how many of those are known to have led to finite logits, so that others may use them.
         cached: tokens of the prompt that were found in pages when it began.
@@ -55,6 +55,11 @@ class Sequence:
     @property
     def drawn(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    def ids(self, start: int, end: int) -> list[int]:
+        """Tokens from `start` on, as the model knows them."""
+        prompt = self.request.prompt
+        return [*prompt[start:end], *self.tokens[max(start, len(prompt)) : end]]
 
     def __lt__(self, other: Sequence) -> bool:
         return self.order < other.order
@@ -179,7 +184,7 @@ class Scheduler:
         """Lets a request wait for its turn. Errors are those of `check`."""
         self.check(request)
         priority = min(max(request.priority, _PRIORITIES[0]), _PRIORITIES[1])
-        sequence = Sequence(request, (self._arrivals + LEAD * priority, self._arrivals), list(request.prompt))
+        sequence = Sequence(request, (self._arrivals + LEAD * priority, self._arrivals), request.keys)
         self._arrivals += 1
         insort(self.waiting, sequence)
         return sequence

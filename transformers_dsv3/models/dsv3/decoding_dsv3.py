@@ -386,8 +386,8 @@ class Decoding:
         if program is None or len(tokens) > most_tokens(program):
             return None
         ends, x = self.ends_for(model, program), None
-        if not ends.has_embedding:
-            x = model.model.embed_tokens(tokens)
+        if not ends.has_embedding or given.places_F is not None:
+            x = given.embeds(model.model.embed_tokens)
             if type(x) is not torch.Tensor or x.shape[:-1] != tokens.shape or x.dtype is not dtype:
                 return None
             x = x.contiguous()

@@ -6,7 +6,7 @@ know. New tokens of all sequences go through the layers as one row of T tokens, 
 experts and head are the model's own modules, adapters, hooks and all. Attention alone looks at sequences.
 
 Shape suffixes: B sequences, T new tokens of all of them, P pages of a table, W rows whose logits are wanted, and those
-of `attention_dsv3.py`.
+of `attention_dsv3.py`; F new tokens with features in place of embeddings.
 """
 
 import itertools
@@ -123,6 +123,8 @@ class RaggedBatch:
         tables_BP: whole numbers, the pages of each sequence, in order, with room for its new tokens. Entries behind
             those that are needed are not read.
         wanted_W: int64, places in `tokens_T` whose logits are wanted.
+        places_F, features_FD: int64, places in `tokens_T`, and what stands there in place of embeddings, of their
+            dtype: features of pictures.
     """
 
     tokens_T: torch.Tensor
@@ -130,6 +132,15 @@ class RaggedBatch:
     counts_B: list[int]
     tables_BP: torch.Tensor
     wanted_W: torch.Tensor
+    places_F: torch.Tensor | None = None
+    features_FD: torch.Tensor | None = None
+
+    def embeds(self, embedding: Any) -> torch.Tensor:
+        """Of the new tokens, `(T, D)`, with features in their places."""
+        embeds_TD: torch.Tensor = embedding(self.tokens_T[None])[0]
+        if self.places_F is None or self.features_FD is None:
+            return embeds_TD
+        return embeds_TD.index_copy(0, self.places_F, self.features_FD)
 
 
 class PagedOutput(NamedTuple):
@@ -258,7 +269,7 @@ def forward_pages(model: Any, pages: PagedLatents, batch: RaggedBatch) -> PagedO
         return PagedOutput(logits_WV, hidden_TD)
     if (reason := paged_refusal(model)) is not None:
         raise ValueError(f"The model does not run over pages: {reason}.")
-    hidden_1TD = decoder.embed_tokens(batch.tokens_T[None])
+    hidden_1TD = batch.embeds(decoder.embed_tokens)[None]
     if hidden_1TD.dtype != pages.latent.dtype:
         raise ValueError(f"`pages` hold {pages.latent.dtype}, the activations are {hidden_1TD.dtype}")
     positions_1T = step.positions_T[None]
@@ -298,6 +309,7 @@ def _begin(model: Any, pages: PagedLatents, batch: RaggedBatch) -> _PagedStep:
     for name, numbers, below in (
         ("tokens_T", batch.tokens_T, getattr(model.model.embed_tokens, "num_embeddings", model.config.vocab_size)),
         ("wanted_W", batch.wanted_W, tokens),
+        ("places_F", batch.tokens_T[:0] if batch.places_F is None else batch.places_F, tokens),
     ):
         if numbers.dim() != 1 or numbers.dtype != torch.int64:
             raise ValueError(
@@ -307,6 +319,8 @@ def _begin(model: Any, pages: PagedLatents, batch: RaggedBatch) -> _PagedStep:
             low, high = bounds(numbers)
             if low < 0 or high >= below:
                 raise ValueError(f"`{name}` has {low if low < 0 else high}, which is not from 0 to {below - 1}")
+    if batch.places_F is not None:
+        _check_features(model, batch, pages.latent.dtype)
     ends = list(map(int.__add__, starts, counts))
     needed = [-(-end // pages.page_size) for end in ends]
     tables = batch.tables_BP
@@ -324,3 +338,14 @@ def _begin(model: Any, pages: PagedLatents, batch: RaggedBatch) -> _PagedStep:
     if low < 0 or high >= pages.pages:
         raise ValueError(f"`tables_BP` has page {low if low < 0 else high} of a pool of {pages.pages}")
     return _PagedStep(pages, batch, tables.to(device, torch.int32).contiguous())
+
+
+def _check_features(model: Any, batch: RaggedBatch, dtype: torch.dtype) -> None:
+    """
+    Raises:
+        ValueError: naming the field.
+    """
+    shape, features = (len(batch.places_F), model.config.hidden_size), batch.features_FD  # type: ignore[arg-type]
+    if features is None or features.shape != shape or features.dtype is not dtype:
+        found = "None" if features is None else f"{features.dtype} of shape {tuple(features.shape)}"
+        raise ValueError(f"`features_FD` is {found}, not {dtype} of shape {shape}")

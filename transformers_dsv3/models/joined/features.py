@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -36,6 +37,7 @@ class FeatureCache:
         self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._bytes = 0
         self._weights: tuple = ()
+        self._lock = threading.RLock()  # so that who asks for the same at the same time waits for it
 
     def __deepcopy__(self, memo: dict) -> FeatureCache:
         return FeatureCache(self.most_bytes)
@@ -51,10 +53,21 @@ class FeatureCache:
     ) -> list[torch.Tensor]:
         """The features `(tokens, D)` of each picture, of which `compute` makes those that are not here.
 
+        Threads take turns.
+
         Args:
             pictures: tensors of pixels. weights: of the tower and the projector.
             compute: from the places of some pictures in that list to their features.
         """
+        with self._lock:
+            return self._features(pictures, weights, compute)
+
+    def _features(
+        self,
+        pictures: Sequence[torch.Tensor],
+        weights: Iterable[torch.Tensor],
+        compute: Callable[[list[int]], Sequence[torch.Tensor]],
+    ) -> list[torch.Tensor]:
         if (state := _state(weights)) != self._weights:
             self._kept.clear()
             self._bytes, self._weights = 0, state

@@ -238,8 +238,13 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
         return self.causal_lm.generate(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """[`DeepseekV3ForCausalLM.init_continuous_batching`]: of texts alone."""
-        return self.causal_lm.init_continuous_batching(*args, **kwargs)
+        """[`DeepseekV3ForCausalLM.init_continuous_batching`], whose requests may bring pictures.
+
+        `manager.add_request(input_ids, pictures={"pixel_values": ...})` takes what the processor gives.
+        """
+        manager = self.eval().causal_lm.init_continuous_batching(*args, **kwargs)
+        manager.joined = self
+        return manager
 
     def destroy_cached_continuous_batching_manager(self) -> None:
         """Ends a manager that was kept for the next session, and lets its memory go."""
