@@ -14,6 +14,7 @@ from .evaluate import evaluate
 from .explain import explain
 from .export_gguf import export_gguf
 from .filter import filter as filter_text
+from .plan import plan
 from .pull import pull
 from .push import push
 from .quickstart import quickstart
@@ -48,6 +49,7 @@ app.command(short_help="Measure speed here, beside native Transformers.")(bench)
 app.command(short_help="Say which backend serves which part of a model.")(explain)
 app.command(short_help="Report how evenly a model uses its experts on a text.")(routing)
 app.command(short_help="Measure a checkpoint: text, routing, speed, lm-eval's tasks, HumanEval.")(evaluate)
+app.command(short_help="Plan training on many GPUs: memory, time, idle time, days, money.")(plan)
 app.command(short_help="Compress a checkpoint: fewer experts, 8, 4 or 3 bits a weight.")(compress)
 app.command(name="filter", short_help="Keep the best part of a text, and say why the rest was dropped.")(filter_text)
 app.command(short_help="Write a model card from a checkpoint's records.")(card)
