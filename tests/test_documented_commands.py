@@ -52,6 +52,7 @@ RUN_BY = {
     "transformers-dsv3 explain": "tests/kernels/test_explain.py",
     "transformers-dsv3 export-gguf": "tests/cli/test_export_gguf.py",
     "transformers-dsv3 filter": "tests/cli/test_filter.py",
+    "transformers-dsv3 plan": "tests/training/plan/test_plan.py",
     "transformers-dsv3 pull": "tests/hub/test_pull.py",
     "transformers-dsv3 push": "tests/hub/test_push.py",
     "transformers-dsv3 quickstart": "tests/cli/test_quickstart.py",

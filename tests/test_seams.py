@@ -70,6 +70,20 @@ class TestTorch:
         gradient = torch._softmax_backward_data(torch.ones(1, 2), probabilities, -1, torch.float32)
         assert gradient.abs().max() < 1e-6
 
+    def test_tables_of_pipeline_schedules(self):
+        """`plan` takes each schedule's order from it, and leaves out the table of sends and receives."""
+        from torch.distributed.pipelining import schedules
+
+        assert parameters(schedules._PipelineScheduleRuntime._prepare_schedule_with_comms) == [
+            "self",
+            "actions",
+            "format",
+        ]
+        assert "_get_pipeline_order()" in inspect.getsource(schedules.PipelineScheduleSingle.__init__)
+        action = schedules._Action(3, schedules._ComputationType("I"), 7)
+        assert (action.stage_index, action.computation_type.value, action.microbatch_index) == (3, "I", 7)
+        assert action.sub_actions is None
+
 
 class TestTransformers:
     def test_loading(self):

@@ -133,5 +133,5 @@ def plan(
         if gantt is not None:
             if not timelines:
                 raise OptionError("--gantt", "there is no pipeline to draw")
-            write_whole(gantt, draw(timelines))
+            write_whole(gantt, draw(timelines, "operations of one token" if idle else "seconds"))
             typer.echo(f"The schedule is in {gantt}.")

@@ -137,7 +137,7 @@ def print_published(comparisons: Sequence[Comparison], bills: Sequence[Bill], pr
     _say(
         [
             "Busy: of each rank of the pipeline, least to most. Use: the model's operations over the rate that matrix "
-            f"products are taken to reach, beside which the article's utilisation of {ARTICLE_UTILISATION:.0%} stands.",
+            f"products are taken to reach, beside which the article has {ARTICLE_UTILISATION:.0%}.",
             *sorted({f"{comparison.run.name}: {comparison.run.source}." for comparison in comparisons}),
         ]
     )

@@ -53,7 +53,7 @@ def test_threads_wait_a_moment_unless_told_otherwise(given):
 
 
 def test_the_verbs_are_those_of_the_command():
-    assert len(VERBS) == 13 and "quickstart" in VERBS
+    assert len(VERBS) == 14 and "quickstart" in VERBS
 
 
 def test_importing_brings_no_module_of_others_but_natives():

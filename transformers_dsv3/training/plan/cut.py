@@ -63,7 +63,11 @@ def _fit_stages(sums: Sequence[float], most: float, stages: int) -> list[int] | 
 
 
 def _fit_pairs(sums: Sequence[float], most: float, ranks: int) -> list[int] | None:
-    """Stages of a V whose pairs have at most so much, or None: from both ends inward, by every way there is."""
+    """Stages of a V whose pairs have at most so much, or None where none was found, from both ends inward.
+
+    Of ways that have come as far at one end only the one is followed that has come furthest at the other: with few
+    pieces a stage, another might have left better pairs.
+    """
     pieces = len(sums) - 1
     frontier: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = [(0, pieces, (0,), (pieces,))]
     for left in range(ranks - 1, -1, -1):
@@ -81,7 +85,6 @@ def _fit_pairs(sums: Sequence[float], most: float, ranks: int) -> list[int] | No
                 if end not in furthest or start < furthest[end][1]:
                     furthest[end] = (end, start, (*fronts, end), (*backs, start))
                 end += 1
-        # Of two ways the one that has come further from both ends is as good at the least
         frontier, lowest = [], pieces + 1
         for end in sorted(furthest, reverse=True):
             if furthest[end][1] < lowest:

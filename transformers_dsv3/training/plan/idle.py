@@ -119,7 +119,7 @@ def stage_names(units: Sequence[Unit], bounds: Sequence[int]) -> list[str]:
 
 
 def idle_timelines(config: DeepseekV3Config, sequence: int = 4096, tries: int = 200) -> list[tuple[str, Timeline]]:
-    """1F1B and ZBV of the smallest size, cut as in the table, for a picture. Times are FLOPs of a token."""
+    """1F1B and ZBV of the smallest size, cut as in the table, for a picture. Times are in operations of a token."""
     times = operation_times(units_of(config, sequence))
     ranks, microbatches, _ = SIZES[0]
     drawn = []

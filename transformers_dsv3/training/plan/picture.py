@@ -28,11 +28,12 @@ def picture_refusal() -> str | None:
     return None
 
 
-def gantt(timelines: Sequence[tuple[str, Timeline]]) -> bytes:
+def gantt(timelines: Sequence[tuple[str, Timeline]], unit: str = "seconds") -> bytes:
     """Draws schedules below each other, on the same scale of time.
 
     Args:
         timelines: with a title each.
+        unit: of their time.
 
     Returns:
         A PNG file.
@@ -70,7 +71,7 @@ def gantt(timelines: Sequence[tuple[str, Timeline]]) -> bytes:
         axis.set_yticks(range(0, len(timeline.spans), every))
         axis.set_ylabel("rank")
         axis.set_title(f"{title}: {timeline.idle:.1%} idle", fontsize=9)
-    axes[-1].set_xlabel("seconds")
+    axes[-1].set_xlabel(unit)
     figure.legend(
         handles=[Patch(color=COLOURS[kind], label=meaning) for kind, meaning in MEANINGS.items() if kind in kinds],
         loc="outside upper right",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...option_error import OptionError
 from .gpus import Gpu
+from .schedules import SCHEDULES
 from .splits import Estimate, Plan, Split, Workload, estimate, plan
 from .units import RECOMPUTATION
 
@@ -45,6 +46,10 @@ def possible_splits(workload: Workload, gpus: int, gpu: Gpu, wanted: Wanted = AN
     """
     if gpus < 1:
         raise OptionError("--gpus", f"must be at least 1, not {gpus}")
+    if wanted.schedule not in (None, *SCHEDULES):
+        raise OptionError("--schedule", f"is one of {', '.join(SCHEDULES)}, not {wanted.schedule!r}")
+    if wanted.schedule is not None and wanted.pp == 1:
+        raise OptionError("--schedule", "is for a pipeline, and --pp is 1")
     config = workload.config
     found: dict[str, OptionError] = {}
     any_found = False
@@ -74,12 +79,13 @@ def _powers(most: int) -> list[int]:
 
 
 def _variants(tp: int, pp: int, ep: int, dp: int, gpu: Gpu, wanted: Wanted) -> Iterator[Split]:
+    schedules: Sequence[str | None]
     if pp == 1:
-        schedules: Sequence[str | None] = [None]
+        schedules = [] if wanted.schedule is not None else [None]
     elif wanted.schedule is not None:
         schedules = [wanted.schedule]
     else:
-        schedules = ["1F1B", "Interleaved1F1B", "ZBV", "DualPipeV"]
+        schedules = ["1F1B", "Interleaved1F1B", "ZBV", "DualPipeV"]  # GPipe's holds more and waits as long as 1F1B
     for schedule in schedules:
         for fp8 in [wanted.fp8] if wanted.fp8 is not None else [False, *([True] if gpu.fp8 is not None else [])]:
             for recompute in [wanted.recompute] if wanted.recompute is not None else RECOMPUTATION:

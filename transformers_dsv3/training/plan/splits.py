@@ -218,7 +218,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Time and memory of a split as if its stages were equal: what `plan` works out is seldom less."""
+    """Time and memory of a split as if its ranks had as equal work as the largest piece lets them have."""
 
     seconds: float
     memory_bytes: float
@@ -232,9 +232,10 @@ def estimate(workload: Workload, split: Split, gpu: Gpu) -> Estimate:
     """
     microbatches = split.check(workload, gpu)
     place, tokens = RECOMPUTATION.index(split.recompute), _tokens(workload, split)
-    work = kept = logits = others = experts = 0.0
+    work = largest = kept = logits = others = experts = 0.0
     for unit, count in workload.kinds.items():
-        work += count * sum(sum(way.values()) for way in _times(unit, workload, split, gpu))
+        one = sum(sum(way.values()) for way in _times(unit, workload, split, gpu))
+        work, largest = work + count * one, max(largest, one)
         kept += count * unit.kept_bytes(place, split.fp8) * tokens
         logits = max(logits, unit.logits * tokens)
         others += count * unit.parameters / split.tp / split.pp
@@ -243,7 +244,7 @@ def estimate(workload: Workload, split: Split, gpu: Gpu) -> Estimate:
     if split.schedule is not None:  # work at the start and the end, over that of a microbatch on a rank
         pieces = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": split.stages_per_rank or 2, "ZBV": 6, "DualPipeV": 3}
         filling = (split.pp - 1) / pieces[split.schedule]
-    seconds = (microbatches + filling) * workload.accumulation * work / split.pp
+    seconds = (microbatches + filling) * workload.accumulation * max(work / split.pp, largest)
     once = _once_a_step(workload, split, gpu, (others, experts))
     memory = _states(workload, split, others, experts, 0.0)
     kept *= max(1.0, microbatches / split.pp) if split.schedule == "GPipe" else 1.0

@@ -91,7 +91,7 @@ def _attention(config: DeepseekV3Config, sequence: int, name: str, joined: int =
     return Unit(
         name=f"{name} attention",
         part="attention",
-        parameters=products + 2 * hidden + queries + rank,
+        parameters=products + queries + rank + 2 * hidden * (2 if joined else 1),  # and the norms'
         products=products,
         context=float(sequence * heads * (width + value)),
         traffic=2.0 * (6 * hidden + 2 * heads_width),
