@@ -38,7 +38,9 @@ def compress(
         str | None,
         typer.Option(metavar="SIZE", help="The same for memory to run it in, 4k tokens of context: 12GiB, …"),
     ] = None,
-    ratio_from: Annotated[str, typer.Option(help="What --target-ratio counts from: bf16 or fp32.")] = "bf16",
+    ratio_from: Annotated[
+        str | None, typer.Option(help="What --target-ratio counts from: bf16 or fp32. Default: bf16.")
+    ] = None,
     bits: Annotated[
         int | None, typer.Option(help="Of a weight of linear layers: 8, 4, or 16, which leaves them. Default: 4.")
     ] = None,
@@ -46,7 +48,8 @@ def compress(
         int | None, typer.Option(help="Of a weight of routed experts: 8, 4, 3 or 2. Default: as --bits.")
     ] = None,
     head_bits: Annotated[
-        int | None, typer.Option(help="Of a weight of the embedding and the output head: 16, 8 or 4. Default: 8.")
+        int | None,
+        typer.Option(help="Of a weight of the embedding and the output head: 8, 4, or 16, as vLLM needs. Default: 8."),
     ] = None,
     prune: Annotated[
         float | None,
@@ -112,10 +115,12 @@ def compress(
         if has_target and chosen:
             option = "--target-ratio" if target_ratio is not None else "--fit"
             raise OptionError(option, f"chooses --{next(iter(chosen)).replace('_', '-')}: give one of them")
+        if ratio_from is not None and target_ratio is None:
+            raise OptionError("--ratio-from", "says what --target-ratio counts from: give that too")
         others = {"method": method, "tokens": tokens, "window": window, "min_tokens": min_tokens, "seed": seed}
         settings = CompressionSettings(**chosen, **others, prune_by=prune_by, heal=heal)  # type: ignore[arg-type]
         limit = None if memory is None else parse_memory(memory)
-        target = (target_ratio, None if fit is None else parse_memory(fit, "--fit"), ratio_from)
+        target = (target_ratio, None if fit is None else parse_memory(fit, "--fit"), ratio_from or "bf16")
         if plan:
             config = model_config(checkpoint)
             if has_target:

@@ -50,6 +50,6 @@ def explain(
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(**named, dtype=dtype, device_map=device)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(load_refusal(checkpoint, error), param_hint="CHECKPOINT") from None
     typer.echo(transformers_dsv3.explain(model))

@@ -65,7 +65,10 @@ def test_a_target_chooses_the_settings(run, folder, tmp_path):
         (["--plan", "--fit", "much"], "--fit", "is no size"),
         (["--plan", "--target-ratio", 4, "--bits", 8], "--target-ratio", "chooses --bits"),
         (["--plan", "--target-ratio", 0.5], "--target-ratio", "1 or more"),
-        (["--plan", "--fit", "1GB", "--ratio-from", "fp8"], "--ratio-from", "bf16, fp32"),
+        (["--plan", "--target-ratio", 4, "--ratio-from", "fp8"], "--ratio-from", "bf16, fp32"),
+        (["--plan", "--fit", "1GB", "--ratio-from", "fp32"], "--ratio-from", "--target-ratio"),
+        (["--output", "out", "--text", "model/config.json"], "--text", "too few to calibrate on"),
+        (["--output", "out", "--text", "model", "--method", "nearest"], "--text", "by --prune"),
         (["--plan", "--bits", 5], "--bits", "4, 8 or 16"),
         (["--plan", "--prune", 0.3], "--prune", "nearest share"),
         (["--output", "out", "--prune", 0.25, "--prune-by", "size"], "--prune-by", "reap"),
@@ -80,6 +83,28 @@ def test_what_is_refused(run, folder, tmp_path, monkeypatch, words, option, said
     text = " ".join(refused.output.replace("│", " ").split())
     assert f"Invalid value for {option}:" in text and said in text
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+QUANTISED = {"quantization_config": {"quant_method": "compressed-tensors"}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words", "said"),
+    [
+        (QUANTISED, ["--plan"], "quantised already, by compressed-tensors"),
+        (QUANTISED, ["--output", "out"], "quantised already, by compressed-tensors"),
+        (QUANTISED, ["--output", "out", "--target-ratio", 2], "quantised already, by compressed-tensors"),
+        ({"moe_intermediate_size": 40}, ["--plan"], "`moe_intermediate_size=40`: inputs of weights have to be"),
+    ],
+)
+def test_checkpoints_that_are_refused(run, folder, monkeypatch, changed, words, said):
+    monkeypatch.chdir(folder.parent)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, **changed}))
+    refused = run("model", *words)
+    text = " ".join(refused.output.replace("│", " ").split())
+    assert refused.exit_code == 2 and "Invalid value for CHECKPOINT:" in text and said in text, text
+    assert "Chosen" not in text and [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def test_other_checkpoints_have_no_plan(run, tmp_path):

@@ -1,8 +1,11 @@
 """`transformers-dsv3 export-gguf`."""
 
 import gguf
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from tests.conftest import WIDTHS_OVER_BYTES
+from transformers_dsv3 import quantize
 from transformers_dsv3.compression.gguf.export import export_gguf
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3_cli.main import app
@@ -35,6 +38,22 @@ def test_folders_of_a_gguf_file_alone(make_model, tmp_path):
         assert code == 2 and "holds several GGUF files (model.gguf, other.gguf): name one" in output, output
         code, output = run(verb, alone / "other.gguf")
         assert code == 2 and "other.gguf: truncated, the file of 200 bytes ends within its header" in output, output
+
+
+def test_a_scale_that_is_missing_is_named(make_model, tmp_path):
+    """By whatever opens the checkpoint, before any work."""
+    quantize(make_model(**{**WIDTHS_OVER_BYTES, "vocab_size": 300}), 4).save_pretrained(tmp_path / "model")
+    train_byte_bpe(["a text of the tests"], 280, 256).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    scale = "model.layers.1.mlp.experts.2.up_proj.weight_scale"
+    del tensors[scale]
+    save_file(tensors, file, metadata={"format": "pt"})
+    for verb, *options in (["explain"], ["evaluate", "--what", "text"], ["export-gguf", "--output", tmp_path / "out"]):
+        refused = CliRunner().invoke(app, [verb, str(tmp_path / "model"), *map(str, options)])
+        text = " ".join(refused.output.replace("│", " ").split())
+        assert refused.exit_code == 2 and f"is quantised and has no '{scale}'" in text, text
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_export(make_model, tmp_path):

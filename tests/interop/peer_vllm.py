@@ -1,7 +1,7 @@
 """Run by an interpreter that has vLLM: greedy tokens and the prompts' log-probabilities.
 
 Takes a checkpoint, a JSON file with `prompts` (lists of token ids) and `new_tokens`, a JSON file to write, and
-`--plugin` where the process is to import the plugin first.
+`--plugin` where the process is to import the plugin first, or `--bf16` for that dtype in place of fp32.
 """
 
 import json
@@ -24,7 +24,7 @@ def main():
     model = LLM(
         checkpoint,
         model_impl="transformers",
-        dtype="float32",
+        dtype="bfloat16" if "--bf16" in options else "float32",
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=4,

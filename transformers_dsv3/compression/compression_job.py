@@ -30,6 +30,7 @@ from .compressed_layout import Layout, kind_of, layout
 from .expert_choice import kept_experts
 from .layer_compression import tokens_at_once
 from .memory_need import memory_needed, pruning_memory, weights_left
+from .plan import quantized_refusal
 from .settings import WHOLE, CompressionSettings
 
 
@@ -92,6 +93,8 @@ def prepare(
             raise OptionError("--prune", f"{checkpoint} has no routed experts")
         kept_experts(config, settings.prune)
     needs_text = settings.method == "gptq" or bool(settings.prune)
+    if text and not needs_text:
+        raise OptionError("--text", "is read by --method gptq and by --prune; --method nearest alone needs none")
     if needs_text and settings.window > config.max_position_embeddings:
         raise OptionError(
             "--window", f"{settings.window} is more than the {config.max_position_embeddings} tokens of the model"
@@ -126,15 +129,9 @@ def pruned_job(job: CompressionJob, folder: Path) -> CompressionJob:
 def _read(folder: CheckpointFolder) -> tuple[DeepseekV3Config, CheckpointWeights]:
     """The configuration with the MTP layers that are there, and the weights."""
     config = _config(folder)
-    stored = folder.fields.get("quantization_config")
-    fields = stored if isinstance(stored, dict) else {"quant_method": stored}
-    method = fields.get("quant_method", "an unknown method")
-    if stored is not None and not (method == "fp8" and fields.get("weight_block_size")):
-        raise CheckpointError(
-            f"{folder.config_path}: the checkpoint is quantised already, by {method}; give the one that it was made "
-            "from"
-        )
-    source = CheckpointWeights(folder.tensors, stored)
+    if (refusal := quantized_refusal(folder.fields)) is not None:
+        raise CheckpointError(f"{folder.config_path}: {refusal}")
+    source = CheckpointWeights(folder.tensors, folder.fields.get("quantization_config"))
     config.num_nextn_predict_layers = mtp_layers_present(
         list(source.tensors), config.num_hidden_layers, config.num_nextn_predict_layers or 0
     )

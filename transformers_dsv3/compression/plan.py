@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -283,7 +284,8 @@ def model_config(source: str | Path) -> DeepseekV3Config:
     """The configuration of a checkpoint's folder, of a `config.json`, or of one of the `PUBLISHED` shapes by name.
 
     Raises:
-        OptionError: there is none, it cannot be read, or it is of another architecture.
+        OptionError: there is none, it cannot be read, it is of another architecture, or of a checkpoint that is
+            quantised already.
     """
     path = Path(source)
     if not path.exists() and str(source).lower() in PUBLISHED:
@@ -299,7 +301,21 @@ def model_config(source: str | Path) -> DeepseekV3Config:
         raise OptionError("CHECKPOINT", f"{path} is not a configuration in JSON ({error})") from error
     if model_type not in _CONFIGS:
         raise OptionError("CHECKPOINT", f"{path}: its model_type is {model_type!r}, not {' or '.join(_CONFIGS)}")
+    if (refusal := quantized_refusal(fields)) is not None:
+        raise OptionError("CHECKPOINT", f"{path}: {refusal}")
     return _CONFIGS[model_type].from_dict(fields)
+
+
+def quantized_refusal(fields: Mapping[str, Any]) -> str | None:
+    """Why a checkpoint of this `config.json` is not compressed: it is already, in another way than DeepSeek's FP8."""
+    stored = fields.get("quantization_config")
+    if stored is None:
+        return None
+    held = stored if isinstance(stored, dict) else {"quant_method": stored}
+    method = held.get("quant_method", "an unknown method")
+    if method == "fp8" and held.get("weight_block_size"):
+        return None
+    return f"the checkpoint is quantised already, by {method}; give the one that it was made from"
 
 
 def reading_bandwidth() -> float:

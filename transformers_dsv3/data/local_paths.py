@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..models.dsv3.checkpoint_dsv3 import READERS
+from ..models.dsv3.checkpoint_files_dsv3 import CheckpointError
 
 
 # The builder of `datasets` that reads a file of this ending
@@ -29,7 +30,10 @@ def load_refusal(checkpoint: str, error: Exception) -> str:
     # Of a path that does not exist, Transformers says that it is no valid name of a repository
     if not Path(checkpoint).exists() and looks_like_path(checkpoint):
         return f"{checkpoint}: no such folder"
-    return f"{checkpoint}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # What is wrong with a checkpoint is listed below; the first of it names the tensor
+    told = lines[:2] if isinstance(error, CheckpointError) else lines[:1]
+    return f"{checkpoint}: {' '.join(line.strip() for line in told)}"
 
 
 def local_or_hub(name: str, one_of: Sequence[str] = ()) -> str:
