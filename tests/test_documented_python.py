@@ -26,6 +26,7 @@ OF_ITS_OWN = {
 NOT_RUN = {
     'device_map="cuda"': "needs a GPU",
     "distributed_config=": "needs two processes: tests/models/test_sharded_models.py",
+    "PipelineTrainer(": "needs two processes: tests/training/test_pipeline.py",
     "CpuParallelismConfig()": "needs two processes: tests/training/test_parallel.py",
 }
 

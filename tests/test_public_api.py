@@ -30,6 +30,8 @@ NAMES = [
     "LoadBalancingCallback",
     "MtpObjectiveCallback",
     "PackedWeightsConfig",
+    "PipelineArguments",
+    "PipelineTrainer",
     "compress",
     "distribute",
     "expert_importance",

@@ -44,9 +44,15 @@ def test_public_names_are_those_of_the_pages():
 
 def test_the_pages_are_linked():
     """A page that nothing leads to is not read; a link that leads nowhere is worse."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in (ROOT / "examples").glob("*.md"):
-        assert f"(examples/{page.name})" in readme, page.name
+    reached, to_read = set(), [ROOT / "README.md"]
+    while to_read:
+        page = to_read.pop()
+        reached.add(page)
+        links = re.findall(r"\]\(([^)#]+\.md)\)", page.read_text(encoding="utf-8"))
+        to_read += [
+            found for link in links if (found := (page.parent / link).resolve()).exists() and found not in reached
+        ]
+    assert set((ROOT / "examples").glob("*.md")) <= reached
     for page in (ROOT / "README.md", *(ROOT / "examples").glob("*.md"), *(ROOT / "tests").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"

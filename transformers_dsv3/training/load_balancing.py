@@ -6,6 +6,7 @@ that chose each of its experts; what was counted over all micro-batches and all 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -41,8 +42,24 @@ def routers(model: nn.Module) -> list[DeepseekV3TopkRouter]:
     ]
 
 
+def _layers_of(model: nn.Module, gates: list[DeepseekV3TopkRouter]) -> tuple[list[int], int]:
+    """The layer of the network that each router belongs to, MTP layers behind the others, and how many there are.
+
+    A process of a pipeline may have some of the layers only, others than the next process.
+    """
+    name_of = {id(module): name for name, module in model.named_modules()}
+    base = require_base_model(model, "take_loads")
+    layers = []
+    for gate in gates:
+        kind, number = re.findall(r"\b(layers|mtp)\.(\d+)\.", name_of[id(gate)])[-1]
+        layers.append(int(number) + base.config.num_hidden_layers * (kind == "mtp"))
+    return layers, base.config.num_hidden_layers + base.config.num_nextn_predict_layers
+
+
 def take_loads(model: nn.Module, valid: bool = True) -> tuple[torch.Tensor, bool]:
     """What the routers counted since the last time, summed over all ranks; the counters start again at zero.
+
+    Ranks that have different layers, as in pipelines, add up those of the same place in the network.
 
     Ranks of one tensor-parallel group count the same tokens, all of them equally often, which changes no ratio.
 
@@ -61,9 +78,12 @@ def take_loads(model: nn.Module, valid: bool = True) -> tuple[torch.Tensor, bool
             gate.tokens_per_expert.zero_()
     invalid = torch.tensor([not valid], dtype=torch.int64, device=device)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        together = torch.cat([loads_LE.flatten(), invalid])
+        layers, number = _layers_of(model, gates)
+        everywhere = loads_LE.new_zeros(number, loads_LE.shape[1])
+        everywhere[layers] = loads_LE
+        together = torch.cat([everywhere.flatten(), invalid])
         dist.all_reduce(together)
-        loads_LE, invalid = together[:-1].view_as(loads_LE), together[-1:]
+        loads_LE, invalid = together[:-1].view_as(everywhere)[layers], together[-1:]
     return loads_LE, not bool(invalid)
 
 

@@ -114,7 +114,9 @@ class Throughput:
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments):
-        parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+        # Of layers on other processes of a pipeline the weights are not here
+        here = (parameter for parameter in model.parameters() if not parameter.is_meta)
+        parameter = next(parameter for parameter in here if parameter.is_floating_point())
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else parameter.dtype
         self.device = parameter.device
         self.operations_per_token = 6 * multiplied_parameters(model)

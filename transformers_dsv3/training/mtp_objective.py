@@ -90,7 +90,9 @@ class MtpObjectiveCallback(MetricsCallback):
         optimizer = kwargs.get("optimizer")
         if optimizer is not None:
             trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            if not any(id(parameter) in trained for layer in base.mtp_layers for parameter in layer.parameters()):
+            parameters = [parameter for layer in base.mtp_layers for parameter in layer.parameters()]
+            is_elsewhere = all(parameter.is_meta for parameter in parameters)  # another stage of a pipeline has them
+            if not is_elsewhere and not any(id(parameter) in trained for parameter in parameters):
                 raise ValueError(
                     "The optimizer was made without the MTP layers, which were frozen then. Give MtpObjectiveCallback "
                     "to the trainer when it is made, in `callbacks`; with `model_init`, let it make models with "
@@ -117,7 +119,7 @@ class MtpObjectiveCallback(MetricsCallback):
         figures = {"mtp/loss_weight": self.weight_at(max(state.global_step - 1, 0), state.max_steps)}
         totals, training_state.mtp_totals = training_state.mtp_totals, None
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            totals = torch.zeros(4, device=base.norm.weight.device) if totals is None else totals
+            totals = torch.zeros(4, device=base.rotary_emb.inv_freq.device) if totals is None else totals
             dist.all_reduce(totals)
         if totals is not None:
             loss, targets, compared, accepted = totals.tolist()

@@ -55,7 +55,16 @@ class Dsv3DistributedMixin(_Base):
         The experts are then divided over `ep_size` processes, each of which has batches of its own, and everything
         else is sharded over all processes by FSDP2. [`DistributedConfig`] itself refuses that before a model sees it:
         it lets experts be divided over the ranks of its `fsdp_size` and `tp_size` only, which are 1 unless given.
+
+        Raises:
+            ValueError: for `pp_size`, whose layers that are elsewhere these models do not have.
         """
+        given = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or object)
+        if (given.get("pp_size") or 1) > 1:
+            raise ValueError(
+                "`pp_size`: Transformers' pipelines are for inference and do not take MTP layers; train by "
+                "`transformers_dsv3.PipelineTrainer`, which cuts a model that was loaded whole"
+            )
         if isinstance(distributed_config, dict):
             distributed_config = with_data_parallel_size(distributed_config)
         return super().prepare_distribute_model(distributed_config, *args, **kwargs)

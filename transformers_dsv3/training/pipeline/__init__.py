@@ -1,0 +1,1 @@
+"""Pipeline parallelism: `Trainer` over PyTorch's schedules, with the model cut into stages."""
