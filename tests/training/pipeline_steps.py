@@ -63,13 +63,16 @@ SETTINGS = {
     "stream": {},
     "lengths": {},
     "long": {"max_steps": 20},
+    "tied": {},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_strategy": "steps"}
+    | {"save_steps": 1, "save_total_limit": 1},
 }
 
 
 def run(folder, output, settings, pipeline=None, resume=None, data=None, **more):
     """A training run; its losses and so on, with the loss on held-out rows."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=settings == "tied")
     rows = Rows(64, model.config.vocab_size)
     if settings == "stream":
         data = data or Stream(rows, 64)
@@ -101,12 +104,18 @@ def run(folder, output, settings, pipeline=None, resume=None, data=None, **more)
         trainer = Trainer(**given)
     else:
         trainer = PipelineTrainer(**given, pipeline=PipelineArguments(**pipeline))
+    passes = []
+    if settings == "checkpointing":
+        for layer in model.get_decoder().layers:
+            layer.mlp.register_forward_pre_hook(lambda layer, _: passes.append(1) if layer.training else None)
     trainer.train(resume_from_checkpoint=resume)
     report = {name: [e[name] for e in trainer.state.log_history if name in e] for name in REPORTED}
     report["eval_loss"] = [trainer.evaluate()["eval_loss"]]
+    report["eval_losses"] = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     report["total_flos"] = [trainer.state.total_flos]
     trainer.save_model()
     if pipeline is not None:
+        report["passes"] = len(passes)
         report["table"] = trainer.pipeline.table
         report["here"] = sum(parameter.numel() for parameter in model.parameters() if not parameter.is_meta)
         report["all"] = model.num_parameters()

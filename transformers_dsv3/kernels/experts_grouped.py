@@ -24,6 +24,7 @@ from .experts_plain import accumulator_dtype, differentiable_gradients, is_batch
 from .matmul_cpu import matmul
 from .operators import define
 from .selection import SILU, bypass_refusal, is_plain
+from .weight_gradients import store_for
 
 
 NAME = "grouped_cpu"
@@ -150,6 +151,11 @@ def _fake_forward(hidden_TD, index_TK, w_TK, gate_up_EID, down_EDI, dtype, keep)
     )
 
 
+# Of each active expert, for the gradients of its weights: its number, first pair, pairs, pairs rounded up; activations
+# with mixing weights `(N, I)`; gradient of gate and up products `(N, 2I)`
+Apart = list[tuple[int, int, int, int, torch.Tensor, torch.Tensor]]
+
+
 def _backward(
     grad_TD: torch.Tensor,
     hidden_TD: torch.Tensor,
@@ -166,6 +172,31 @@ def _backward(
     needs_down: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden states, mixing weights, `gate_up_proj` and `down_proj`; empty where not needed."""
+    saved = (hidden_TD, w_TK, gate_up_EID, down_EDI, kept_SI, pairs_S, counts_E)
+    return backward_pass(grad_TD, *saved, dtype, needs_hidden, needs_w, needs_gate_up, needs_down)
+
+
+def backward_pass(
+    grad_TD: torch.Tensor,
+    hidden_TD: torch.Tensor,
+    w_TK: torch.Tensor,
+    gate_up_EID: torch.Tensor,
+    down_EDI: torch.Tensor,
+    kept_SI: torch.Tensor,
+    pairs_S: torch.Tensor,
+    counts_E: torch.Tensor,
+    dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_w: bool,
+    needs_gate_up: bool,
+    needs_down: bool,
+    apart: Apart | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_backward`.
+
+    Args:
+        apart: where it is given, it gets what `weight_gradients` needs; no gradients of weights are to be asked for.
+    """
     I = down_EDI.shape[2]
     accumulator = accumulator_dtype(dtype)
     tokens = F.pad(pairs_S // max(w_TK.shape[1], 1), [0, ROWS])
@@ -187,17 +218,21 @@ def _backward(
         act_NI = silu_NI * up_NI
         if needs_down:
             matmul(g_ND.t(), (act_NI * w_N1).to(dtype), out=d_down_EDI[expert])
-        if not (needs_hidden or needs_w or needs_gate_up):
+        weighted_NI = (act_NI * w_N1).to(dtype) if apart is not None else None
+        if not (needs_hidden or needs_w or needs_gate_up or apart is not None):
             continue
         d_act_NI = matmul(g_ND, down_EDI[expert].to(dtype)).to(accumulator)
         if needs_w:
             d_w[pairs_S[start : start + count]] = act_NI.mul_(d_act_NI).sum(dim=1)[:count].to(d_w.dtype)
-        if not (needs_hidden or needs_gate_up):
+        if not (needs_hidden or needs_gate_up or apart is not None):
             continue
         d_act_NI.mul_(w_N1)
         d_gate_up_NI = torch.empty_like(gate_up_NI, dtype=dtype)
         d_gate_up_NI[:, I:] = silu_NI.mul_(d_act_NI)
         d_gate_up_NI[:, :I] = torch.ops.aten.silu_backward(d_act_NI.mul_(up_NI), gate_NI)
+        if apart is not None:
+            assert weighted_NI is not None
+            apart.append((expert, start, count, rows, weighted_NI, d_gate_up_NI))
         if needs_gate_up:
             x_ND = hidden_TD.index_select(0, tokens[start : start + rows]).to(dtype)
             x_ND[count:] = 0
@@ -206,6 +241,31 @@ def _backward(
             d_x_ND = matmul(d_gate_up_NI, gate_up_EID[expert].to(dtype))
             d_hidden_TD.index_add_(0, tokens[start : start + count], d_x_ND[:count].to(accumulator))
     return d_hidden_TD.to(hidden_TD.dtype), d_w.view(w_TK.shape if needs_w else 0), d_gate_up_EID, d_down_EDI
+
+
+def weight_gradients(
+    apart: Apart,
+    grad_TD: torch.Tensor,
+    hidden_TD: torch.Tensor,
+    gate_up_EID: torch.Tensor,
+    down_EDI: torch.Tensor,
+    pairs_S: torch.Tensor,
+    counts_E: torch.Tensor,
+    top_k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `gate_up_proj` and `down_proj`, from what a backward pass has set apart."""
+    tokens = F.pad(pairs_S // max(top_k, 1), [0, ROWS])
+    d_gate_up_EID, d_down_EDI = (_gradient(weight, counts_E) for weight in (gate_up_EID, down_EDI))
+    for expert, start, count, rows, weighted_NI, d_gate_up_NI in apart:
+        for rows_TD, factor_N, out in (
+            (grad_TD, weighted_NI, d_down_EDI[expert]),
+            (hidden_TD, d_gate_up_NI, d_gate_up_EID[expert]),
+        ):
+            taken_ND = rows_TD.index_select(0, tokens[start : start + rows]).to(factor_N.dtype)
+            taken_ND[count:] = 0
+            left, right = (taken_ND, factor_N) if rows_TD is grad_TD else (factor_N, taken_ND)
+            matmul(left.t(), right, out=out)
+    return d_gate_up_EID, d_down_EDI
 
 
 def _fake_backward(  # type: ignore[no-untyped-def]
@@ -220,6 +280,22 @@ def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
     ctx.save_for_backward(index_TK, hidden_TD, w_TK, gate_up_EID, down_EDI, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+    # The parameters themselves: what is kept may be other tensors of the same numbers
+    ctx.store, ctx.parameters = store_for(gate_up_EID, down_EDI), (gate_up_EID, down_EDI)
+
+
+def _gradients_apart(ctx, grad_TD, saved, needs_hidden, needs_w):  # type: ignore[no-untyped-def]
+    hidden_TD, w_TK, gate_up_EID, down_EDI, _, pairs_S, counts_E = saved
+    apart: Apart = []
+    d_hidden, d_w, _, _ = backward_pass(grad_TD, *saved, ctx.dtype, needs_hidden, needs_w, False, False, apart)
+    parameters, top_k = ctx.parameters, w_TK.shape[1]
+    experts = (gate_up_EID, down_EDI, pairs_S, counts_E)
+
+    def compute() -> list[tuple[nn.Parameter, torch.Tensor]]:
+        return list(zip(parameters, weight_gradients(apart, grad_TD, hidden_TD, *experts, top_k)))
+
+    ctx.store.put_off(compute)
+    return d_hidden if needs_hidden else None, None, d_w if needs_w else None, None, None, None, None
 
 
 def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
@@ -237,6 +313,8 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
             grad_TD,
         )
         return d_hidden, None, d_w, d_gate_up, d_down, None, None
+    if ctx.store is not None:
+        return _gradients_apart(ctx, grad_TD, saved, hidden, w)
     grads = backward_operator(grad_TD, *saved, ctx.dtype, *needs)
     d_hidden, d_w, d_gate_up, d_down = (grad if needed else None for grad, needed in zip(grads, needs))
     return d_hidden, None, d_w, d_gate_up, d_down, None, None

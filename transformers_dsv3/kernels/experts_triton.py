@@ -17,6 +17,7 @@ from .experts_plain import differentiable_gradients, is_batched, plain_experts
 from .operators import define
 from .selection import PLAIN
 from .triton_support import device_refusal, on_device, triton_refusal
+from .weight_gradients import store_for
 
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -195,6 +196,34 @@ def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
     ctx.save_for_backward(hidden_TD, index_TK, mixing_TK, gate_up_EID, down_EDI, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+    # The parameters themselves: what is kept may be other tensors of the same numbers
+    ctx.store, ctx.parameters = store_for(gate_up_EID, down_EDI), (gate_up_EID, down_EDI)
+
+
+def _gradients_apart(ctx, grad_TD, needs_mixing):  # type: ignore[no-untyped-def]
+    from .triton_src import experts_backward, experts_forward
+
+    hidden_TD, index_TK, mixing_TK, gate_up_EID, down_EDI, kept_SI, *sorting = ctx.saved_tensors
+    index_TK, mixing_TK, dtype = index_TK.contiguous(), mixing_TK.contiguous(), kept_SI.dtype
+    parameters, (T, K) = ctx.parameters, index_TK.shape
+    grad_TD = grad_TD.to(dtype).contiguous()
+    with on_device(hidden_TD):
+        d_kept_SI, activation_SI, d_mixing_TK = experts_backward.through_activations(
+            grad_TD, *sorting, mixing_TK, down_EDI, kept_SI, True, True, needs_mixing
+        )
+        d_hidden_SD = experts_forward.products(d_kept_SI, *sorting, gate_up_EID, None, True, T)
+        d_hidden_TD = experts_forward.sums(d_hidden_SD, index_TK, len(gate_up_EID), hidden_TD.dtype)
+
+    def compute() -> list[tuple[nn.Parameter, torch.Tensor]]:
+        gate_up, down = parameters
+        with on_device(hidden_TD):
+            x_TD = hidden_TD.to(dtype).contiguous()
+            d_down = experts_backward.weight_gradients(grad_TD, activation_SI, *sorting, K, True, down.dtype)
+            d_gate_up = experts_backward.weight_gradients(d_kept_SI, x_TD, *sorting, K, False, gate_up.dtype)
+        return [(gate_up, d_gate_up), (down, d_down)]
+
+    ctx.store.put_off(compute)
+    return d_hidden_TD, None, d_mixing_TK, None, None, None, None, None, None
 
 
 def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
@@ -212,6 +241,8 @@ def _gradients(ctx, grad_TD, *_):  # type: ignore[no-untyped-def]
             grad_TD,
         )
         return d_hidden, None, d_mixing, d_gate_up, None, d_down, None, None, None
+    if ctx.store is not None and hidden and ctx.saved_tensors[1].numel():
+        return _gradients_apart(ctx, grad_TD, mixing)
     grads = backward_operator(grad_TD, *ctx.saved_tensors, *needs)
     d_hidden, d_mixing, d_gate_up, d_down = (grad if needed else None for grad, needed in zip(grads, needs))
     return d_hidden, None, d_mixing, d_gate_up, None, d_down, None, None, None

@@ -6,9 +6,11 @@ Shape suffixes: M rows, K inputs, N outputs.
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .matmul_cpu import matmul, uses_onednn
 from .selection import call_refusal, chosen
+from .weight_gradients import WeightGradients, store_for
 
 
 # With fewer rows reading the weights takes longer than multiplying
@@ -60,7 +62,30 @@ class _Linear(torch.autograd.Function):
         return d_x_MK, d_weight_NK
 
 
+class _LinearApart(torch.autograd.Function):
+    """The same, whose weight's gradient is put off."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_MK: torch.Tensor, weight_NK: torch.nn.Parameter, store: WeightGradients
+    ) -> torch.Tensor:
+        ctx.parameter, ctx.store = weight_NK, store
+        ctx.save_for_backward(x_MK, weight_NK)
+        return matmul(x_MK, weight_NK.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_MN: torch.Tensor) -> tuple:  # type: ignore[override]
+        x_MK, weight_NK = ctx.saved_tensors
+        parameter = ctx.parameter
+        ctx.store.put_off(lambda: [(parameter, matmul(g_MN.t(), x_MK))])
+        return (matmul(g_MN, weight_NK) if ctx.needs_input_grad[0] else None), None, None
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x` `(..., K)` times the transpose of `weight` `(N, K)`, plus `bias` `(N,)`: `(..., N)`, with derivatives."""
-    y = _Linear.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
+    store = store_for(weight)
+    x_MK = x.flatten(0, -2)
+    y_MN = _Linear.apply(x_MK, weight) if store is None else _LinearApart.apply(x_MK, weight, store)
+    y = y_MN.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias

@@ -12,6 +12,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native
 from ...kernels.backends import LINEAR, MLP
 from ...kernels.dispatch import serve
 from ...kernels.selection import register_plain, switched_off
+from ...kernels.weight_gradients import call_linear
 from .configuration_dsv3 import DeepseekV3Config
 
 
@@ -27,7 +28,7 @@ def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         y = serve(LINEAR, layer, x, layer.weight, None, layer.bias, False)
         if y is not None:
             return y
-    return layer(x)
+    return call_linear(layer, x)
 
 
 NATIVE_FORWARD = native.DeepseekV3MLP.forward

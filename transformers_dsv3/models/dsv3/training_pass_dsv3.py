@@ -25,6 +25,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
+from ...kernels.weight_gradients import call_linear
+
 
 logger = logging.get_logger(__name__)
 
@@ -295,7 +297,7 @@ def summed_cross_entropy(
     """
 
     def part_loss(hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(hidden_TD).float(), targets_T, reduction="sum")
+        return F.cross_entropy(call_linear(head, hidden_TD).float(), targets_T, reduction="sum")
 
     hidden_TD, targets_T = hidden_states.flatten(0, 1), targets.flatten()
     if hidden_TD.shape[0] <= positions_at_once:

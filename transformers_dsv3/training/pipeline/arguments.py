@@ -18,21 +18,23 @@ class ScheduleKind(NamedTuple):
         stages_per_rank: how many it takes of each rank; None for as many as are asked for.
         is_v: whether stages come back to the first rank (rank r has r and 2p - 1 - r), or go round (r, p + r, ...).
         least: fewest microbatches, in stages.
+        splits_backward: whether the gradients of weights are computed apart from those of inputs.
     """
 
     class_name: str
     stages_per_rank: int | None
     is_v: bool
     least: int
+    splits_backward: bool
 
 
 SCHEDULES = {
-    "GPipe": ScheduleKind("ScheduleGPipe", 1, False, 0),
-    "1F1B": ScheduleKind("Schedule1F1B", 1, False, 1),
-    "Interleaved1F1B": ScheduleKind("ScheduleInterleaved1F1B", None, False, 0),
-    "InterleavedZeroBubble": ScheduleKind("ScheduleInterleavedZeroBubble", None, False, 0),
-    "ZBV": ScheduleKind("ScheduleZBVZeroBubble", 2, True, 0),
-    "DualPipeV": ScheduleKind("ScheduleDualPipeV", 2, True, 1),
+    "GPipe": ScheduleKind("ScheduleGPipe", 1, False, 0, False),
+    "1F1B": ScheduleKind("Schedule1F1B", 1, False, 1, False),
+    "Interleaved1F1B": ScheduleKind("ScheduleInterleaved1F1B", None, False, 0, False),
+    "InterleavedZeroBubble": ScheduleKind("ScheduleInterleavedZeroBubble", None, False, 0, True),
+    "ZBV": ScheduleKind("ScheduleZBVZeroBubble", 2, True, 0, True),
+    "DualPipeV": ScheduleKind("ScheduleDualPipeV", 2, True, 1, True),
 }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import pipelining
 
+from ...kernels.weight_gradients import WeightGradients, putting_off
 from .arguments import PipelineArguments
 from .stage import StageModule
 
@@ -21,15 +21,6 @@ _SHAPES_KEPT = 8
 def _pass_on(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The loss function of a schedule whose last stage gives the loss."""
     return output
-
-
-def _nothing_left() -> Callable[[], None]:
-    """What remains of a backward pass when it has ended.
-
-    PyTorch's own way to put weights' gradients off runs the backward of custom functions twice, and fails under
-    activation checkpointing.
-    """
-    return lambda: None
 
 
 class Schedules:
@@ -58,6 +49,7 @@ class Schedules:
         self.device = device
         self.dtype = dtype
         self.hidden_size = hidden_size
+        self.weight_gradients = WeightGradients() if arguments.kind.splits_backward else None
         self._by_shape: OrderedDict[tuple[int, int], Any] = OrderedDict()
 
     def _rank_of(self, stage: int) -> int:
@@ -88,7 +80,7 @@ class Schedules:
                     input_args=torch.zeros(1, dtype=torch.int64) if index == 0 else hidden_states(),
                     output_args=loss if is_last else hidden_states(),
                     group=self.group,
-                    dw_builder=_nothing_left,
+                    dw_builder=self.weight_gradients and self.weight_gradients.take,
                 )
             )
         schedule = getattr(pipelining.schedules, self.arguments.kind.class_name)
@@ -107,7 +99,8 @@ class Schedules:
         self._by_shape.move_to_end(shape)
         numbers = torch.arange(self.arguments.microbatches)
         given = (numbers,) if 0 in self.stages else ()
-        self._by_shape[shape].step(*given, target=numbers, return_outputs=False, microbatch=numbers)
+        with putting_off(self.weight_gradients):
+            self._by_shape[shape].step(*given, target=numbers, return_outputs=False, microbatch=numbers)
 
     def evaluate(self, shapes: list[tuple[int, int]]) -> None:
         """Forward of microbatches of these rows and lengths, which the stages know.
