@@ -53,6 +53,7 @@ PIPELINES = {
     "ZBV": {"schedule": "ZBV", "microbatches": 4},
     "ZBV by layers": {"schedule": "ZBV", "microbatches": 4, "cut": "layers"},
     "DualPipeV": {"schedule": "DualPipeV", "microbatches": 4},
+    "DualPipeV of 8": {"schedule": "DualPipeV", "microbatches": 8},
 }
 # Settings of a run, whose results are those of one process with the same settings
 SETTINGS = {
@@ -160,17 +161,24 @@ def refusals(folder, output):
     return said
 
 
+def begin(folder, output, name):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    run(Path(folder, "model"), output, "plain", PIPELINES[name], max_steps=2, **saving)
+
+
 def main():
     folder, *cases = sys.argv[1:]
     rank = int(os.environ["RANK"])
     for case in cases:
-        output = Path(folder, case)
+        output = Path(folder, "resume" if "-" in case else case)
         if case == "refusals":
             report = refusals(Path(folder, "model"), output)
-        elif case.startswith("resume "):
-            _, first, second = case.split(" ", 2)
-            saving = {"save_strategy": "steps", "save_steps": 2}
-            run(Path(folder, "model"), output, "plain", PIPELINES[first], max_steps=2, **saving)
+        elif case.startswith("resume "):  # FIRST SECOND, either of which may be "-", for another group of processes
+            _, first, second = case.split(" ")
+            if first != "-":
+                begin(folder, output, first)
+            if second == "-":
+                continue
             checkpoint = str(output / "checkpoint-2")
             report = run(Path(folder, "model"), output, "plain", PIPELINES[second], resume=checkpoint)
         else:

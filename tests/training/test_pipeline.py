@@ -145,6 +145,20 @@ def test_more_schedules_and_settings(reports, alone, folder, measured):
         check(case, both, alone, folder, measured)
 
 
+@pytest.mark.slow
+def test_four_processes(make_model, tmp_path, measured):
+    make_model(**{**FIELDS, "num_hidden_layers": 8}).save_pretrained(tmp_path / "model")
+    expected = run(tmp_path / "model", tmp_path / "alone", "plain"), load_file(tmp_path / "alone/model.safetensors")
+    cases = ["1F1B, plain", "Interleaved1F1B, plain", "ZBV, plain", "DualPipeV of 8, plain", "resume - ZBV"]
+    for ranks, ran_here in ((2, ["resume 1F1B -"]), (4, cases)):
+        done = programs.run_ranks(ranks, [SCRIPT, tmp_path, *ran_here])
+        assert done.returncode == 0, done.stderr[-6000:]
+    for case in cases:
+        name = "resume" if "-" in case else case
+        both = [json.loads((tmp_path / name / f"report-{rank}.json").read_text()) for rank in range(4)]
+        check(name, both, lambda _: expected, tmp_path, measured)
+
+
 REFUSED = {
     "schedule='1F2B'": ({"schedule": "1F2B"}, 2, 8),
     "ZBV takes 2 of each process": ({"schedule": "ZBV", "stages_per_rank": 1}, 2, 8),
