@@ -285,9 +285,24 @@ def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 
 def _gradients_apart(ctx, grad_TD, saved, needs_hidden, needs_w):  # type: ignore[no-untyped-def]
-    hidden_TD, w_TK, gate_up_EID, down_EDI, _, pairs_S, counts_E = saved
+    hidden_TD, w_TK, gate_up_EID, down_EDI, kept_SI, pairs_S, counts_E = saved
     apart: Apart = []
-    d_hidden, d_w, _, _ = backward_pass(grad_TD, *saved, ctx.dtype, needs_hidden, needs_w, False, False, apart)
+    d_hidden, d_w, _, _ = backward_pass(
+        grad_TD,
+        hidden_TD,
+        w_TK,
+        gate_up_EID,
+        down_EDI,
+        kept_SI,
+        pairs_S,
+        counts_E,
+        ctx.dtype,
+        needs_hidden,
+        needs_w,
+        needs_gate_up=False,
+        needs_down=False,
+        apart=apart,
+    )
     parameters, top_k = ctx.parameters, w_TK.shape[1]
     experts = (gate_up_EID, down_EDI, pairs_S, counts_E)
 

@@ -203,8 +203,9 @@ def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 def _gradients_apart(ctx, grad_TD, needs_mixing):  # type: ignore[no-untyped-def]
     from .triton_src import experts_backward, experts_forward
 
-    hidden_TD, index_TK, mixing_TK, gate_up_EID, down_EDI, kept_SI, *sorting = ctx.saved_tensors
+    hidden_TD, index_TK, mixing_TK, gate_up_EID, down_EDI, kept_SI, order_S, offsets_X = ctx.saved_tensors
     index_TK, mixing_TK, dtype = index_TK.contiguous(), mixing_TK.contiguous(), kept_SI.dtype
+    sorting: tuple[torch.Tensor, torch.Tensor] = (order_S, offsets_X)
     parameters, (T, K) = ctx.parameters, index_TK.shape
     grad_TD = grad_TD.to(dtype).contiguous()
     with on_device(hidden_TD):

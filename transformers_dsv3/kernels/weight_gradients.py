@@ -62,7 +62,7 @@ def putting_off(store: WeightGradients | None) -> Iterator[None]:
         _store = before
 
 
-def store_for(*weights: torch.Tensor | None) -> WeightGradients | None:
+def store_for(*weights: torch.Tensor) -> WeightGradients | None:
     """The store in use, where all of the weights are parameters that are trained as a whole here."""
     if _store is None:
         return None
