@@ -51,10 +51,40 @@ static int64_t piece_from(const keys *k, int64_t s, int64_t end)
     return min_i64(stop, end) - s;
 }
 
+/* Packed queries, in the first part of `room` */
+typedef struct {
+    bf16 *q1, *q2;
+    float *scores[2]; /* of a key all queries' */
+} packed_queries;
+
+static packed_queries pack_queries(const keys *k, const void *const *q1, const void *const *q2, int64_t M, uint32_t *room)
+{
+    packed_queries p = {.q1 = (bf16 *)room};
+    p.q2 = p.q1 + packed_elements(M, k->n1);
+    p.scores[0] = (float *)(p.q2 + packed_elements(M, k->n2));
+    p.scores[1] = p.scores[0] + M * BLOCK;
+    loops->tiles->pack((const bf16 *const *)q1, M, k->n1, p.q1);
+    loops->tiles->pack((const bf16 *const *)q2, M, k->n2, p.q2);
+    return p;
+}
+
+/* Keys are the left operand, as they lie in memory */
+static void scores_in_tiles(const keys *k, const packed_queries *p, int64_t M, const void *k1, const void *k2, int64_t n,
+                            float *scores, const void *next)
+{
+    loops->tiles->product(16, k1, NULL, k->k1.ld, n, k->n1, p->q1, M, p->scores[0], M, next);
+    loops->tiles->product(16, k2, NULL, k->k2.ld, n, k->n2, p->q2, M, p->scores[1], M, NULL);
+    loops->add_scaled(p->scores[0], p->scores[1], 1, n * M);
+    loops->tiles->turn(p->scores[0], M, n, M, scores, BLOCK);
+}
+
 void attend(const keys *k, const void *const *q1, const void *const *q2, const limit *limits, int64_t M,
                    int64_t begin, int64_t end, float *scores, uint32_t *room, float *acc, float *max, float *sum)
 {
-    int in_tiles = k->in_tiles && loops->tiles;
+    int in_tiles = k->type == BF16 && loops->tiles;
+    packed_queries packed;
+    if (in_tiles)
+        packed = pack_queries(k, q1, q2, M, room);
     for (int64_t s = begin; s < end; s += BLOCK) {
         int64_t n = min_i64(BLOCK, end - s), reach = -1;
         for (int64_t i = 0; i < M; i++)
@@ -70,13 +100,14 @@ void attend(const keys *k, const void *const *q1, const void *const *q2, const l
             const void *k1 = row_of(k, &k->k1, from), *k2 = row_of(k, &k->k2, from);
             const void *next = following < end ? row_of(k, &k->k1, following) : NULL;
             float *here = scores + (from - s);
-            if (k->type == F32)
+            if (in_tiles)
+                scores_in_tiles(k, &packed, M, k1, k2, size, here, next);
+            else if (k->type == F32)
                 loops->scores_f32((const float *const *)q1, (const float *const *)q2, M, k1, k->k1.ld, k->n1, k2,
                                   k->k2.ld, k->n2, size, here, BLOCK, room, next);
             else
-                (in_tiles ? loops->scores_in_tiles : loops->scores_bf16)(
-                    (const bf16 *const *)q1, (const bf16 *const *)q2, M, k1, k->k1.ld, k->n1, k2, k->k2.ld, k->n2, size,
-                    here, BLOCK, room, next);
+                loops->scores_bf16((const bf16 *const *)q1, (const bf16 *const *)q2, M, k1, k->k1.ld, k->n1, k2,
+                                   k->k2.ld, k->n2, size, here, BLOCK, room, next);
         }
         for (int64_t i = 0; i < M; i++) {
             float *row = scores + i * BLOCK;
@@ -131,7 +162,7 @@ static void work_expanded(void *context, team *t)
     expanded *e = context;
     size_t size = float_size(e->type);
     int64_t blocks = ceil_div(e->Q, Q_BLOCK), task;
-    float *acc = malloc((size_t)(Q_BLOCK * (e->V + BLOCK + 2) + (e->N + e->P) * BLOCK) * 4);
+    float *acc = malloc((size_t)(Q_BLOCK * (e->V + BLOCK + 2) + room_elements(Q_BLOCK, e->N, e->P)) * 4);
     if (!acc)
         atomic_store(&e->failed, 1);
     float *max = acc + Q_BLOCK * e->V, *sum = max + Q_BLOCK, *scores = sum + Q_BLOCK;
@@ -153,7 +184,6 @@ static void work_expanded(void *context, team *t)
             .type = e->type, .scale = e->scale, .k1 = {kv, e->kv_of[1], 0},
             .k2 = {at(e->k_rope, b * e->k_rope_of[0], size), e->k_rope_of[1], 0},
             .v = {at(kv, e->N, size), e->kv_of[1], 0}, .n1 = e->N, .n2 = e->P, .width = e->V, .at_once = BLOCK,
-            .in_tiles = 1,
         };
         start_rows(acc, max, sum, M, e->V);
         attend(&k, q1, q2, limits, M, 0, e->S, scores, room, acc, max, sum);

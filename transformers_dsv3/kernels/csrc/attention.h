@@ -27,14 +27,20 @@ typedef struct {
     key_rows k1, k2, v;        /* keys are k1 and k2 joined */
     int64_t n1, n2, width;     /* lengths of k1, k2 and v */
     const int32_t *page;       /* where each `page_size` keys lie; NULL: behind each other */
-    int in_tiles;              /* on matrix units where there are some, whose order of sums is another */
     int64_t page_size, at_once; /* keys that are multiplied at once, at most: divides BLOCK, a multiple of 16 */
 } keys;
 
 /* Rows q1, q2 (n1 and n2 elements) attend keys [begin, end): adds to acc (M, width) and each row's max and sum. scores
- * has room for M * BLOCK, room for (n1 + n2) * BLOCK. The order of additions depends on `begin` alone. */
+ * has room for M * BLOCK, room for `room_elements`. The order of additions depends on `begin` alone. */
 void attend(const keys *k, const void *const *q1, const void *const *q2, const limit *limits, int64_t M, int64_t begin,
             int64_t end, float *scores, uint32_t *room, float *acc, float *max, float *sum);
+/* What scores need besides: keys pair by pair, or on matrix units packed queries and scores of each key */
+static inline int64_t room_elements(int64_t M, int64_t n1, int64_t n2)
+{
+    int64_t packed = packed_elements(M, n1) + packed_elements(M, n2);
+    return max_i64((n1 + n2) * BLOCK, packed / 2 + 2 * M * BLOCK);
+}
+
 /* Nothing attended yet */
 void start_rows(float *acc, float *max, float *sum, int64_t M, int64_t width);
 

@@ -171,7 +171,7 @@ static void work(void *context, team *t)
     absorbed *o = context;
     const latent_attention *a = o->a;
     int64_t task, blocks = ceil_div(a->T, TOKENS), tokens = min_i64(TOKENS, a->T), rows = o->most_rows;
-    int64_t attending = rows * (BLOCK + 2 * (a->R + 2)) + (a->R + a->P) * BLOCK;
+    int64_t attending = rows * (BLOCK + 2 * (a->R + 2)) + room_elements(rows, a->R, a->P);
     int64_t floats = max_i64(max_i64(tokens * (BLOCK + a->R), attending), a->R + tokens * a->V);
     int64_t pointers = max_i64(tokens, 2 * rows);
     char *memory = malloc((size_t)floats * 4 + (size_t)pointers * sizeof(void *) + (size_t)rows * sizeof(limit));
@@ -182,7 +182,7 @@ static void work(void *context, team *t)
     w.q2 = w.q1 + rows;
     w.scores = (float *)(w.q1 + pointers);
     w.room = (uint32_t *)(w.scores + rows * BLOCK);
-    w.acc = (float *)w.room + (a->R + a->P) * BLOCK;
+    w.acc = (float *)w.room + room_elements(rows, a->R, a->P);
     w.sums = w.acc + rows * (a->R + 2);
     while (memory && (task = take_task(t, 0, a->H * blocks)) >= 0)
         queries_to_latents(o, task / blocks, task % blocks, w.scores);

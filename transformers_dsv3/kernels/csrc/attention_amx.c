@@ -1,4 +1,4 @@
-/* Attention of many queries in bf16 on Intel's matrix units (AMX): scores, and sums of values. */
+/* Sums of values that attention gives, in bf16 on Intel's matrix units (AMX). */
 #include "inner_loops.h"
 
 #if HAS_AMX
@@ -12,55 +12,7 @@
 #include "pieces_amx.h"
 #include "pieces_avx512.h"
 
-/* Fewer rows are left to vectors */
-enum { FEWEST_ROWS = 24, TALL = 2 * TILE };
-
-/* Whether rows lie as far from each other as the first two, in each TALL of them: then tiles are loaded from there */
-static int evenly_spaced(const bf16 *const *q, int64_t M)
-{
-    for (int64_t i = 0; i < M; i++)
-        if (i % TALL > 1 && q[i] - q[i - 1] != q[i - 1] - q[i - 2])
-            return 0;
-    return 1;
-}
-
-static inline void left_rows(const bf16 *const *q, int64_t rows, operand left[2])
-{
-    ptrdiff_t ld = rows > 1 ? (const char *)q[1] - (const char *)q[0] : 0;
-    for (int i = 0; i < 2; i++)
-        left[i] = (operand){(const char *)q[0] + i * TILE * ld, ld, 2 * TILE_STEP};
-}
-
-void scores_amx(SCORES_ARGUMENTS(bf16))
-{
-    if (M < FEWEST_ROWS || n1 % TILE_STEP || n2 % TILE_STEP || !evenly_spaced(q1, M) || !evenly_spaced(q2, M)) {
-        loops->scores_bf16(q1, q2, M, k1, ld1, n1, k2, ld2, n2, N, scores, lds, room, next);
-        return;
-    }
-    pack_pairs(k1, ld1, n1, N, room);
-    pack_pairs(k2, ld2, n2, N, room + n1 / 2 * MIX_BLOCK);
-    __asm__ volatile("" : : : "memory"); /* see `stage` in tiles_amx.c */
-    ahead nothing = {.rows = 0};
-    for (int64_t i = 0; i < M; i += TALL) {
-        operand first[2], second[2];
-        int64_t rows[2], columns[2];
-        rows_of_two(M - i, rows);
-        left_rows(q1 + i, rows[0], first);
-        left_rows(q2 + i, rows[0], second);
-        for (int64_t j = 0; j < N; j += TALL) {
-            columns[0] = TILE;
-            columns[1] = N - j > TILE ? TILE : 0;
-            if (j == 0 || !columns[1])
-                configure(rows, columns);
-            operand right[2];
-            for (int b = 0; b < 2; b++)
-                right[b] = (operand){(const char *)(room + j + b * TILE), MIX_BLOCK * 4, TILE * MIX_BLOCK * 4};
-            blocks(first, n1 / TILE_STEP, second, n2 / TILE_STEP, right, scores + i * lds + j, lds, 0, rows, columns,
-                   &nothing, 0);
-        }
-    }
-    _tile_release();
-}
+enum { TALL = 2 * TILE };
 
 /* room[p * MIX_BLOCK + r]: elements r of rows 2 * p and 2 * p + 1 of v, a pair; zeros for rows from S up to a whole step */
 static void pair_rows(const bf16 *v, ptrdiff_t ldv, int64_t S, int64_t columns, uint32_t *room)
@@ -78,7 +30,7 @@ static void pair_rows(const bf16 *v, ptrdiff_t ldv, int64_t S, int64_t columns, 
 
 void mix_amx(MIX_ARGUMENTS(bf16))
 {
-    if (M < FEWEST_ROWS || R % TILE) {
+    if (R % TILE) {
         loops->mix_bf16(p, ldp, M, v, ldv, S, R, acc, ldacc);
         return;
     }

@@ -89,8 +89,7 @@ typedef struct {
     void (*block_sums)(const float *x, int64_t n, float above, float *sums);
     uint64_t (*xor_of)(const uint64_t *x, int64_t n);
     const tile_loops *tiles; /* which all products of bf16 rows then go by; NULL where there are none */
-    /* As scores_bf16 and mix_bf16, of many rows on matrix units; NULL where there are none */
-    void (*scores_in_tiles)(SCORES_ARGUMENTS(bf16));
+    /* As mix_bf16, on matrix units. The order of sums is that of s, whatever is mixed before and after. */
     void (*mix_in_tiles)(MIX_ARGUMENTS(bf16));
 } inner_loops;
 
@@ -107,7 +106,6 @@ extern const inner_loops loops_avx2, loops_avx512, loops_avx_vnni;
 #define HAS_AMX COMPILER_SINCE(11, 12)
 extern const inner_loops loops_amx;
 extern const tile_loops tiles_amx;
-void scores_amx(SCORES_ARGUMENTS(bf16));
 void mix_amx(MIX_ARGUMENTS(bf16));
 #endif
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)

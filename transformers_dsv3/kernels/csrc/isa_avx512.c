@@ -281,7 +281,7 @@ static void mix_f32(MIX_ARGUMENTS(float))
         block_maxima, block_sums, xor_of
 const inner_loops loops_avx512 = {"avx512", LOOPS, NULL, NULL, NULL};
 #if HAS_AMX
-const inner_loops loops_amx = {"amx", LOOPS, &tiles_amx, scores_amx, mix_amx};
+const inner_loops loops_amx = {"amx", LOOPS, &tiles_amx, mix_amx};
 #endif
 
 #if defined(__clang__)
