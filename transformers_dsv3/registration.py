@@ -41,7 +41,10 @@ from .models.joined.configuration_kimi_vl import KimiVLConfig
 
 MODEL_TYPE = "deepseek_v3"
 # Transformers' modules of models that read pictures, and ours of the same
-JOINED = {"internvl": "internvl", "kimi_k25": "kimi"}
+JOINED = {"internvl": "internvl", "kimi_k25": "kimi", "llava": "llava"}
+# Ours of these that have a processor, and its class
+PROCESSORS = {"internvl": "InternVLProcessor", "llava": "LlavaProcessor"}
+_AUTO_PROCESSOR = "transformers.models.auto.processing_auto"
 CONFIGS = (DeepseekV3Config, KimiK2Config)
 NATIVE_CONVERSION = get_checkpoint_conversion_mapping(MODEL_TYPE)
 AUTO_CLASSES = {
@@ -102,6 +105,18 @@ def _register_joined(ours: str) -> None:
         model_type = model_class.config_class.model_type
         if (conversion := get_checkpoint_conversion_mapping(model_type)) is not None:
             register_checkpoint_conversion_mapping(model_type, conversion, overwrite=True)
+    _register_processors()
+
+
+def _register_processors() -> None:
+    """Has `AutoProcessor` open files that name no class by ours. Done when it and the config's model are there."""
+    auto = sys.modules.get(_AUTO_PROCESSOR)
+    if not hasattr(auto, "AutoProcessor"):
+        return
+    for ours, name in PROCESSORS.items():
+        for model_class in _joined_classes(ours):
+            module = import_module(f"{__package__}.models.joined.processing_{ours}")
+            auto.AutoProcessor.register(model_class.config_class, getattr(module, name), exist_ok=True)  # type: ignore[union-attr]
 
 
 def _open_by(auto_class: Any, config_class: type, model_class: type) -> None:
@@ -132,7 +147,7 @@ def _register_tuners() -> None:
     peft_tuners.register()
 
 
-_WATCHERS = [AfterImport("peft", _register_tuners)]
+_WATCHERS = [AfterImport("peft", _register_tuners), AfterImport(_AUTO_PROCESSOR, _register_processors)]
 for _theirs, _ours in JOINED.items():
     _native = f"transformers.models.{_theirs}.{{}}_{_theirs}".format
     _WATCHERS += [
@@ -153,6 +168,8 @@ def unregister() -> None:
         for model_class in _joined_classes(ours):
             _open_by(AutoModelForImageTextToText, model_class.native_class.config_class, model_class.native_class)
             AutoModelForCausalLM._model_mapping._extra_content.pop(model_class.config_class, None)
+            if (auto := sys.modules.get(_AUTO_PROCESSOR)) is not None:
+                auto.PROCESSOR_MAPPING._extra_content.pop(model_class.config_class, None)
     if (peft_tuners := sys.modules.get(f"{__package__}.training.peft_tuners")) is not None:
         peft_tuners.unregister()
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import InternVLConfig
-from transformers.models.internvl import configuration_internvl, modeling_internvl
+from transformers import AutoModelForImageTextToText, InternVLConfig
+from transformers.models.internvl import configuration_internvl
 
 from transformers_dsv3.models.joined.internvl import InternVLForConditionalGeneration
 
@@ -73,15 +73,14 @@ def make_joined(joined_config):
 
 @pytest.fixture(scope="session")
 def native_of():
-    """Function from a folder to native's model of it, around our decoder or, by default, native's own."""
+    """Function from a folder to native's model of it."""
 
-    def load(folder, ours=False):
+    def load(folder):
         import transformers_dsv3
 
-        if not ours:
-            transformers_dsv3.unregister()
+        transformers_dsv3.unregister()
         try:
-            return modeling_internvl.InternVLForConditionalGeneration.from_pretrained(folder).eval()
+            return AutoModelForImageTextToText.from_pretrained(folder).eval()
         finally:
             transformers_dsv3.register()
 

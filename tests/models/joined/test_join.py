@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, CLIPVisionModel
 from transformers.models.internvl import configuration_internvl, modeling_internvl
 
 import transformers_dsv3
@@ -60,7 +60,8 @@ def test_joined_saved_and_opened_by_native(tower, text, byte_tokenizer, native_o
         {"role": "assistant", "content": "A picture."},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And it?"}]},
     ]
-    processor = InternVLProcessor.from_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)  # needs no torchvision
+    assert type(processor) is InternVLProcessor
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert prompt == "<IMG_CONTEXT>\nWhat is it?\nA picture.\n<IMG_CONTEXT>\nAnd it?\n"
     given = processor(images=[picture(0), picture(9)], text=prompt, return_tensors="pt")
@@ -113,11 +114,16 @@ def test_a_template_of_the_texts_own_stays(tower, make_model, byte_tokenizer):
     assert said == "[user] Look: <IMG_CONTEXT>\n<video>\n;[assistant] Yes.;[assistant]"
 
 
-def test_bad_arguments_are_named(tower, make_model, make_joined, byte_tokenizer):
+def test_bad_arguments_are_named(tower, make_model, byte_tokenizer, tmp_path):
     text = make_model(vocab_size=258)
     clip = CLIPVisionModel(CLIPVisionConfig(**SMALL, image_size=16, patch_size=4))
-    with pytest.raises(ValueError, match="`vision`.*clip_vision_model.*norm that CLIP has"):
-        transformers_dsv3.join(clip, text, byte_tokenizer)
+    with pytest.raises(ValueError, match="`tiles=2`.*`llava` checkpoint"):
+        transformers_dsv3.join(clip, text, byte_tokenizer, tiles=2)
+    with pytest.raises(ValueError, match="`vision`: a DeepseekV3Model cannot be joined"):
+        transformers_dsv3.join(text, text, byte_tokenizer)
+    with pytest.raises(ValueError, match="`vision=.*'`: a deepseek_v3 cannot be joined"):
+        text.config.save_pretrained(tmp_path)
+        transformers_dsv3.join(tmp_path, text, byte_tokenizer)
     with pytest.raises(ValueError, match="`text`.*InternVLVisionModel"):
         transformers_dsv3.join(tower, tower, byte_tokenizer)
     with pytest.raises(ValueError, match="`tokenizer`"):

@@ -287,3 +287,15 @@ def test_kept_features_have_a_bound():
     assert sorted(made) == [0, 1, 2, 3]
     ask(1)
     assert made[-1] == 1 and len(made) == 5
+
+
+def test_attention_that_was_reset_around_the_text_is_the_default(make_joined, prompt):
+    """Without one Transformers makes no mask, and words would see those behind them."""
+    model = make_joined()
+    with torch.no_grad():
+        expected = model(**prompt).logits
+        for config in (model.config, model.config.text_config):
+            config._attn_implementation = None
+            model.model.vision_tower.config._attn_implementation = "sdpa"
+            torch.testing.assert_close(model(**prompt).logits, expected)
+    assert model.config.text_config._attn_implementation == "sdpa"

@@ -11,7 +11,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.utils import is_torchvision_available
 
 from transformers_dsv3.models.joined import pictures
-from transformers_dsv3.models.joined.join import TOKENS
+from transformers_dsv3.models.joined.layout_internvl import TOKENS
 from transformers_dsv3.models.joined.processing_internvl import InternVLProcessor
 
 

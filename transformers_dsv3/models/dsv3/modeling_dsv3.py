@@ -171,6 +171,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel, native.DeepseekV3Model):
             position_ids: `(B or 1, Q)`.
             past_key_values: the cache before this pass.
         """
+        if self.config._attn_implementation is None:  # reset around the model, as a composed config does it
+            self.set_attn_implementation("sdpa")  # Transformers' default; without any there would be no mask
         return {
             "attention_mask": create_causal_mask(
                 config=self.config,

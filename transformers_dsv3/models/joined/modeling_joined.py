@@ -37,11 +37,6 @@ else:
 TEXTS = ("deepseek_v3", "kimi_k2")
 
 
-def has_our_text(config: Any) -> bool:
-    """Whether a config is of a model that reads pictures and whose text is DeepSeek-V3's architecture."""
-    return getattr(getattr(config, "text_config", None), "model_type", None) in TEXTS
-
-
 class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Base):
     """Goes in front of a class of native's for pictures and text, whose decoder is a [`DeepseekV3Model`].
 
@@ -59,11 +54,10 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
     _keys_to_ignore_on_load_unexpected = DeepseekV3PreTrainedModel._keys_to_ignore_on_load_unexpected
 
     def __init__(self, config: Any):
-        if not has_our_text(config):
-            text = getattr(getattr(config, "text_config", None), "model_type", None)
+        if (reason := self.refusal(config)) is not None:
             raise ValueError(
-                f"{type(self).__name__} of transformers_dsv3 needs a text of type {' or '.join(TEXTS)}, not {text}: "
-                f"`transformers.{self.native_class.__name__}` serves that."
+                f"{type(self).__name__} of transformers_dsv3 does not take {reason}: "
+                f"`transformers.{self.native_class.__name__}` does."
             )
         config = self.prepared(config)
         config.text_config.check_fields()
@@ -71,6 +65,12 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
         self.config.text_config = self.get_decoder().config  # one object, so that what is set in it holds for both
         self._freeze_idle_mtp_layers()
         self.register_forward_pre_hook(tell_decoder_the_targets, with_kwargs=True)  # type: ignore[arg-type]
+
+    @classmethod
+    def refusal(cls, config: Any) -> str | None:
+        """What of a config's model is left to native's class, or None where this one serves it."""
+        text = getattr(getattr(config, "text_config", None), "model_type", None)
+        return None if text in TEXTS else f"a text of type {text}, not {' or '.join(TEXTS)}"
 
     @classmethod
     def prepared(cls, config: Any) -> Any:
@@ -95,7 +95,7 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
             names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
             hub = {name: kwargs[name] for name in names if name in kwargs}
             config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub)  # type: ignore[union-attr]
-        if not has_our_text(config):
+        if cls.refusal(config) is not None:
             return cls.native_class.from_pretrained(  # type: ignore[attr-defined]
                 pretrained_model_name_or_path, *model_args, config=config, **kwargs
             )
@@ -103,7 +103,7 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        if not has_our_text(config):
+        if cls.refusal(config) is not None:
             return cls.native_class._from_config(config, **kwargs)  # type: ignore[attr-defined]
         return super()._from_config(config, **kwargs)  # type: ignore[misc]
 
@@ -116,7 +116,8 @@ class JoinedMixin(Dsv3TrainedMixin, Dsv3CheckpointMixin, Dsv3QuantizedMixin, _Ba
 
     def _conversions_to_save(self) -> list[Any]:
         conversions = get_model_conversion_mapping(self, add_legacy=False)
-        return [step for step in conversions if not isinstance(step, PrefixChange)]
+        # Those of a part alone are official names: a tower of CLIP's lies in `vision_model`
+        return [step for step in conversions if not isinstance(step, PrefixChange) or step.scope_prefix]
 
     def _write_config(self, folder: str) -> None:
         """Transformers leaves out of a nested config what the text's own class writes into a file."""
@@ -271,11 +272,10 @@ class TextAlone:
 
     @classmethod
     def _check(cls, config: Any) -> None:
-        if not has_our_text(config):
-            text = getattr(config.text_config, "model_type", None)
+        if (reason := cls.joined_class.refusal(config)) is not None:
             raise ValueError(
-                f"Unrecognized configuration for AutoModelForCausalLM: {type(config).__name__} with a text of type "
-                f"{text}. Use AutoModelForImageTextToText."
+                f"Unrecognized configuration for AutoModelForCausalLM: {type(config).__name__} with {reason}. Use "
+                "AutoModelForImageTextToText."
             )
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from transformers.models.internvl import processing_internvl as native
 from transformers.utils import is_torchvision_available
 
-from .pictures import checked_picture, frames_of
+from .processing_pictures import PicturesMixin
 
 
-class InternVLProcessor(native.InternVLProcessor):
+class InternVLProcessor(PicturesMixin, native.InternVLProcessor):
     """Native's, whose files it reads and writes. It needs no torchvision, and checks what it is given.
 
     Without torchvision it has no `video_processor`: frames go through the image processor, each as one tile.
@@ -64,49 +64,10 @@ class InternVLProcessor(native.InternVLProcessor):
             ValueError: naming the picture or video that cannot be decoded, is too large or has no frames, and where
                 prompts have more or fewer places than there are of them.
         """
-        texts = [text] if isinstance(text, str) else list(text or [])
-        if not texts:
-            raise ValueError("You have to specify text.")
-        found = [] if images is None else _flat(images)
-        pictures = [checked_picture(picture, f"picture {place}") for place, picture in enumerate(found, 1)]
-        clips = [frames_of(video, f"video {place}", num_frames, fps) for place, video in enumerate(videos or [], 1)]
-        for token, given, what in (
-            (self.image_token, pictures, "pictures"),
-            (self.video_token, clips, "videos"),
-        ):
-            places = sum(each.count(token) for each in texts)
-            if places != len(given):
-                raise ValueError(f"`text` has {places} places for {what} ({token}), and {len(given)} are given.")
-        if clips:
+        texts, pictures = self.checked_inputs(images, text, videos, num_frames, fps, timestamps)
+        if videos:
             kwargs["crop_to_patches"] = False  # a frame is one tile, and the pictures beside it are
-            texts, pictures = self._with_frames(texts, pictures, clips, timestamps)
         return super().__call__(images=pictures or None, text=texts, **kwargs)
 
-    def _with_frames(
-        self,
-        texts: list[str],
-        pictures: list[Any],
-        clips: list[tuple[list[Any], list[float] | None]],
-        timestamps: bool,
-    ) -> tuple[list[str], list[Any]]:
-        """Prompts with a place for each frame, and pictures and frames in the order of the places."""
-        left, clips_left, ordered = iter(pictures), iter(clips), []
 
-        def places(match: Any) -> str:
-            if match.lastgroup == "image":
-                ordered.append(next(left))
-                return str(match.group())
-            frames, seconds = next(clips_left)
-            ordered.extend(frames)
-            known = seconds if timestamps and seconds is not None else [None] * len(frames)
-            at = ["" if second is None else f" at {second:.1f} s" for second in known]
-            return "\n".join(f"Frame{number}{when}: {self.image_token}" for number, when in enumerate(at, 1))
-
-        return [self.multimodal_pattern.sub(places, each) for each in texts], ordered
-
-
-def _flat(images: Any) -> list[Any]:
-    """Pictures in one list, from lists for each prompt or stacks of several."""
-    if isinstance(images, (list, tuple)):
-        return [picture for each in images for picture in _flat(each)]
-    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
+__all__ = ["InternVLProcessor"]
