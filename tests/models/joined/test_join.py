@@ -121,7 +121,7 @@ def test_bad_arguments_are_named(tower, make_model, byte_tokenizer, tmp_path):
         transformers_dsv3.join(clip, text, byte_tokenizer, tiles=2)
     with pytest.raises(ValueError, match="`vision`: a DeepseekV3Model cannot be joined"):
         transformers_dsv3.join(text, text, byte_tokenizer)
-    with pytest.raises(ValueError, match="`vision=.*'`: a deepseek_v3 cannot be joined"):
+    with pytest.raises(ValueError, match="`vision=.*'`: a tower of type deepseek_v3 cannot be joined"):
         text.config.save_pretrained(tmp_path)
         transformers_dsv3.join(tmp_path, text, byte_tokenizer)
     with pytest.raises(ValueError, match="`text`.*InternVLVisionModel"):
