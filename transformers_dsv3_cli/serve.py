@@ -72,6 +72,22 @@ def serve(
     max_body_mib: Annotated[float, typer.Option(metavar="MIB", help="Of one request.")] = 8.0,
     body_seconds: Annotated[float, typer.Option(help="In which a request has to arrive.")] = 30.0,
     request_seconds: Annotated[float, typer.Option(help="In which an answer has to be done.")] = 3600.0,
+    max_pictures: Annotated[
+        int, typer.Option(help="Pictures and videos of one request, those of earlier turns included; 0 takes none.")
+    ] = 16,
+    max_picture_mib: Annotated[float, typer.Option(metavar="MIB", help="Of a picture or a video, as a file.")] = 8.0,
+    max_megapixels: Annotated[
+        float, typer.Option(help="Of all pictures of a request, and of the frames taken of its videos.")
+    ] = 64.0,
+    max_frames: Annotated[int, typer.Option(help="Frames that are taken of a video, at equal distances.")] = 8,
+    allow_media_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="A host from which pictures are fetched that requests name by address, as images.example; * is every "
+            "host. From private addresses nothing is. Default: none, pictures come within requests.",
+        ),
+    ] = None,
     drain_seconds: Annotated[
         float, typer.Option(help="After SIGTERM or Ctrl+C, for answers that have begun; a second one ends at once.")
     ] = 30.0,
@@ -81,14 +97,15 @@ def serve(
     """Serve a checkpoint to many at once: OpenAI's endpoints, and a page to talk to it.
 
     \b
-      /v1/chat/completions, /v1/completions    whole or streamed; JSON schemas, tools, log-probabilities
+      /v1/chat/completions, /v1/completions    whole or streamed; JSON schemas, tools, log-probabilities; pictures
       /v1/models, /tokenize, /detokenize       what is served; text to tokens and back
       /v1/routing                              which experts a text goes to
       /health, /ready, /metrics                for whoever watches; Prometheus' format
       /                                        a page to talk to the model
 
     Requests are decoded together, each with its own settings. Quantised checkpoints (compressed-tensors, GGUF) are
-    served as they are. What is wrong with the options is said before anything is loaded.
+    served as they are; where there is a vision tower, pictures and videos are read. What is wrong with the options is
+    said before anything is loaded.
 
     \b
     Examples:
@@ -96,6 +113,7 @@ def serve(
       transformers-dsv3 serve ./dsv3-quickstart --bits 8 --port 8001
       transformers-dsv3 serve ./model-q4_0.gguf --host 0.0.0.0 --max-running 32
       transformers-dsv3 serve ./base --adapter poet=./poet-lora --adapter clerk=./clerk-lora
+      transformers-dsv3 serve ./joined --max-pictures 4 --allow-media-from images.example
       curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
         -d '{"prompt": "def main(", "max_tokens": 32}'
     """
@@ -124,6 +142,11 @@ def serve(
                 body_seconds=body_seconds,
                 request_seconds=request_seconds,
                 drain_seconds=drain_seconds,
+                max_pictures=max_pictures,
+                max_picture_mib=max_picture_mib,
+                max_megapixels=max_megapixels,
+                max_frames=max_frames,
+                media_hosts=tuple(allow_media_from or ()),
             ),
             EngineOptions(
                 bits=bits,

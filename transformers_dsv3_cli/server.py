@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 import transformers_dsv3
 from transformers_dsv3.data.local_paths import load_refusal
@@ -18,8 +25,9 @@ from transformers_dsv3.generation.settings import EngineSettings
 from transformers_dsv3.option_error import OptionError
 from transformers_dsv3.serving.app import Service
 from transformers_dsv3.serving.chat import chat_template
+from transformers_dsv3.serving.pictures import Pictures
 from transformers_dsv3.serving.server import bound_socket, serve
-from transformers_dsv3.serving.settings import ServerSettings, checkpoint_sampling
+from transformers_dsv3.serving.settings import MediaLimits, ServerSettings, checkpoint_sampling
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,11 @@ class ServerOptions:
     body_seconds: float
     request_seconds: float
     drain_seconds: float
+    max_pictures: int
+    max_picture_mib: float
+    max_megapixels: float
+    max_frames: int
+    media_hosts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -63,15 +76,20 @@ def run_server(checkpoint: str, options: ServerOptions, engine: EngineOptions, s
     name = options.model_name or checkpoint
     adapters = _adapters(engine.adapters, name)
     settings = _server_settings(name, tuple(adapters), options)
+    limits = _media_limits(options)
     engine_settings = _engine_settings(engine)
     if engine.bits not in (None, 4, 8):
         raise OptionError("--bits", f"is 4 or 8, not {engine.bits}")
     check_dtype(engine.dtype)
     check_device(engine.device)
     with bound_socket(options.host, options.port) as place:
-        tokenizer, where = _tokenizer(checkpoint, engine)
+        config, tokenizer, where = _tokenizer(checkpoint, engine)
+        processor, blind = _processor(config, where, limits)
+        if processor is not None and tokenizer.chat_template is None:
+            tokenizer.chat_template = processor.chat_template
         template = chat_template(tokenizer, options.chat_template)
-        model = _model(checkpoint, where, engine)
+        model = _model(checkpoint, where, engine, with_tower=processor is not None)
+        pictures = None if processor is None else Pictures(model, processor, limits)
         settings = replace(settings, sampling=checkpoint_sampling(getattr(model, "generation_config", None)))
         try:
             running = Engine(model, tokenizer, engine_settings, adapters)
@@ -79,12 +97,13 @@ def run_server(checkpoint: str, options: ServerOptions, engine: EngineOptions, s
             raise OptionError(*_of_engine(error)) from None
         running.start()
         try:
-            service = Service(running, settings, template)
+            service = Service(running, settings, template, pictures)
             address = _address(place.getsockname())
             pages = running.statistics().pages_total * engine_settings.page_size
+            said = template.said + _said_of_pictures(pictures, blind)
             for line in (
                 f"{name}: {type(model).__module__}.{type(model).__name__}, "
-                f"{running.max_sequence:,} tokens a text, {pages:,} at a time; {template.said}",
+                f"{running.max_sequence:,} tokens a text, {pages:,} at a time; {said}",
                 f"The page is at {address}/ and the API at {address}/v1. Ctrl+C ends it.",
             ):
                 say(line)
@@ -162,8 +181,50 @@ def _engine_settings(options: EngineOptions) -> EngineSettings:
         raise OptionError(*_of_engine(error)) from None
 
 
-def _tokenizer(checkpoint: str, options: EngineOptions) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer, and where `from_pretrained` finds the rest; the config is looked at first."""
+def _media_limits(options: ServerOptions) -> MediaLimits:
+    if options.max_pictures < 0:
+        raise OptionError("--max-pictures", f"has to be 0 or more, not {options.max_pictures}")
+    for option, value in (
+        ("--max-frames", options.max_frames),
+        ("--max-picture-mib", options.max_picture_mib),
+        ("--max-megapixels", options.max_megapixels),
+    ):
+        if not math.isfinite(value) or value <= 0:
+            raise OptionError(option, f"has to be above 0, not {value:g}")
+    for host in options.media_hosts:
+        if not re.fullmatch(r"\*|[\w.-]+", host):
+            raise OptionError("--allow-media-from", f"{host!r} is no name of a host, such as images.example")
+    return MediaLimits(
+        number=options.max_pictures,
+        file_bytes=int(options.max_picture_mib * 2**20),
+        pixels=int(options.max_megapixels * 1e6),
+        frames=options.max_frames,
+        hosts=tuple(host.lower() for host in options.media_hosts),
+    )
+
+
+def _processor(config: Any, where: dict[str, Any], limits: MediaLimits) -> tuple[Any, str]:
+    """The processor of a checkpoint with a vision tower whose pictures are to be read, or None and why not."""
+    if getattr(config, "vision_config", None) is None or "gguf_file" in where or not limits.number:
+        return None, ""
+    folder = where["pretrained_model_name_or_path"]
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        return None, str(error).strip().partition("\n")[0]
+    if not hasattr(processor, "image_token"):
+        return None, "the checkpoint has no processor of pictures"
+    return processor, ""
+
+
+def _said_of_pictures(pictures: Pictures | None, blind: str) -> str:
+    if pictures is not None:
+        return f"; {' and '.join(f'{kind}s' for kind in pictures.reads.kinds)} are read"
+    return f"; pictures are not read: {blind}" if blind else ""
+
+
+def _tokenizer(checkpoint: str, options: EngineOptions) -> tuple[Any, Any, dict[str, Any]]:
+    """The config, which is looked at first, the tokenizer, and where `from_pretrained` finds the rest."""
     path = Path(checkpoint).expanduser()
     where: dict[str, Any] = {"pretrained_model_name_or_path": checkpoint}
     if path.suffix == ".gguf":
@@ -178,16 +239,17 @@ def _tokenizer(checkpoint: str, options: EngineOptions) -> tuple[Any, dict[str, 
             raise OptionError("CHECKPOINT", f"{checkpoint} is a {config.model_type!r} model, not 'deepseek_v3'")
         if options.bits is not None and getattr(config, "quantization_config", None) is not None:
             raise OptionError("--bits", f"{checkpoint} is quantised already; leave the option out")
-        return AutoTokenizer.from_pretrained(**where), where
+        return config, AutoTokenizer.from_pretrained(**where), where
     except OptionError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise OptionError("CHECKPOINT", f"cannot serve {load_refusal(checkpoint, error)}") from None
 
 
-def _model(checkpoint: str, where: dict[str, Any], options: EngineOptions) -> Any:
+def _model(checkpoint: str, where: dict[str, Any], options: EngineOptions, with_tower: bool = False) -> Any:
+    opened_by = AutoModelForImageTextToText if with_tower else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=options.dtype, device_map=options.device)
+        model = opened_by.from_pretrained(**where, dtype=options.dtype, device_map=options.device)
     except (OSError, ValueError, ImportError) as error:
         raise OptionError("CHECKPOINT", f"cannot serve {load_refusal(checkpoint, error)}") from None
     if options.bits is None:

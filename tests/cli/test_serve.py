@@ -12,11 +12,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.internvl import configuration_internvl, modeling_internvl
 from typer.testing import CliRunner
 
 import transformers_dsv3
 from tests import programs
 from tests.serving.client import Client
+from tests.serving.pictures import about
 from transformers_dsv3.data.byte_bpe import train_byte_bpe
 from transformers_dsv3_cli.main import app
 
@@ -174,6 +176,35 @@ def test_quantised_weights_are_served(start, checkpoint, tmp_path, kind):
     assert told.status == 200 and told.json["usage"]["completion_tokens"] == 5
 
 
+def test_pictures_are_read_where_there_is_a_tower(start, checkpoint, tmp_path):
+    """And adapters of the whole model are its text's."""
+    torch.manual_seed(0)
+    tower = configuration_internvl.InternVLVisionConfig(
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=[16, 16],
+        patch_size=[4, 4],
+    )
+    model, processor = transformers_dsv3.join(modeling_internvl.InternVLVisionModel(tower), str(checkpoint))
+    model.save_pretrained(tmp_path / "joined")
+    processor.save_pretrained(tmp_path / "joined")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["o_proj", "kv_a_proj_with_mqa"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.save_pretrained(tmp_path / "poet")
+    client = start(tmp_path / "joined", "--adapter", f"poet={tmp_path / 'poet'}", "--max-pictures", 1)
+    assert "InternVLForConditionalGeneration" in client.said and "images and videos are read" in client.said
+    asked = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    answers = [client.chat(about(90), model=name, **asked) for name in (str(tmp_path / "joined"), "poet")]
+    assert [answer.status for answer in answers] == [200, 200], answers[0].body
+    plain, poet = (answer.json["choices"][0]["message"]["content"] for answer in answers)
+    assert plain != poet
+    assert client.chat(about(90, 91), **asked).error["param"] == "messages[0].content[1].image_url"
+
+
 def test_sigterm_under_load_loses_no_answer(start, checkpoint):
     client = start(checkpoint)
     answers = []
@@ -237,6 +268,9 @@ def test_missing_server_packages_are_named(monkeypatch):
         (["EMPTY", "--tpot-ms", "-5"], "--tpot-ms", "above 0"),
         (["EMPTY", "--max-sequence", "1"], "--max-sequence", "has to be a whole number"),
         (["EMPTY", "--body-seconds", "0"], "--body-seconds", "has to be above 0"),
+        (["EMPTY", "--max-pictures", "-1"], "--max-pictures", "has to be 0 or more"),
+        (["EMPTY", "--max-megapixels", "nan"], "--max-megapixels", "has to be above 0"),
+        (["EMPTY", "--allow-media-from", "http://a.example"], "--allow-media-from", "is no name of a host"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -4,8 +4,25 @@ import json
 import random
 import string
 
+from tests.serving.pictures import bomb, clip, data_url, file_of, part, shade
+
 
 SURROGATE = "\ud800"
+PICTURE = file_of(shade(7))
+MOVING = file_of(shade(1), "GIF", save_all=True, append_images=[shade(90), shade(180)])
+VIDEO = clip(6)
+MEDIA = [
+    PICTURE, PICTURE[: len(PICTURE) // 2], PICTURE[:30], b"", b"\x00" * 50, b"\x89PNG\r\n\x1a\n", MOVING, bomb(),
+    bomb(20_000, 1), bomb(0, 0), file_of(shade(3, mode="CMYK"), "JPEG"), file_of(shade(3, mode="1")),
+    file_of(shade(3, (1, 1)), "WEBP"), file_of(shade(3), "TIFF"), VIDEO, VIDEO[:200],
+    b"\0\0\0\0ftypisom" + b"\xff" * 99,
+    b"\x1a\x45\xdf\xa3" * 9, b"RIFF\0\0\0\0AVI " * 3, b"RIFF\xff\xff\xff\xffWEBPVP8 ", b"#EXTM3U\nfile:///etc/passwd",
+    b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"GIF89a\xff\xff\xff\xff",
+]  # fmt: skip
+URLS = [
+    "", "data:", "data:,", "data:image/png;base64", "data:image/png;base64,%%%", "data:image/png;base64,=", "http://",
+    "http://127.0.0.1:1/a.png", "http://169.254.169.254/", "file:///etc/passwd", "https://[::1", SURROGATE, "a" * 5000,
+]  # fmt: skip
 SCHEMAS = [
     {"type": "object", "properties": {"a": {"type": "integer"}}},
     {"type": "nothing"},
@@ -31,9 +48,11 @@ class Mistakes:
 
     Args:
         client: of the tests. seed: of the draws. vocabulary, sequence: of the model.
+        of_media: the share of messages with pictures.
     """
 
-    def __init__(self, client, seed, vocabulary, sequence):
+    def __init__(self, client, seed, vocabulary, sequence, of_media=0.1):
+        self.of_media = of_media
         self.client, self.random = client, random.Random(seed)
         self.vocabulary, self.sequence = vocabulary, sequence
 
@@ -97,8 +116,23 @@ class Mistakes:
             ids[place] = self.random.choice([-1, self.vocabulary, 10**9, 2**63, 10**40, None, "a", 1.5, True, [1]])
         return ids
 
+    def media(self):
+        """A part of a message that is a picture or a video, or is none."""
+        choose = self.random.choice
+        content = bytearray(choose(MEDIA))
+        if self.random.random() < 0.3 and content:  # some of the bytes are wrong
+            for _ in range(choose([1, 5])):
+                content[self.random.randrange(len(content))] = self.random.randrange(256)
+        kind = choose(["image/png", "image/png", "video/mp4", "", "text/plain"])
+        url = choose([data_url(bytes(content), kind), data_url(bytes(content), kind), choose(URLS), self.anything()])
+        found = part(url, choose(["image_url", "image_url", "video_url", "input_audio"]))
+        return found if self.random.random() < 0.9 else choose([{"type": "image_url"}, {"type": "video_url", "x": 1}])
+
     def message(self):
         choose = self.random.choice
+        if self.random.random() < self.of_media:
+            parts = [self.media() for _ in range(choose([1, 1, 2, 9]))]
+            return {"role": choose(["user", "user", "tool"]), "content": [*parts, {"type": "text", "text": "a"}]}
         message = {
             "role": choose(["user", "assistant", "system", "tool", "developer", "", "King", None, 5]),
             "content": choose([self.text(), self.anything(), "Hello", None, [{"type": "text", "text": self.text()}]]),

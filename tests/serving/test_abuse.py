@@ -9,6 +9,7 @@ import os
 import pytest
 
 from tests.serving.mistakes import Mistakes
+from tests.serving.pictures import about
 from tests.serving.test_limits import wait_for
 
 
@@ -39,10 +40,10 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def abuse(client, count, seed):
+def abuse(client, count, seed, **options):
     """Sends mistakes, and something right between them."""
     engine = client.engine
-    mistakes = Mistakes(client, seed, client.service.limits.vocabulary, client.service.limits.sequence)
+    mistakes = Mistakes(client, seed, client.service.limits.vocabulary, client.service.limits.sequence, **options)
     statuses = {}
     for number in range(count):
         answer = mistakes.send()
@@ -66,6 +67,21 @@ def test_three_hundred_mistakes(serve, make_engine):
     statuses = abuse(client, 300, seed=0)
     assert statuses[200] > 20 and statuses[400] > 60 and statuses[404] > 2 and statuses[415] > 2
     assert not client.engine.states
+
+
+def test_mistakes_with_pictures(picture_server):
+    statuses = abuse(picture_server, 150, seed=2, of_media=0.9)
+    assert statuses[400] > 40
+    picture = picture_server.chat(about(7), max_tokens=2)
+    assert picture.status == 200 and picture_server.service.pictures.waiting == 0
+
+
+@pytest.mark.slow
+def test_two_thousand_mistakes_with_pictures(picture_server):
+    abuse(picture_server, 1000, seed=3, of_media=0.9)
+    before = resident()
+    abuse(picture_server, 1000, seed=3, of_media=0.9)
+    assert resident() < 1.02 * before
 
 
 @pytest.mark.slow

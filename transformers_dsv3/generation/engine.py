@@ -77,13 +77,13 @@ class Engine:
     others run beside it.
 
     Args:
-        model: a `DeepseekV3ForCausalLM`; put into evaluation mode.
+        model: a `DeepseekV3ForCausalLM`, or one with a tower around it; put into evaluation mode.
         tokenizer: for texts and stop strings; without one only tokens are told.
         settings: what the engine may take of memory and time.
         adapters: folders of PEFT adapters by name, which requests choose by `adapter`.
 
     Attributes:
-        model, tokenizer, settings: as given.
+        model: the language model. tokenizer, settings: as given.
         max_sequence: tokens that a prompt and its text may have together.
         scheduler: what runs and waits, to be looked at: the engine's thread changes it.
         failure: what ended the engine's thread, if something did.
@@ -99,9 +99,10 @@ class Engine:
         settings: EngineSettings | None = None,
         adapters: Mapping[str, str | Path] | None = None,
     ):
+        self._adapters = Adapters(model.eval(), adapters or {})  # of the whole model, by whose names they were saved
+        model = getattr(model, "causal_lm", model)
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings or EngineSettings()
         self.failure: BaseException | None = None
-        self._adapters = Adapters(model, adapters or {})
         self._decode = None if tokenizer is None else decoder_of(tokenizer)
         self._ends = _ends_of(model)
         longest = self.settings.max_sequence or model.config.max_position_embeddings

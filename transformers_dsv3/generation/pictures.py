@@ -15,11 +15,6 @@ from .requests import Features, RequestError
 _BEYOND = 1 << 256
 
 
-def takes_pictures(model: Any) -> bool:
-    """Whether a model has a tower around a text that the engine continues."""
-    return hasattr(model, "causal_lm")
-
-
 @torch.no_grad()
 def with_pictures(
     model: Any, prompt: Sequence[int], pictures: Mapping[str, Any]

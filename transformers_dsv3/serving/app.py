@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..generation.requests import Output, end_tokens
+from ..generation.requests import Features, Output, end_tokens
 from ..generation.requests import Request as EngineRequest
 from .answers import DONE, ChatChoice, Head, TextChoice, Usage, event
 from .calls import Call, Mailroom, engine_failed
@@ -32,7 +32,9 @@ from .constraints import GrammarConstraint, Grammars, fork, no_grammars
 from .errors import ApiError, refused
 from .fields import Fields, kind_of, read_json
 from .gates import Gate, Patience, error_response
+from .messages import Reads
 from .metrics import Metrics
+from .pictures import Pictures
 from .protocol import Asked, ChatAsked, Limits, chat_asked, completion_asked, token_ids
 from .reasoning import BEGIN, END
 from .routing import TOKENS_LIMIT, expert_counts, language_model
@@ -65,14 +67,20 @@ class Service:
     Args:
         engine: of `generation`, with a tokenizer, running.
         settings: names, keys, limits. template: of conversations.
+        pictures: reads those of requests, where the model does.
     """
 
-    def __init__(self, engine: Any, settings: ServerSettings, template: ChatTemplate):
+    def __init__(
+        self, engine: Any, settings: ServerSettings, template: ChatTemplate, pictures: Pictures | None = None
+    ):
         config = engine.model.config
-        self.engine, self.settings = engine, settings
-        self.limits = Limits(config.vocab_size, engine.max_sequence, settings.sampling)
+        self.engine, self.settings, self.pictures = engine, settings, pictures
+        reads = Reads() if pictures is None else pictures.reads
+        self.limits = Limits(config.vocab_size, engine.max_sequence, settings.sampling, reads)
         self.texts = Texts(engine.tokenizer, engine.max_sequence)
-        self.conversations = Conversations(engine.tokenizer, template)
+        self.conversations = Conversations(
+            engine.tokenizer, template, None if pictures is None else pictures.placeholders
+        )
         self.metrics = Metrics(settings.model_name, engine)
         self.draining = False
         self.started = int(time.time())
@@ -137,6 +145,8 @@ class Service:
             watch.cancel()
             self.texts.threads.shutdown(wait=False, cancel_futures=True)
             self.routing_threads.shutdown(wait=False, cancel_futures=True)
+            if self.pictures is not None:
+                self.pictures.shutdown()
 
     def refusal(self) -> ApiError | None:
         """Why no request is taken."""
@@ -190,13 +200,13 @@ class Service:
         values, size = await self.body(request)
         asked = await self.texts.aside(size, chat_asked, values, self.limits)
         adapter = self.adapter(asked.model)
-        prompt = await self.texts.aside(size, self.conversations.write, asked)
-        tokens = await self.texts.aside(len(prompt), self.texts.encode, prompt, "messages", False)
+        prompt, tokens, inputs = await self._conversation(asked, size)
         settings = asked.settings
         settings = replace(settings, stop=(*settings.stop, *self.conversations.template.stops))
         settings = self._within(settings, asked, tokens, "messages")
+        tokens, features = await self._features(tokens, inputs)
         after = self.end_of_reasoning if prompt.rstrip().endswith(BEGIN) else None
-        requests = await self._requests("chatcmpl", asked, [tokens], settings, adapter, after)
+        requests = await self._requests("chatcmpl", asked, [tokens], settings, adapter, after, features)
         tool_choice = asked.tool_choice if asked.tools else None
         choices = [ChatChoice(place, prompt, self.texts, tool_choice) for place in range(asked.n)]
         warnings = []
@@ -241,6 +251,20 @@ class Service:
         )
         return await self._answer(request, asked, head, requests, choices, [])
 
+    async def _conversation(self, asked: ChatAsked, size: int) -> tuple[str, tuple[int, ...], dict[str, Any]]:
+        """The prompt as text and as tokens, and what the tower takes of its pictures."""
+        prompt = await self.texts.aside(size, self.conversations.write, asked)
+        if asked.media and self.pictures is not None:
+            return prompt, *await self.pictures.prepare(prompt, asked.media)
+        return prompt, await self.texts.aside(len(prompt), self.texts.encode, prompt, "messages", False), {}
+
+    async def _features(
+        self, tokens: tuple[int, ...], inputs: dict[str, Any]
+    ) -> tuple[tuple[int, ...], Features | None]:
+        if not inputs or self.pictures is None:
+            return tokens, None
+        return await self.pictures.features(tokens, inputs)
+
     def _within(self, settings: Any, asked: Asked, tokens: Sequence[int], param: str) -> Any:
         """Settings whose tokens fit behind a prompt: as many as asked for, or as there is room."""
         room = self.limits.sequence - len(tokens)
@@ -264,6 +288,7 @@ class Service:
         settings: Any,
         adapter: str | None,
         after: int | None = None,
+        features: Features | None = None,
     ) -> list[EngineRequest]:
         """One request of the engine for each prompt and choice."""
         constraint: GrammarConstraint | None = None
@@ -285,6 +310,7 @@ class Service:
                         cache_salt=asked.cache_salt,
                         adapter=adapter,
                         constraint=None if constraint is None else fork(constraint),
+                        features=features,
                     )
                 )
         return requests
@@ -370,25 +396,26 @@ class Service:
             "root": self.settings.model_name,
             "parent": None if name == self.settings.model_name else self.settings.model_name,
             "max_model_len": self.limits.sequence,
+            "input_modalities": ["text", *self.limits.reads.kinds],
         }
 
-    async def _tokens(self, values: dict[str, Any], size: int) -> tuple[int, ...]:
-        """Of a request's `tokens`, `prompt` or `messages`."""
+    async def _tokens(self, values: dict[str, Any], size: int) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """Of a request's `tokens`, `prompt` or `messages`, and what the tower takes of its pictures."""
         fields = Fields(values)
         self.adapter(fields.text("model"))
         if (tokens := token_ids(fields, "tokens", self.limits.vocabulary)) is not None:
-            return tokens
+            return tokens, {}
         if values.get("messages") is not None:
             asked = chat_asked({"max_tokens": None, **_chat_only(values)}, self.limits)
-            text, param, special = self.conversations.write(asked), "messages", False
-        else:
-            text, param = fields.need("prompt", fields.text("prompt")), "prompt"
-            special = fields.flag("add_special_tokens", True)
-        return await self.texts.aside(max(size, len(text)), self.texts.encode, text, param, special)
+            _, tokens, inputs = await self._conversation(asked, size)
+            return tokens, inputs
+        text = fields.need("prompt", fields.text("prompt"))
+        special = fields.flag("add_special_tokens", True)
+        return await self.texts.aside(max(size, len(text)), self.texts.encode, text, "prompt", special), {}
 
     async def tokenize(self, request: Request) -> Response:
         values, size = await self.body(request)
-        tokens = await self._tokens(values, size)
+        tokens, _ = await self._tokens(values, size)
         answer: dict[str, Any] = {
             "count": len(tokens),
             "max_model_len": self.limits.sequence,
@@ -411,16 +438,19 @@ class Service:
         values, size = await self.body(request)
         if self.language_model is None or not self.language_model.config.moe_layers:
             raise ApiError(404, "the model has no mixture-of-experts layers", code="no_experts")
-        tokens = await self._tokens(values, size)
+        tokens, inputs = await self._tokens(values, size)
         if not tokens:
             raise refused("tokens", "is empty: give one token or more")
         if self.routing_waiting >= ROUTING_WAITING:
             raise ApiError(429, "others wait for their routing already", headers={"Retry-After": "2"})
         self.routing_waiting += 1
         try:
+            tokens, features = await self._features(tokens, inputs)
             counted = tokens[-min(TOKENS_LIMIT, self.limits.sequence) :]
             loop = asyncio.get_running_loop()
-            layers = await loop.run_in_executor(self.routing_threads, expert_counts, self.language_model, counted)
+            layers = await loop.run_in_executor(
+                self.routing_threads, expert_counts, self.language_model, counted, features, len(tokens) - len(counted)
+            )
         finally:
             self.routing_waiting -= 1
         config = self.language_model.config

@@ -82,10 +82,26 @@ def chat_template(tokenizer: Any, file: Path | None = None) -> ChatTemplate:
 
 
 class Conversations:
-    """Writes conversations out for one tokenizer."""
+    """Writes conversations out for one tokenizer.
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate):
-        self.tokenizer, self.template = tokenizer, template
+    Args:
+        placeholders: what stands in prompts for a part of type "image" or "video", where the model reads these.
+    """
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate, placeholders: Mapping[str, str] | None = None):
+        self.tokenizer, self.template, self.placeholders = tokenizer, template, placeholders or {}
+        self.writes_parts = all(self._writes_part(kind) for kind in self.placeholders)
+
+    def _writes_part(self, kind: str) -> bool:
+        """Whether the template gives a place to a picture, or a video, by itself."""
+        content = [{"type": kind}, {"type": "text", "text": "a"}]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], chat_template=self.template.text, tokenize=False
+            )
+        except Exception:  # whatever a template does that knows texts alone
+            return False
+        return bool(text.count(self.placeholders[kind]) == 1)
 
     def write(self, asked: ChatAsked) -> str:
         """The prompt of a conversation, as text.
@@ -116,6 +132,12 @@ class Conversations:
 
     def _messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         copies: list[dict[str, Any]] = [copy.deepcopy(dict(message)) for message in messages]
+        for message in copies:
+            if isinstance(message["content"], list) and not self.writes_parts:
+                message["content"] = "".join(
+                    part["text"] if part["type"] == "text" else f"{self.placeholders[part['type']]}\n"
+                    for part in message["content"]
+                )
         if self.template.wants_objects:
             for place, message in enumerate(copies):
                 for number, call in enumerate(message.get("tool_calls", [])):

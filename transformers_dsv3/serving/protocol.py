@@ -10,6 +10,7 @@ from typing import Any
 from ..generation.requests import RequestError, SamplingSettings
 from .errors import refused
 from .fields import Fields, kind_of
+from .messages import Media, Reads, read_messages
 
 
 # They change nothing of the answer here, and clients send them unasked
@@ -71,13 +72,15 @@ class Tool:
 class ChatAsked(Asked):
     """
     Attributes:
-        messages: as templates take them: `content` is one string or None.
+        messages: as templates take them: `content` is one string or None, or where there are pictures a list of parts.
+        media: pictures and videos, in the order of their places.
         tools: none where the model may not call any.
         tool_choice: "auto", "required", or the name of the one that it has to call behind "function:".
         template_arguments: for the template beside these.
     """
 
     messages: tuple[Mapping[str, Any], ...] = ()
+    media: tuple[Media, ...] = ()
     tools: tuple[Tool, ...] = ()
     tool_choice: str = "auto"
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -106,17 +109,19 @@ class Limits:
     Attributes:
         vocabulary: tokens. sequence: of prompt and text together.
         defaults: settings that the checkpoint's `generation_config.json` gives in place of OpenAI's.
+        reads: what it reads beside text.
     """
 
     vocabulary: int
     sequence: int
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    reads: Reads = Reads()
 
 
 def chat_asked(values: Mapping[str, Any], limits: Limits) -> ChatAsked:
     """Raises `ApiError` for what cannot be done as it is asked."""
     fields = Fields(values)
-    messages = _messages(fields)
+    messages, media = read_messages(fields, limits.reads)
     tools = _tools(fields)
     choice = _tool_choice(fields, tools)
     if choice == "none":
@@ -140,6 +145,7 @@ def chat_asked(values: Mapping[str, Any], limits: Limits) -> ChatAsked:
     return ChatAsked(
         **_common(fields, limits, (top or 0) if wanted else None, constrained, max_tokens or older),
         messages=messages,
+        media=media,
         tools=tools,
         tool_choice=choice,
         template_arguments={} if template is None else dict(template.values),
@@ -294,50 +300,6 @@ def _prompts(fields: Fields, vocabulary: int) -> tuple[str | tuple[int, ...], ..
         else:
             raise refused(f"prompt[{place}]", f"has to be a string or token ids, not {kind_of(prompt)}")
     return tuple(prompts)
-
-
-def _messages(fields: Fields) -> tuple[Mapping[str, Any], ...]:
-    given = fields.need("messages", fields.array("messages"))
-    if not given:
-        raise refused("messages", "is empty: give one message or more")
-    return tuple(_message(Fields(message, f"messages[{place}]")) for place, message in enumerate(given))
-
-
-def _message(fields: Fields) -> dict[str, Any]:
-    role = fields.need("role", fields.choice("role", "system", "developer", "user", "assistant", "tool"))
-    content = fields.any("content")
-    if isinstance(content, list):
-        parts = [Fields(part, f"{fields.name('content')}[{place}]") for place, part in enumerate(content)]
-        for part in parts:
-            if part.need("type", part.text("type")) not in ("text", "refusal"):
-                raise refused(part.name("type"), "has to be text: this model reads nothing else")
-        content = "".join(part.need("text", part.text(part.values["type"])) for part in parts)
-    elif content is not None and not isinstance(content, str):
-        raise refused(fields.name("content"), f"has to be a string or a list of parts, not {kind_of(content)}")
-    message: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        if (text := fields.text(name)) is not None:
-            message[name] = text
-    calls = fields.array("tool_calls")
-    if calls:
-        if role != "assistant":
-            raise refused(fields.name("tool_calls"), "may only be in a message of the assistant")
-        message["tool_calls"] = [
-            _earlier_call(Fields(call, f"{fields.name('tool_calls')}[{place}]")) for place, call in enumerate(calls)
-        ]
-    elif content is None:
-        raise refused(fields.name("content"), "is missing")
-    return message
-
-
-def _earlier_call(fields: Fields) -> dict[str, Any]:
-    function = fields.need("function", fields.object("function"))
-    name = function.need("name", function.text("name"))
-    return {
-        "id": fields.text("id") or "",
-        "type": "function",
-        "function": {"name": name, "arguments": function.text("arguments") or "{}"},
-    }
 
 
 def _tools(fields: Fields) -> tuple[Tool, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..generation.requests import Features
 from ..models.dsv3.modeling_dsv3 import DeepseekV3ForCausalLM
 
 
@@ -22,17 +23,27 @@ def language_model(model: Any) -> DeepseekV3ForCausalLM | None:
 
 
 @torch.inference_mode()
-def expert_counts(model: DeepseekV3ForCausalLM, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
+def expert_counts(
+    model: DeepseekV3ForCausalLM, tokens: tuple[int, ...], features: Features | None = None, left_out: int = 0
+) -> list[dict[str, Any]]:
     """Runs a text through the layers and asks each mixture's router what it chooses.
 
     Routers are asked beside the layers, which stay as they are: a hook would make the engine's steps slower.
+
+    Args:
+        features: of pictures in the prompt that begins so many tokens, `left_out`, before these.
 
     Returns:
         For each mixture-of-experts layer its number, and for each expert how many of the tokens chose it.
     """
     decoder = model.model
     ids_1S = torch.tensor([tokens], device=decoder.embed_tokens.weight.device)
-    beginning = decoder.begin(input_ids=ids_1S, use_cache=False)
+    embeds_1SD = decoder.embed_tokens(ids_1S)
+    if features is not None:
+        shown = [row for row, place in enumerate(features.places) if place >= left_out]
+        places_F = torch.tensor([features.places[row] - left_out for row in shown], device=ids_1S.device)
+        embeds_1SD = embeds_1SD.index_copy(1, places_F.long(), features.rows[shown][None])
+    beginning = decoder.begin(inputs_embeds=embeds_1SD, use_cache=False)
     hidden_1SD = beginning.inputs_embeds
     layers = []
     for number, layer in enumerate(decoder.layers[: model.config.num_hidden_layers]):

@@ -8,6 +8,27 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class MediaLimits:
+    """Of pictures and videos.
+
+    Attributes:
+        number: of both in one request.
+        file_bytes: of each as a file.
+        pixels: of all pictures of a request, and of the frames that are taken of its videos.
+        frames: that are taken of each video.
+        hosts: from which addresses are fetched, "*" for all that are public; none where there are none.
+        fetch_seconds: in which one has to arrive.
+    """
+
+    number: int = 16
+    file_bytes: int = 8 * 2**20
+    pixels: int = 64_000_000
+    frames: int = 8
+    hosts: tuple[str, ...] = ()
+    fetch_seconds: float = 20.0
+
+
+@dataclass(frozen=True)
 class ServerSettings:
     """
     Attributes:

@@ -175,7 +175,7 @@ def test_commands_take_the_folder(joined, tmp_path):
     words = ["evaluate", str(folder), "--text", str(tmp_path / "text.txt"), "--what", "text", "--window", "64"]
     said = run.invoke(app, [*words, "--json", str(tmp_path / "record.json")])
     assert said.exit_code == 0 and (tmp_path / "record.json").is_file(), said.output
-    _, where = server._tokenizer(str(folder), SimpleNamespace(bits=None))
+    _, _, where = server._tokenizer(str(folder), SimpleNamespace(bits=None))
     assert server._model(str(folder), where, SimpleNamespace(bits=None, dtype="auto", device=None)).lm_head is not None
     said = run.invoke(app, ["compress", str(folder), "--output", str(tmp_path / "out"), "--bits", "4"])
     assert said.exit_code != 0 and "internvl" in said.output.replace("\n", " ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,11 @@ def checked_picture(picture: Any, name: str) -> Any:
 
 
 def frames_of(
-    video: Any, name: str, num_frames: int | None = None, fps: float | None = None
+    video: Any,
+    name: str,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    check: Callable[[int, int, int, int], None] | None = None,
 ) -> tuple[list[Any], list[float] | None]:
     """The frames of a video, and the seconds at which they are shown, None where nothing tells them.
 
@@ -56,6 +60,8 @@ def frames_of(
         video: frames as Pillow has them, an array or tensor `(frames, ...)`, or a file's path.
         name: what errors call it.
         num_frames, fps: of a file, so many frames, at equal distances, or so many in a second; 8 without either.
+        check: of a file, called with how many frames it says to have, their width and height, and how many are to be
+            taken, before any is decoded.
 
     Raises:
         ValueError: without a frame, for a file that cannot be read, and for frames that cannot be decoded.
@@ -63,14 +69,20 @@ def frames_of(
     """
     seconds = None
     if isinstance(video, (str, os.PathLike)):
-        video, seconds = _read(Path(video), name, num_frames, fps)
+        video, seconds = _read(Path(video), name, num_frames, fps, check)
     frames: Sequence[Any] = list(video)
     if not frames:
         raise ValueError(f"{name}: it has no frames.")
     return [checked_picture(frame, f"frame {place} of {name}") for place, frame in enumerate(frames, 1)], seconds
 
 
-def _read(path: Path, name: str, num_frames: int | None, fps: float | None) -> tuple[Any, list[float]]:
+def _read(
+    path: Path,
+    name: str,
+    num_frames: int | None,
+    fps: float | None,
+    check: Callable[[int, int, int, int], None] | None,
+) -> tuple[Any, list[float]]:
     import numpy as np
     from transformers.video_utils import load_video
 
@@ -88,6 +100,8 @@ def _read(path: Path, name: str, num_frames: int | None, fps: float | None) -> t
         if fps is not None:
             wanted = max(1, round(total / metadata.fps * fps))
         wanted = min(wanted, total)
+        if check is not None:
+            check(total, metadata.width, metadata.height, wanted)
         # The middle of equal parts of the time
         return ((np.arange(wanted) + 0.5) * total / wanted).astype(int)
 
