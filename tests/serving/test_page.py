@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.serving.pictures import file_of, shade
+from tests.serving.test_limits import wait_for
 from transformers_dsv3.serving.app import PAGE
 
 
@@ -140,7 +142,8 @@ def test_an_answer_is_stopped(open_page, serve, make_engine):
             page.keyboard.press("Escape")
         expect(page.locator("#status")).to_contain_text("stopped")
         assert page.locator("#stop").is_hidden()
-    assert len(engine.cancelled) == 2 and not engine.states
+    wait_for(lambda: len(engine.cancelled) == 2)  # the page says so before the server knows
+    assert not engine.states
     page.get_by_role("button", name="New chat").click()
     assert page.locator("article").count() == 0
 
@@ -171,6 +174,78 @@ def test_voice_where_the_browser_has_it(open_page, echo):
     assert page.evaluate("window.spoken") == ["User:", "User:"]
     page = open_page(echo, init=NO_SPEECH)
     assert page.locator("#listen").is_hidden() and not page.get_by_label("Read answers aloud").is_visible()
+
+
+CHOSEN = [{"name": f"{name}.png", "mimeType": "image/png", "buffer": file_of(shade(value))}
+          for name, value in (("red", 200), ("blue", 3))]  # fmt: skip
+# What a browser tells of files that come by the clipboard or the mouse
+GIVE = """([kind, bytes, type]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([Uint8Array.from(bytes)], `${kind}.png`, { type }));
+  const given = kind === 'paste' ? { clipboardData: data } : { dataTransfer: data };
+  const of = kind === 'paste' ? ClipboardEvent : DragEvent;
+  document.dispatchEvent(new of(kind, { bubbles: true, cancelable: true, ...given }));
+}"""
+
+
+@pytest.mark.slow
+def test_pictures_are_chosen_pasted_and_dropped(open_page, picture_server, echo):
+    page = open_page(picture_server, init=NO_SPEECH)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Most tokens").fill("6")
+    page.get_by_role("button", name="Close").click()
+    page.locator("#files").set_input_files(CHOSEN)
+    for kind in ("paste", "drop"):
+        page.evaluate(GIVE, [kind, list(file_of(shade(90))), "image/png"])
+    shown = page.get_by_role("list", name="Pictures to be sent").get_by_role("img")
+    expect(shown).to_have_count(4)
+    assert [one.get_attribute("alt") for one in shown.all()] == ["red.png", "blue.png", "paste.png", "drop.png"]
+    assert shown.first.evaluate("image => image.naturalWidth") == 20  # the policy lets it be seen
+    page.get_by_label("Your message").focus()
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Remove drop.png"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Remove paste.png"
+    expect(page.locator("#status")).to_have_text("drop.png was removed.")
+    page.keyboard.press("Tab")
+    page.keyboard.type("What is it?")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Add pictures"
+    page.get_by_role("button", name="Send").click()
+    page.wait_for_selector("article.assistant .tools")
+    assert page.locator("article.user img").count() == 3 and page.locator("#pictures").is_hidden()
+    page.get_by_text("Experts of the last answer").click()
+    page.wait_for_selector("#routing-table table")
+    ask(page, "And now?")  # the pictures go along
+    expect(page.locator("article.assistant .tools")).to_have_count(2)
+
+    page.evaluate(GIVE, ["drop", [1, 2, 3], "image/png"])
+    ask(page, "Look")
+    expect(page.locator("#error")).to_contain_text("is no picture of PNG")
+    expect(shown).to_have_count(1)  # to be removed, and the question asked again
+    assert page.locator("#question").input_value() == "Look" and page.locator("article.user").count() == 2
+    page.evaluate(GIVE, ["drop", [1], "text/plain"])
+    expect(page.locator("#error")).to_have_text("drop.png is no picture.")
+
+    page = open_page(echo, init=NO_SPEECH)
+    assert page.locator("#add").is_hidden()
+    page.evaluate(GIVE, ["paste", [1], "image/png"])
+    expect(page.locator("#error")).to_have_text("This model reads text alone.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_no_violation_with_pictures(open_page, picture_server, theme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
+    screen = {"width": 360, "height": 740}
+    page = open_page(picture_server, init=SPEECH, color_scheme=theme, viewport=screen, bypass_csp=True)
+    page.locator("#files").set_input_files(CHOSEN)
+    expect(page.locator("#pictures li")).to_have_count(2)
+    assert not axe.Axe().run(page).response["violations"]
+    ask(page, "What is it?")
+    page.wait_for_selector("article.assistant .tools")
+    assert not axe.Axe().run(page).response["violations"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= screen["width"]
 
 
 @pytest.mark.slow

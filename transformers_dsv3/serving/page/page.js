@@ -5,6 +5,8 @@ const KEPT = ["system", "temperature", "top_p", "max_tokens", "seed", "theme"];
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 
 let messages = []; // of the conversation, as the API takes them
+let pictures = []; // of the message that is being written: names and data: URLs
+const reads = new Map(); // what each model reads
 let running = null; // the AbortController of the answer that is being written
 let wroteLast = null; // the messages with the last answer, for its routing
 let routed = null; // that, as the server told it
@@ -92,6 +94,7 @@ async function loadModels() {
   try {
     const { data } = await (await ask("v1/models")).json();
     $("model").replaceChildren(...data.map(({ id }) => new Option(id, id)));
+    for (const { id, input_modalities: kinds } of data) reads.set(id, kinds ?? ["text"]);
     showModel();
     complain("");
   } catch (error) {
@@ -103,7 +106,90 @@ function showModel() {
   const name = $("model").value || "a model";
   $("model-name").textContent = name.split("/").filter(Boolean).pop();
   document.title = `Chat with ${$("model-name").textContent}`;
+  $("add").hidden = !readsPictures();
 }
+
+// Pictures of the next message
+
+function readsPictures() {
+  return reads.get($("model").value)?.includes("image") ?? false;
+}
+
+function readFile(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}
+
+async function addPictures(files) {
+  complain("");
+  if (!readsPictures()) {
+    complain("This model reads text alone.");
+    return;
+  }
+  for (const file of files) {
+    if (!file.type.startsWith("image/")) {
+      complain(`${file.name} is no picture.`);
+      continue;
+    }
+    try {
+      pictures.push({ name: file.name || "Picture", url: await readFile(file) });
+    } catch {
+      complain(`${file.name} cannot be read.`);
+    }
+  }
+  showPictures();
+  say(`Pictures to be sent: ${pictures.map(({ name }) => name).join(", ") || "none"}.`);
+  $("question").focus();
+}
+
+function picture({ name, url }) {
+  return element("img", { src: url, alt: name });
+}
+
+function showPictures() {
+  $("pictures").hidden = !pictures.length;
+  $("pictures").replaceChildren(
+    ...pictures.map((one, place) => {
+      const remove = element("button", { type: "button", ariaLabel: `Remove ${one.name}` }, "Remove");
+      remove.addEventListener("click", () => {
+        pictures.splice(place, 1);
+        showPictures();
+        say(`${one.name} was removed.`);
+        ($("pictures").querySelectorAll("button")[Math.min(place, pictures.length - 1)] ?? $("question")).focus();
+      });
+      return element("li", {}, picture(one), remove);
+    }),
+  );
+}
+
+$("add").addEventListener("click", () => $("files").click());
+$("files").addEventListener("change", async () => {
+  await addPictures([...$("files").files]);
+  $("files").value = ""; // so that the same file may be chosen again
+});
+document.addEventListener("paste", (event) => {
+  if (!event.clipboardData?.files.length) return;
+  event.preventDefault();
+  addPictures([...event.clipboardData.files]);
+});
+document.addEventListener("dragover", (event) => {
+  if (!event.dataTransfer?.types.includes("Files")) return;
+  event.preventDefault();
+  document.body.classList.toggle("dropping", readsPictures());
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("dropping");
+});
+document.addEventListener("drop", (event) => {
+  document.body.classList.remove("dropping");
+  if (!event.dataTransfer?.files.length) return;
+  event.preventDefault(); // else the browser leaves the page for the file
+  addPictures([...event.dataTransfer.files]);
+});
 
 // The conversation
 
@@ -159,7 +245,7 @@ function asked() {
   return body;
 }
 
-async function answer() {
+async function answer(sent) {
   const { article, text } = addMessage("assistant");
   const body = asked();
   const begun = performance.now();
@@ -208,6 +294,7 @@ async function answer() {
   busy(false);
   if (!content && !thoughts) {
     article.remove();
+    if (reason === "failed" && sent.pictures.length) takeBack(sent); // else each later message would fail by them
     say(reason === "stopped" ? "Stopped." : "");
     return;
   }
@@ -247,14 +334,29 @@ function busy(is) {
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   const question = $("question").value.trim();
-  if (!question || running) return;
+  if ((!question && !pictures.length) || running) return;
   complain("");
-  addMessage("user").text.textContent = question;
-  messages.push({ role: "user", content: question });
+  const { article, text } = addMessage("user");
+  text.textContent = question;
+  article.append(...pictures.map(picture));
+  const shown = pictures.map(({ url }) => ({ type: "image_url", image_url: { url } }));
+  const asks = question ? [{ type: "text", text: question }] : [];
+  messages.push({ role: "user", content: shown.length ? [...shown, ...asks] : question });
+  const sent = { article, question, pictures };
+  pictures = [];
+  showPictures();
   $("question").value = "";
   scrollTo(0, document.documentElement.scrollHeight);
-  answer();
+  answer(sent);
 });
+
+function takeBack(sent) {
+  messages.pop();
+  sent.article.remove();
+  pictures = sent.pictures;
+  showPictures();
+  $("question").value = sent.question;
+}
 
 $("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -275,6 +377,8 @@ document.addEventListener("keydown", (event) => {
 $("new").addEventListener("click", () => {
   running?.abort();
   messages = [];
+  pictures = [];
+  showPictures();
   wroteLast = routed = null;
   $("log").replaceChildren();
   $("empty").hidden = false;
