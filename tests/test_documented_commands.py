@@ -71,6 +71,7 @@ RUN_BY = {
     "torchrun": "tests/examples/test_pretrain_parallel.py",
     "accelerate": "tests/examples/test_pretrain_parallel.py",
     "python setup.py": "tests/kernels/test_cpu_build.py",
+    "examples/optimizer_study.py": "tests/training/test_muon.py",
     "examples/esft_study.py": "elsewhere: 20 minutes; its figures are in model_cards/esft",
     "examples/lora_study.py": "elsewhere: an hour and a half; its figures are in model_cards/lora",
     "ahead_of_time": "tests/kernels/test_triton_compile.py",

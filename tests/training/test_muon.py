@@ -1,6 +1,8 @@
 """Muon beside the polynomial on singular values, torch's own optimizers, and one expert at a time; under `Trainer`."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from tests import programs
 from transformers_dsv3 import LoadBalancingCallback, MtpObjectiveCallback, muon
 from transformers_dsv3.training.muon import COEFFICIENTS, Muon, muon_groups, orthogonalised
 
@@ -115,6 +118,8 @@ def test_which_parameters_are_matrices(make_model):
     assert {"model.layers.0.self_attn.kv_b_proj.weight", "model.mtp.0.eh_proj.weight"} <= matrices
     (rest,) = [group for group in muon_groups(model, 0.3) if not group["weight_decay"]]
     assert all(parameter.dim() == 1 for parameter in rest["params"]) and not rest["matrices"]
+    without = [group for group in muon_groups(model, experts=False) if group["matrices"]]
+    assert {p.dim() for group in without for p in group["params"]} == {2}
     every = [id(p) for group in muon_groups(model) for p in group["params"]]
     assert len(every) == len(set(every)) == sum(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="no parameter that is trainable"):
@@ -189,3 +194,17 @@ def test_under_trainer_and_resumed(make_model, train, tmp_path):
     train(other, resume=str(tmp_path / "run" / "checkpoint-2"))
     for (name, one), two in zip(model.named_parameters(), other.parameters()):
         assert torch.equal(one, two), name
+
+
+@pytest.mark.slow
+def test_the_study(tmp_path):
+    study = [Path(__file__).parents[2] / "examples" / "optimizer_study.py", "--steps", 4, "--batch", 1, "--seeds", 1]
+    files = ["--rates", 3e-3, "--results", tmp_path / "study.json"]
+    done = programs.run([*study, *files, "--optimizers", "adamw", "muon"])
+    assert done.returncode == 0, done.stderr[-4000:]
+    entries = json.loads((tmp_path / "study.json").read_text())
+    rates = {(entry["setting"]["optimizer"], entry["setting"]["rate"]) for entry in entries}
+    assert {("adamw", 1.5e-3), ("adamw", 6e-3), ("muon", 3e-3)} <= rates
+    assert "AdamW: rate" in done.stdout and "Muon: rate" in done.stdout
+    done = programs.run([*study, *files, "--plot", tmp_path / "study.png"])
+    assert done.returncode == 0 and (tmp_path / "study.png").exists()

@@ -205,7 +205,7 @@ def _whole_matrices(
     return gathered, part
 
 
-def muon_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
+def muon_groups(model: nn.Module, weight_decay: float = 0.1, experts: bool = True) -> list[dict[str, Any]]:
     """A model's trainable parameters in groups for [`Muon`]: matrices, stacks of two, and what AdamW moves.
 
     Matrices are all weights of layers, routers' among them, and experts'; embedding and output head are AdamW's, as
@@ -213,6 +213,7 @@ def muon_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, A
 
     Args:
         weight_decay: of what decays.
+        experts: whether experts' matrices are Muon's too, and not AdamW's.
 
     Raises:
         ValueError: nothing is trainable.
@@ -222,7 +223,9 @@ def muon_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, A
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_head = not HEADS.isdisjoint(name.split("."))
-            is_matrix = parameter.dim() in (2, 3) and id(parameter) not in tables and not is_head
+            is_matrix = (
+                parameter.dim() in ((2, 3) if experts else (2,)) and id(parameter) not in tables and not is_head
+            )
             stacked = STACKED.get(name.rpartition(".")[2], 1) if is_matrix else 1
             kinds.setdefault((is_matrix, stacked, parameter.dim() > 1), []).append(parameter)
     if not kinds:
@@ -241,11 +244,13 @@ def muon_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, A
 class _Factory:
     """What `Trainer` calls with the model that it is to optimise."""
 
-    def __call__(self, model: nn.Module, weight_decay: float, **options: Any) -> Muon:
-        return Muon(muon_groups(model, weight_decay), weight_decay=weight_decay, **options)
+    def __call__(self, model: nn.Module, weight_decay: float, experts: bool, **options: Any) -> Muon:
+        return Muon(muon_groups(model, weight_decay, experts), weight_decay=weight_decay, **options)
 
 
-def muon(lr: float, weight_decay: float = 0.1, **options: Any) -> tuple[type[_Factory], dict[str, Any]]:
+def muon(
+    lr: float, weight_decay: float = 0.1, experts: bool = True, **options: Any
+) -> tuple[type[_Factory], dict[str, Any]]:
     """[`Muon`] over a model's matrices and AdamW over the rest, for `Trainer`.
 
     ```python
@@ -258,6 +263,7 @@ def muon(lr: float, weight_decay: float = 0.1, **options: Any) -> tuple[type[_Fa
     Args:
         lr: learning rate of matrices and of the rest: what AdamW would have, or more.
         weight_decay: of all but norms and biases.
+        experts: whether experts' matrices are Muon's too, and not AdamW's.
         options: other arguments of [`Muon`].
 
     Returns:
@@ -268,4 +274,4 @@ def muon(lr: float, weight_decay: float = 0.1, **options: Any) -> tuple[type[_Fa
     """
     arguments = {"lr": lr, "weight_decay": weight_decay, **options}
     Muon([{"params": [nn.Parameter(torch.zeros(1))]}], **arguments)  # refuses here what it would refuse in training
-    return _Factory, arguments
+    return _Factory, {**arguments, "experts": experts}
