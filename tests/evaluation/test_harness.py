@@ -291,10 +291,11 @@ def test_tasks_that_run_code_of_the_model(offline):
         TaskSuite(["humaneval"])
 
 
-def test_tasks_that_are_broken(tmp_path):
-    (tmp_path / "bad.yaml").write_text(json.dumps({"task": "bad", "dataset_path": "json", "test_split": "test"}))
+def test_tasks_that_are_broken(offline):
+    """In a folder of its own: without data_files, datasets looks for data in all folders under the current one."""
+    (offline / "bad.yaml").write_text(json.dumps({"task": "bad", "dataset_path": "json", "test_split": "test"}))
     with pytest.raises(TaskError, match="^bad"):
-        TaskSuite(["bad"], [tmp_path])
+        TaskSuite(["bad"], [offline])
 
 
 def test_without_the_package(monkeypatch):
