@@ -447,7 +447,8 @@ def test_a_thread_that_dies_in_the_scheduler_tells_everyone(model, monkeypatch):
     assert isinstance(engine.failure, ZeroDivisionError)
 
 
-def test_adapters_are_chosen_by_each_request(make_model, start, tmp_path):
+def test_adapters_are_chosen_by_each_request(make_model, start, tmp_path, monkeypatch):
+    """And one that cannot be activated is the matter of its own requests, however many there are."""
     model = make_model(vocab_size=258, eos_token_id=None)
     prompt, expected = prompts_of(1)[0], {}
     expected[None] = alone(model, prompt, 8)
@@ -467,6 +468,22 @@ def test_adapters_are_chosen_by_each_request(make_model, start, tmp_path):
     }
     for (_, name), answer in answers.items():
         assert answer.wait().tokens == expected[name]
+    choose = model.set_adapter
+
+    def set_adapter(name):
+        choose("two" if name == "one" else name)
+        if name == "one":
+            raise RuntimeError("its file is gone")
+
+    monkeypatch.setattr(model, "set_adapter", set_adapter)
+    beside = ask(engine, prompt, "beside", adapter="two", max_new_tokens=40)
+    for place in range(engine_module._MOST_FAILURES + 1):
+        answer = ask(engine, prompt, f"wrong {place}", adapter="one").wait()
+        assert answer.last.finish_reason == "error" and "its file is gone" in answer.last.error
+    assert ask(engine, prompt, "base").wait().tokens == expected[None]
+    assert beside.wait().tokens[:8] == expected["two"] and engine.failure is None
+    monkeypatch.setattr(model, "set_adapter", choose)
+    assert ask(engine, prompt, "again", adapter="one").wait().tokens == expected["one"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..models.dsv3.paged_dsv3 import PagedLatents, RaggedBatch, forward_pages
-from .adapters import Adapters
+from .adapters import AdapterError, Adapters
 from .memory import free_bytes
 from .pages import PagePool
 from .requests import Deliver, Features, FinishReason, Output, QueueFull, Request, RequestError, end_tokens
@@ -295,8 +295,12 @@ class Engine:
         computed: list[tuple[Chunk, Served, Drawn | Exception | None]] = []
         with torch.no_grad():
             for adapter, chunks in self._by_adapter(step).items():
-                with self._adapters.active(adapter):
-                    computed += self._compute(chunks)
+                try:
+                    with self._adapters.active(adapter):
+                        computed += self._compute(chunks)
+                except AdapterError as error:
+                    logger.exception("Requests of an adapter could not be computed.")
+                    computed += [(*each, error) for each in chunks]
         seconds = time.perf_counter() - started
         self._totals.steps += 1
         self._totals.step_seconds += seconds
@@ -316,7 +320,7 @@ class Engine:
                     self._finish(served, output)
                 elif not self._tell(served, output):
                     self._finish(served, None)
-        failed = all(isinstance(result, Exception) for _, _, result in computed)
+        failed = all(isinstance(result, Exception) and not isinstance(result, AdapterError) for *_, result in computed)
         self._totals.failed_steps += failed
         self._failures_in_a_row = self._failures_in_a_row + 1 if failed else 0
         if self._failures_in_a_row >= _MOST_FAILURES:
