@@ -335,7 +335,8 @@ def test_bad_input_is_named(model, importance, folder, make_model, tmp_path):
     with pytest.raises(CheckpointError, match="8 routed experts.*layer 2"):
         prune_checkpoint(broken, tmp_path / "pruned", 0.25, importance)
     fields = json.loads((folder / "config.json").read_text())
-    ignored = {"ignore": ["model.layers.1.mlp.experts.3.up_proj"]}
+    whole = ["model.layers.1.mlp.experts.3.up_proj"]
+    ignored = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": whole}
     (folder / "config.json").write_text(json.dumps({**fields, "quantization_config": ignored}))
     with pytest.raises(OptionError, match="names single experts"):
         prune_checkpoint(folder, tmp_path / "pruned", 0.25, importance)
