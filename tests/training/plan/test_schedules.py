@@ -7,15 +7,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from transformers_dsv3.option_error import OptionError
+from transformers_dsv3.training.pipeline.kinds import rank_of_stage
 from transformers_dsv3.training.plan.cut import cut
 from transformers_dsv3.training.plan.idle import equal_stages
 from transformers_dsv3.training.plan.layout import PieceTimes, Pipeline
 from transformers_dsv3.training.plan.schedules import (
     SCHEDULES,
-    V_SHAPED,
     Program,
     action_tables,
-    rank_of_stage,
     stage_times,
 )
 from transformers_dsv3.training.plan.trace import replay, write_trace
@@ -82,7 +81,7 @@ def starts_by_relaxation(tables, times, delay):
 @given(st.sampled_from(sorted(IDLE)), st.integers(2, 3), st.data())
 def test_unequal_stages(schedule, ranks, data):
     microbatches = 2 * ranks
-    stages = ranks * SCHEDULES[schedule][1]
+    stages = ranks * SCHEDULES[schedule].stages_per_rank
     seconds = st.lists(st.floats(0.1, 5.0), min_size=stages, max_size=stages)
     times = stage_times(*(data.draw(seconds) for _ in range(3)))
     tables = action_tables(schedule, ranks, microbatches)
@@ -107,7 +106,7 @@ def test_unequal_stages(schedule, ranks, data):
     st.lists(st.floats(0.5, 1.5), min_size=12, max_size=16),
 )
 def test_the_busiest_rank_has_as_little_as_may_be(schedule, ranks, costs):
-    stages = ranks * SCHEDULES[schedule][1]
+    stages = ranks * SCHEDULES[schedule].stages_per_rank
 
     def busiest(bounds):
         loads = [0.0] * ranks
@@ -116,7 +115,7 @@ def test_the_busiest_rank_has_as_little_as_may_be(schedule, ranks, costs):
         return max(loads)
 
     every = ([0, *inner, len(costs)] for inner in combinations(range(1, len(costs)), stages - 1))
-    found = cut(costs, schedule, ranks, SCHEDULES[schedule][1])
+    found = cut(costs, schedule, ranks, SCHEDULES[schedule].stages_per_rank)
     assert found[0] == 0 and found[-1] == len(costs) and found == sorted(set(found))
     assert busiest(found) <= min(map(busiest, every)) * (1 + 1e-6)
 
@@ -136,11 +135,11 @@ def test_a_cut_moved_by_what_a_step_takes():
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_activations_that_are_held(schedule):
     ranks, microbatches = 4, 12
-    stages = ranks * SCHEDULES[schedule][1]
+    stages = ranks * SCHEDULES[schedule].stages_per_rank
     alive = Program(action_tables(schedule, ranks, microbatches)).run(stage_times(*[[1.0] * stages] * 3)).most_alive
     first = {"GPipe": microbatches, "1F1B": ranks, "Interleaved1F1B": 2 * ranks}
     assert alive[0] == first.get(schedule, 2 * ranks)  # of the schedules in the form of a V, half a layer's each
-    if schedule in V_SHAPED:  # and no rank has more than another by much
+    if SCHEDULES[schedule].is_v:  # and no rank has more than another by much
         assert max(alive[r] + alive[2 * ranks - 1 - r] for r in range(ranks)) <= 2 * ranks + 1
 
 

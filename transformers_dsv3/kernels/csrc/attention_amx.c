@@ -52,7 +52,7 @@ void mix_amx(MIX_ARGUMENTS(bf16))
                     __m512 x = _mm512_maskz_loadu_ps(mask, p + (i + q) * ldp + s);
                     _mm256_store_si256((__m256i *)(rounded + q * MIX_BLOCK + s), (__m256i)_mm512_cvtneps_pbh(x));
                 }
-            __asm__ volatile("" : : : "memory");
+            __asm__ volatile("" : : : "memory"); /* see `stage` in tiles_amx.c */
             for (int64_t r = 0; r < width; r += TALL) {
                 columns[0] = TILE;
                 columns[1] = width - r > TILE ? TILE : 0;

@@ -119,6 +119,21 @@ static inline __attribute__((always_inline)) void scores_bf16_tile(
             _mm512_storeu_ps(scores + i * lds + 16 * v, sums[i][v]);
 }
 
+/* room[p * MIX_BLOCK + j] = the pair p of row j of k; rows from N up to a multiple of 16 are zeros */
+static void pack_pairs(const bf16 *k, ptrdiff_t ld, int64_t n, int64_t N, uint32_t *room)
+{
+    for (int64_t j = 0; j < N; j += 16)
+        for (int64_t p = 0; p < n / 2; p += 16) {
+            __m512i row[16];
+            __mmask16 mask = n / 2 - p >= 16 ? (__mmask16)~0 : first16(n / 2 - p);
+            for (int i = 0; i < 16; i++)
+                row[i] = j + i < N ? _mm512_maskz_loadu_epi32(mask, k + (j + i) * ld + 2 * p) : _mm512_setzero_si512();
+            transpose_16x16(row);
+            for (int64_t i = 0; i < min_i64(16, n / 2 - p); i++)
+                _mm512_storeu_si512(room + (p + i) * MIX_BLOCK + j, row[i]);
+        }
+}
+
 /* With many queries the keys are first turned, so that sixteen scores are one vector and need no sum across it. Scores
  * of up to fifteen keys past the last are written too. */
 static void scores_bf16(SCORES_ARGUMENTS(bf16))

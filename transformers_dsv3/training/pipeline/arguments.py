@@ -3,39 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import TrainingArguments
 
 from ...option_error import OptionError
-
-
-class ScheduleKind(NamedTuple):
-    """A schedule of `torch.distributed.pipelining`.
-
-    Attributes:
-        class_name: in `torch.distributed.pipelining.schedules`.
-        stages_per_rank: how many it takes of each rank; None for as many as are asked for.
-        is_v: whether stages come back to the first rank (rank r has r and 2p - 1 - r), or go round (r, p + r, ...).
-        least: fewest microbatches, in stages.
-        splits_backward: whether the gradients of weights are computed apart from those of inputs.
-    """
-
-    class_name: str
-    stages_per_rank: int | None
-    is_v: bool
-    least: int
-    splits_backward: bool
-
-
-SCHEDULES = {
-    "GPipe": ScheduleKind("ScheduleGPipe", 1, False, 0, False),
-    "1F1B": ScheduleKind("Schedule1F1B", 1, False, 1, False),
-    "Interleaved1F1B": ScheduleKind("ScheduleInterleaved1F1B", None, False, 0, False),
-    "InterleavedZeroBubble": ScheduleKind("ScheduleInterleavedZeroBubble", None, False, 0, True),
-    "ZBV": ScheduleKind("ScheduleZBVZeroBubble", 2, True, 0, True),
-    "DualPipeV": ScheduleKind("ScheduleDualPipeV", 2, True, 1, True),
-}
+from .kinds import SCHEDULES, ScheduleKind, rank_of_stage
 
 
 @dataclass
@@ -83,17 +56,17 @@ class PipelineArguments:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise OptionError("schedule", f"`schedule={self.schedule!r}`: must be one of {', '.join(SCHEDULES)}")
-        fixed = SCHEDULES[self.schedule].stages_per_rank
+        needed, takes_more = self.kind.stages_per_rank, self.kind.takes_more
         if self.stages_per_rank is None:
-            self.stages_per_rank = fixed or 2
-        elif fixed is None and self.stages_per_rank < 2:
+            self.stages_per_rank = needed
+        elif takes_more and self.stages_per_rank < needed:
             raise OptionError(
-                "stages_per_rank", f"`stages_per_rank={self.stages_per_rank}`: {self.schedule} needs 2 or more"
+                "stages_per_rank", f"`stages_per_rank={self.stages_per_rank}`: {self.schedule} needs {needed} or more"
             )
-        elif fixed is not None and self.stages_per_rank != fixed:
+        elif not takes_more and self.stages_per_rank != needed:
             raise OptionError(
                 "stages_per_rank",
-                f"`stages_per_rank={self.stages_per_rank}`: {self.schedule} takes {fixed} of each process",
+                f"`stages_per_rank={self.stages_per_rank}`: {self.schedule} takes {needed} of each process",
             )
         if self.microbatches < 1:
             raise OptionError("microbatches", f"`microbatches={self.microbatches}`: at least 1 is needed")
@@ -110,9 +83,7 @@ class PipelineArguments:
 
     def rank_of(self, stage: int, ranks: int) -> int:
         """The rank that a stage is on."""
-        if self.kind.is_v:
-            return stage if stage < ranks else 2 * ranks - 1 - stage
-        return stage % ranks
+        return rank_of_stage(self.schedule, ranks, stage)
 
     def check(self, config: Any, ranks: int, batch_size: int) -> None:
         """Refuses what does not fit a model, a number of processes and a batch.
@@ -143,7 +114,7 @@ class PipelineArguments:
                 f"`microbatches={self.microbatches}`: {self.schedule} needs at least one for each of {stages} stages",
             )
         rounds = max(1, self.microbatches // ranks)
-        if self.kind.stages_per_rank is None and self.microbatches % rounds:
+        if self.kind.takes_more and self.microbatches % rounds:
             raise OptionError(
                 "microbatches",
                 f"`microbatches={self.microbatches}`: {self.schedule} on {ranks} processes needs a multiple of "

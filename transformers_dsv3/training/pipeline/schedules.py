@@ -83,7 +83,7 @@ class Schedules:
                     dw_builder=self.weight_gradients and self.weight_gradients.take,
                 )
             )
-        schedule = getattr(pipelining.schedules, self.arguments.kind.class_name)
+        schedule = pipelining.schedules.get_schedule_class(self.arguments.kind.torch_name)
         single = self.arguments.stages_per_rank == 1
         return schedule(
             stages[0] if single else stages, self.arguments.microbatches, loss_fn=_pass_on, scale_grads=False

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from ...option_error import OptionError
-from .schedules import V_SHAPED
+from ..pipeline.kinds import SCHEDULES
 
 
 def cut(costs: Sequence[float], schedule: str, ranks: int, stages_per_rank: int) -> list[int]:
@@ -24,14 +24,14 @@ def cut(costs: Sequence[float], schedule: str, ranks: int, stages_per_rank: int)
     stages = ranks * stages_per_rank
     if stages > len(costs):
         raise OptionError("--pp", f"{stages} stages ({ranks} ranks of {stages_per_rank}) of {len(costs)} pieces")
-    sums = [0.0, *accumulate(costs)]
-    low, high = max(sums[-1] / ranks, max(costs)) if schedule in V_SHAPED else sums[-1] / stages, sums[-1]
-    fit = _fit_pairs if schedule in V_SHAPED else _fit_stages
-    best = fit(sums, high, ranks if schedule in V_SHAPED else stages)
+    is_v, sums = SCHEDULES[schedule].is_v, [0.0, *accumulate(costs)]
+    low, high = max(sums[-1] / ranks, max(costs)) if is_v else sums[-1] / stages, sums[-1]
+    fit, number = (_fit_pairs, ranks) if is_v else (_fit_stages, stages)
+    best = fit(sums, high, number)
     assert best is not None
     for _ in range(40):
         middle = (low + high) / 2
-        found = fit(sums, middle, ranks if schedule in V_SHAPED else stages)
+        found = fit(sums, middle, number)
         if found is None:
             low = middle
         else:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
+from ..pipeline.kinds import rank_of_stage
 from .cut import cut, improve
-from .schedules import V_SHAPED, Program, Timeline, action_tables, check_schedule, rank_of_stage, stage_times
+from .schedules import SCHEDULES, Program, Timeline, action_tables, check_schedule, stage_times
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Pipeline:
         """
         costs, per_rank = times.whole, self.stages_per_rank
         starts = [cut(costs, self.schedule, self.ranks, per_rank)]
-        if self.schedule in V_SHAPED:
+        if SCHEDULES[self.schedule].is_v:
             starts.append(cut(costs, "1F1B", self.ranks, per_rank))
         if tries:
             span = partial(self.seconds, times, rounds=2)

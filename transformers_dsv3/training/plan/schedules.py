@@ -15,18 +15,11 @@ from typing import Any, NamedTuple
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from ...option_error import OptionError
+from ..pipeline import kinds
 
 
-# By the names that are asked for: torch's, and stages a rank
-SCHEDULES = {
-    "GPipe": ("GPipe", 1),
-    "1F1B": ("1F1B", 1),
-    "Interleaved1F1B": ("Interleaved1F1B", 2),
-    "ZBV": ("ZBVZeroBubble", 2),
-    "DualPipeV": ("DualPipeV", 2),
-}
-# Rank r has stage r and stage 2p - 1 - r; of the others stages r, r + p, ...
-V_SHAPED = ("ZBV", "DualPipeV")
+# Those that are simulated
+SCHEDULES = {name: kind for name, kind in kinds.SCHEDULES.items() if name != "InterleavedZeroBubble"}
 
 
 class Action(NamedTuple):
@@ -52,9 +45,9 @@ def check_schedule(schedule: str, ranks: int, microbatches: int, stages_per_rank
         raise OptionError("--schedule", f"is one of {', '.join(SCHEDULES)}, not {schedule!r}")
     if ranks < 1 or microbatches < 1:
         raise OptionError("--pp", f"{ranks} ranks and {microbatches} microbatches: both must be at least 1")
-    stages = SCHEDULES[schedule][1]
+    stages = SCHEDULES[schedule].stages_per_rank
     if stages_per_rank is not None and stages_per_rank != stages:
-        if schedule != "Interleaved1F1B" or stages_per_rank < 2:
+        if not SCHEDULES[schedule].takes_more or stages_per_rank < stages:
             raise OptionError("--stages-per-rank", f"{schedule} has {stages}, not {stages_per_rank}")
         stages = stages_per_rank
     if schedule == "DualPipeV" and microbatches < 2 * ranks:
@@ -70,12 +63,6 @@ def check_schedule(schedule: str, ranks: int, microbatches: int, stages_per_rank
     return stages
 
 
-def rank_of_stage(schedule: str, ranks: int, stage: int) -> int:
-    """Which rank a stage is on."""
-    lap, place = divmod(stage, ranks)
-    return ranks - 1 - place if schedule in V_SHAPED and lap % 2 else place
-
-
 def action_tables(schedule: str, ranks: int, microbatches: int, stages_per_rank: int | None = None) -> Tables:
     """Torch's own order of each rank's work.
 
@@ -87,7 +74,7 @@ def action_tables(schedule: str, ranks: int, microbatches: int, stages_per_rank:
         OptionError: as `check_schedule` does.
     """
     stages_per_rank = check_schedule(schedule, ranks, microbatches, stages_per_rank)
-    cls = get_schedule_class(SCHEDULES[schedule][0])
+    cls = get_schedule_class(SCHEDULES[schedule].torch_name)
     stage = _Stage(ranks, ranks * stages_per_rank)
     if issubclass(cls, PipelineScheduleSingle):
         order = cls(stage, microbatches).pipeline_order

@@ -8,9 +8,9 @@ from functools import cached_property
 
 from ...models.dsv3.configuration_dsv3 import DeepseekV3Config
 from ...option_error import OptionError
+from ..pipeline.kinds import rank_of_stage
 from .gpus import Gpu
 from .layout import PieceTimes, Pipeline
-from .schedules import rank_of_stage
 from .units import RECOMPUTATION, Unit, operations_per_token, units_of
 
 
